@@ -1,0 +1,136 @@
+"""The average over the workers, in place on their flat buffers."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsr.distributed import Communicator
+from qsr.flat import FlatBuffers
+
+_DIGITS = 2
+"""12-bit numbers per field of a fingerprint. Sums of such numbers over up to 4,096 workers are
+exact in float32, and so is their division by the number of workers."""
+
+
+class DisagreementError(RuntimeError):
+    """Ranks averaged different things: another step, round, H or configuration."""
+
+
+class Fingerprint(NamedTuple):
+    """What must be equal on all workers whenever they average."""
+
+    step: int
+    round: int
+    h: int
+    config: str
+
+    def encode(self) -> list[float]:
+        """Every field as `_DIGITS` numbers below 4,096, drawn from its hash."""
+        numbers = []
+        for value in self:
+            digest = hashlib.blake2b(str(value).encode(), digest_size=2 * _DIGITS).digest()
+            numbers += [
+                float(int.from_bytes(digest[i : i + 2], "big") & 0xFFF)
+                for i in range(0, 2 * _DIGITS, 2)
+            ]
+        return numbers
+
+
+FINGERPRINT_SIZE = _DIGITS * len(Fingerprint._fields)
+"""float32 elements that a fingerprint takes in a flat buffer's tail."""
+
+
+class Averager:
+    """Averages flat buffers over all workers.
+
+    `replicas` holds, for each worker of this rank, its buffers; all have the same layout, and the
+    first float32 buffer's tail has room for a fingerprint.
+    """
+
+    def __init__(self, communicator: Communicator, num_workers: int) -> None:
+        self._communicator = communicator
+        self._num_workers = num_workers
+        self._disagreement = torch.zeros(FINGERPRINT_SIZE, device=communicator.device)
+        self._last: Fingerprint | None = None
+
+    def average_(self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint | None) -> None:
+        """Collective: replace every replica, in place, by the mean over all workers.
+
+        The fingerprint (of buffers that have room for one) travels in the same all-reduce. On the
+        CPU ranks that disagree raise DisagreementError here; on a GPU, where a look at the result
+        would make the host wait, at the next `check`.
+        """
+        own = None
+        if fingerprint is not None:
+            own = torch.tensor(fingerprint.encode())
+            for replica in replicas:
+                replica.tail.copy_(own, non_blocking=True)
+        mean_(self._communicator, [replica.buffers for replica in replicas], self._num_workers)
+        if own is not None:
+            expected = own.to(self._disagreement.device, non_blocking=True)
+            self._disagreement += replicas[0].tail != expected
+            self._last = fingerprint
+            if not self._disagreement.is_cuda:
+                self.check()
+
+    def check(self) -> None:
+        """Raise DisagreementError if any average so far mixed different fingerprints.
+
+        Waits for the device.
+        """
+        if self._last is None or not self._disagreement.any():
+            return
+        digits = self._disagreement.view(len(Fingerprint._fields), _DIGITS).any(dim=1).tolist()
+        fields = [f for f, wrong in zip(Fingerprint._fields, digits, strict=True) if wrong]
+        here = ", ".join(f"{name}={value}" for name, value in self._last._asdict().items())
+        raise DisagreementError(
+            f"rank {self._communicator.topology.rank}: the ranks averaged while they disagree on "
+            f"{', '.join(fields)} (here {here}); the run cannot go on from here: restart it, it "
+            f"resumes from the last checkpoint"
+        )
+
+
+def mean_(
+    communicator: Communicator, replicas: Sequence[dict[torch.dtype, Tensor]], num_workers: int
+) -> None:
+    """Collective: the mean over all workers, in place: local sum, one all-reduce, one division."""
+    first, *others = replicas
+    for dtype, buffer in first.items():
+        for other in others:
+            buffer.add_(other[dtype])
+        communicator.sum_(buffer)
+        buffer.div_(num_workers)
+        for other in others:
+            other[dtype].copy_(buffer)
+
+
+class MomentBuffers:
+    """The optimizers' states of the given names, in flat buffers: one per worker of the rank.
+
+    The states come into being in the optimizers' first steps, so they are moved into the buffers
+    when first asked for. A parameter without a state takes part as zeros.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], keys: Sequence[str]) -> None:
+        self._optimizers = optimizers
+        self._keys = keys
+        self._flat: list[FlatBuffers] = []
+
+    def buffers(self) -> Sequence[FlatBuffers]:
+        """The states' flat buffers; the optimizers update them in place from now on."""
+        if self._keys and not self._flat:
+            self._flat = [self._flatten(optimizer) for optimizer in self._optimizers]
+        return self._flat
+
+    def _flatten(self, optimizer: torch.optim.Optimizer) -> FlatBuffers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        slots = [(optimizer.state[p], key, p) for key in self._keys for p in parameters]
+        tensors = [s[k] if s.get(k) is not None else torch.zeros_like(p) for s, k, p in slots]
+        flat = FlatBuffers(tensors)
+        for (state, key, _), view in zip(slots, flat.views, strict=True):
+            if state.get(key) is not None:
+                state[key] = view
+        return flat

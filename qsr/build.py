@@ -1,0 +1,240 @@
+"""Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
+
+import os
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
+from qsr.checkpoint import Checkpointer
+from qsr.config.load import check_plan, config_hash
+from qsr.config.planning import make_plan, make_sampler
+from qsr.config.schema import Config
+from qsr.core.plan import Plan
+from qsr.core.seeds import seed_for
+from qsr.data import (
+    EvalTransform,
+    ImageFolder,
+    Loader,
+    TrainTransform,
+    make_loader,
+    open_image_folders,
+)
+from qsr.distributed import Communicator, Topology, choose_device, topology
+from qsr.evaluation import BatchNormSource, Evaluator
+from qsr.flat import FlatModule
+from qsr.losses import TrainingLoss
+from qsr.models import build_model
+from qsr.optim import averaged_state_keys, build_optimizer
+from qsr.precision import Precision
+from qsr.runfolder import RunFolder, check_run_folder, write_json, write_records
+from qsr.tracking import NullTracker, Tracker, build_tracker
+from qsr.trainer import Due, Trainer
+from qsr.worker import Worker
+
+
+def open_data(config: Config) -> tuple[ImageFolder, ImageFolder]:
+    """Training and validation set, checked against the settings. Raises DataError, ConfigError."""
+    data = config.data
+    train, val = open_image_folders(
+        data.root,
+        expected_train=data.train_images,
+        expected_val=data.val_images,
+        expected_classes=data.classes,
+    )
+    check_plan(config, len(train.files))
+    return train, val
+
+
+def run(config: Config) -> dict[str, Any] | None:
+    """Collective: carry out the run, or what is left of it, as one rank of a launch.
+
+    Returns the summary, or None if the session was to stop before the end. Whatever is wrong with
+    the settings, the data, the folder or the devices raises before a process group exists.
+    """
+    train, val = open_data(config)
+    folder = check_run_folder(config)
+    place = topology(config.cluster, config.workers)
+    device = choose_device(config.cluster.device, place.local_rank)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.cluster.threads_per_rank or max(1, cores))
+
+    plan = make_plan(config, len(train.files))
+    communicator = Communicator(place, device, config.cluster.timeout_seconds)
+    tracker: Tracker = NullTracker()
+    if place.is_main:
+        write_records(folder, config, place, str(device))
+        tracker = build_tracker(config, folder.path, plan.total_steps)
+    loaders: list[Loader] = []
+    try:
+        trainer, evaluator = _build(
+            config, train, val, plan, communicator, tracker, folder, loaders
+        )
+        trainer.restore()
+        trainer.train()
+        if not trainer.finished:
+            return None
+        summary = _summary(config, plan, trainer, place)
+        if place.is_main:
+            state = {k: v.contiguous().clone() for k, v in evaluator.model.state_dict().items()}
+            save_file(state, folder.model)
+            write_json(folder.summary, summary)
+        communicator.barrier()
+        return summary
+    finally:
+        for loader in loaders:
+            loader.close()
+        tracker.close()
+        communicator.close()
+
+
+def _build(
+    config: Config,
+    train: ImageFolder,
+    val: ImageFolder,
+    plan: Plan,
+    communicator: Communicator,
+    tracker: Tracker,
+    folder: RunFolder,
+    loaders: list[Loader],
+) -> tuple[Trainer, Evaluator]:
+    """All parts; opened loaders are appended to `loaders` for the caller to close."""
+    device = communicator.device
+    precision = Precision(config.precision, device)
+    num_classes = len(train.classes)
+
+    def make_model() -> torch.nn.Module:
+        torch.manual_seed(seed_for(config.seed, "weights"))  # the same on every worker
+        return build_model(config.model, num_classes, config.data.image_size).to(device)
+
+    def open_loader(data: ImageFolder, transform: Any, batch: int) -> Loader:
+        decode = config.data.decode
+        if decode == "auto":
+            decode = "gpu" if device.type == "cuda" else "cpu"
+        loader = make_loader(
+            config.data.loader,
+            data,
+            transform,
+            batch_size=batch,
+            device=device,
+            threads=config.data.loader_threads,
+            prefetch=config.data.prefetch_batches,
+            decode=decode,
+        )
+        loaders.append(loader)
+        return loader
+
+    workers = [
+        _make_worker(config, index, make_model(), precision)
+        for index in communicator.topology.workers
+    ]
+    sampler = make_sampler(config, len(train.files))
+    train_transform, eval_transform = transforms(config)
+    batchnorm = BatchNormSource(
+        open_loader(train, train_transform, config.micro_batch_size),
+        sampler,
+        config.micro_batch_size,
+        config.evaluation.batchnorm_micro_batches,
+    )
+    evaluator = Evaluator(
+        make_model(),
+        open_loader(val, eval_transform, config.evaluation.batch),
+        len(val.files),
+        config.evaluation.batch,
+        batchnorm,
+        communicator,
+        precision,
+    )
+    keys = averaged_state_keys(config.optimizer, config.sync)
+    trainer = Trainer(
+        plan=plan,
+        sampler=sampler,
+        workers=workers,
+        moments=MomentBuffers([worker.optimizer for worker in workers], keys),
+        loader=open_loader(train, train_transform, config.local_batch),
+        loss=TrainingLoss(config.loss),
+        micro_batch=config.micro_batch_size,
+        clip_norm=config.optimizer.clip_norm,
+        precision=precision,
+        communicator=communicator,
+        evaluator=evaluator,
+        checkpointer=Checkpointer(folder.checkpoints, config.checkpoint.keep, communicator),
+        tracker=tracker,
+        due=Due(
+            log_every=config.tracking.log_every_steps,
+            evaluate_every=config.evaluation.every_epochs * sampler.steps_per_epoch,
+            checkpoint_every=config.checkpoint.every_steps,
+            stop_after=config.stop_after_steps,
+        ),
+        config_hash=config_hash(config),
+    )
+    return trainer, evaluator
+
+
+def _make_worker(
+    config: Config, index: int, model: torch.nn.Module, precision: Precision
+) -> Worker:
+    flat = FlatModule(model, extra=FINGERPRINT_SIZE)
+    fused = precision.device.type == "cuda" or precision.name == "fp16"
+    optimizer = build_optimizer(config.optimizer, model.parameters(), fused=fused)
+    return Worker(index, flat, optimizer, precision.scaler())
+
+
+def transforms(config: Config) -> tuple[TrainTransform, EvalTransform]:
+    """What happens to training and to validation images."""
+    data, change = config.data, config.data.augmentation
+    train = TrainTransform(
+        size=data.image_size,
+        min_area=change.min_area,
+        max_area=change.max_area,
+        min_aspect=change.min_aspect,
+        max_aspect=change.max_aspect,
+        flip_probability=change.flip_probability,
+        randaugment_depth=change.randaugment_depth,
+        randaugment_strength=change.randaugment_strength,
+        mean=data.mean,
+        std=data.std,
+    )
+    validation = EvalTransform(
+        size=data.image_size, crop_fraction=data.eval_crop_fraction, mean=data.mean, std=data.std
+    )
+    return train, validation
+
+
+def _summary(config: Config, plan: Plan, trainer: Trainer, place: Topology) -> dict[str, Any]:
+    """What the run came to; what was not measured is absent."""
+    progress, result = trainer.progress, trainer.evaluation
+    assert result is not None  # the last step is always evaluated
+    # a ring all-reduce sends 2 (K - 1) / K of the data from each worker, each a machine of its own
+    sent = 2 * (config.workers - 1) / config.workers * progress.averaged_bytes
+    summary = {
+        "experiment": config.experiment,
+        "seed": config.seed,
+        "config_hash": config_hash(config),
+        "rule": config.sync.rule,
+        "model": config.model.name,
+        "data": config.data.name,
+        "workers": config.workers,
+        "ranks": place.ranks,
+        "global_batch": config.global_batch,
+        "epochs": config.epochs,
+        "steps": plan.total_steps,
+        "planned_rounds": plan.num_rounds,
+        "averages": progress.averages,
+        "volume": progress.averages / plan.total_steps,
+        "bytes_sent_per_worker": round(sent),
+        "top1": result.top1,
+        "val_loss": result.loss,
+        "best_top1": progress.best_top1,
+        "train_seconds": progress.train_seconds,
+        "evaluation_seconds": progress.evaluation_seconds,
+        "checkpoint_seconds": progress.checkpoint_seconds,
+    }
+    if result.top5 is not None:
+        summary["top5"] = result.top5
+    if trainer.measures_communication and place.ranks > 1:
+        summary["communication_seconds"] = progress.communication_seconds
+    if config.precision == "fp16":
+        summary["skipped_updates"] = progress.skipped_updates
+    return summary

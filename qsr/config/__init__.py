@@ -1,0 +1,1 @@
+"""Configuration: Hydra's YAML, parsed once into frozen dataclasses. No torch."""

@@ -1,0 +1,76 @@
+"""Config -> plan: the one place where settings become a schedule, a rule and a plan."""
+
+from typing import assert_never
+
+from qsr.config import schema
+from qsr.core.plan import Plan
+from qsr.core.rules import (
+    ConstantRule,
+    EveryStepRule,
+    PostLocalRule,
+    PowerRule,
+    QuadraticRule,
+    Rule,
+    SwapRule,
+)
+from qsr.core.sampling import Sampler
+from qsr.core.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    PowerOfTwoSchedule,
+    Schedule,
+    StepSchedule,
+)
+
+
+def make_sampler(config: schema.Config, train_images: int) -> Sampler:
+    """Who sees which of the `train_images` samples; it also counts the steps of an epoch."""
+    return Sampler(train_images, config.global_batch, config.workers, config.seed)
+
+
+def make_plan(config: schema.Config, train_images: int) -> Plan:
+    """All rounds of the run on `train_images` samples. ValueError names a setting that is off."""
+    steps_per_epoch = make_sampler(config, train_images).steps_per_epoch
+    schedule = make_schedule(config.schedule, config.epochs, steps_per_epoch)
+    return Plan(schedule, make_rule(config.sync, steps_per_epoch))
+
+
+def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch: int) -> Schedule:
+    """The schedule over epochs * steps_per_epoch steps."""
+    total, peak = epochs * steps_per_epoch, settings.peak_lr
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = (settings.warmup_epochs or 0) * steps_per_epoch
+    match settings:
+        case schema.CosineConfig(final_lr=final, stop_epoch=stop_epoch):
+            stop = None if stop_epoch is None else stop_epoch * steps_per_epoch
+            return CosineSchedule(peak, final, warmup, total, stop)
+        case schema.LinearConfig(final_lr=final):
+            return LinearSchedule(peak, final, warmup, total)
+        case schema.PowerOfTwoConfig(final_lr=final):
+            return PowerOfTwoSchedule(CosineSchedule(peak, final, warmup, total))
+        case schema.StepConfig(milestone_epochs=epochs_, factor=factor):
+            milestones = tuple(epoch * steps_per_epoch for epoch in epochs_)
+            return StepSchedule(peak, milestones, factor, total, warmup)
+        case schema.ConstantConfig():
+            return ConstantSchedule(peak, total, warmup)
+    assert_never(settings)
+
+
+def make_rule(settings: schema.SyncConfig, steps_per_epoch: int) -> Rule:
+    """The synchronization rule."""
+    match settings:
+        case schema.EveryStepSync(average=average):
+            return EveryStepRule(average)
+        case schema.ConstantSync(h=h):
+            return ConstantRule(h)
+        case schema.QuadraticSync(h_base=h_base, alpha=alpha):
+            return QuadraticRule(h_base, alpha)
+        case schema.PowerSync(h_base=h_base, coefficient=coefficient, exponent=exponent):
+            return PowerRule(h_base, coefficient, exponent)
+        case schema.PostLocalSync(switch_epoch=epoch, h=h):
+            return PostLocalRule(epoch * steps_per_epoch, h)
+        case schema.SwapSync(switch_epoch=epoch):
+            return SwapRule(epoch * steps_per_epoch)
+    assert_never(settings)

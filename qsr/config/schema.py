@@ -1,0 +1,404 @@
+"""Every setting of a run, with its unit. load.py fills these from Hydra's YAML, strictly.
+
+Where a setting has kinds (an optimizer, a schedule, a rule), one word names the kind and each kind
+has only the fields that it uses: `sync.alpha` exists under `rule: quadratic` and nowhere else.
+A field that is documented as "execution" changes how a run is carried out and not what it
+computes; it may differ between a run and its resumption.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Channels = tuple[float, float, float]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """Which network to train, from scratch."""
+
+    name: Literal["resnet152", "vit_b16", "timm", "small_resnet", "small_vit"]
+    """resnet152: torchvision's. vit_b16: the "simple ViT" of the recipe. timm: any timm model.
+    small_resnet (BatchNorm) and small_vit: networks for small images and CPUs."""
+    timm_name: str | None
+    """Name in timm's registry, for name=timm only."""
+    channels_last: bool
+    """Keep convolution weights and images in channels_last memory format."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SgdConfig:
+    """Stochastic gradient descent, torch.optim.SGD."""
+
+    name: Literal["sgd"]
+    """Kind of optimizer."""
+    momentum: Fraction
+    """Momentum coefficient, 0 for none."""
+    nesterov: bool
+    """Nesterov momentum."""
+    weight_decay: NonNegative
+    """L2 coefficient, on every parameter."""
+    clip_norm: Positive | None
+    """Largest global gradient norm; null: no clipping. Data parallel runs clip the averaged
+    gradient, local ones each worker's own."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class AdamWConfig:
+    """AdamW, torch.optim.AdamW."""
+
+    name: Literal["adamw"]
+    """Kind of optimizer."""
+    beta1: Fraction
+    """Decay of the first moment."""
+    beta2: Fraction
+    """Decay of the second moment."""
+    eps: Positive
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative
+    """Decoupled decay coefficient (times the learning rate), on every parameter."""
+    clip_norm: Positive | None
+    """Largest global gradient norm; null: no clipping. Data parallel runs clip the averaged
+    gradient, local ones each worker's own."""
+
+
+OptimizerConfig = Annotated[SgdConfig | AdamWConfig, Field(discriminator="name")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class WarmupConfig:
+    """What all schedules share: the peak and the linear warm-up to it. Give one warm-up unit."""
+
+    peak_lr: Positive
+    """Learning rate at the end of the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None
+    """Length of the warm-up in steps."""
+    warmup_epochs: Annotated[int, Field(ge=0)] | None
+    """Length of the warm-up in epochs."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class CosineConfig(WarmupConfig):
+    """Half a cosine from peak_lr to final_lr."""
+
+    name: Literal["cosine"]
+    """Kind of schedule."""
+    final_lr: NonNegative
+    """Learning rate at the end, and where the warm-up starts."""
+    stop_epoch: PositiveInt | None
+    """Epoch from which the rate stays constant (the "modified cosine"); null: never."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class LinearConfig(WarmupConfig):
+    """Straight from peak_lr to final_lr."""
+
+    name: Literal["linear"]
+    """Kind of schedule."""
+    final_lr: NonNegative
+    """Learning rate at the end, and where the warm-up starts."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PowerOfTwoConfig(WarmupConfig):
+    """The cosine, rounded to powers of two after the warm-up: the paper's step schedule."""
+
+    name: Literal["power_of_two"]
+    """Kind of schedule."""
+    final_lr: NonNegative
+    """Learning rate at the end of the cosine, and where the warm-up starts."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class StepConfig(WarmupConfig):
+    """peak_lr times `factor` at every milestone passed."""
+
+    name: Literal["step"]
+    """Kind of schedule."""
+    milestone_epochs: tuple[PositiveInt, ...]
+    """Epochs at which the rate falls."""
+    factor: Annotated[float, Field(gt=0, le=1)]
+    """What the rate is multiplied with there."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ConstantConfig(WarmupConfig):
+    """peak_lr throughout."""
+
+    name: Literal["constant"]
+    """Kind of schedule."""
+
+
+ScheduleConfig = Annotated[
+    CosineConfig | LinearConfig | PowerOfTwoConfig | StepConfig | ConstantConfig,
+    Field(discriminator="name"),
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class AverageConfig:
+    """What is averaged at a round's end besides the parameters."""
+
+    average_momentum: bool
+    """Also average SGD's momentum or AdamW's first moment (the paper does not)."""
+    average_second_moment: bool
+    """Also average AdamW's second moment (the paper does not)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EveryStepSync(AverageConfig):
+    """Average in every step."""
+
+    rule: Literal["every_step"]
+    """Kind of rule."""
+    average: Literal["gradients", "parameters"]
+    """gradients: data parallel training. parameters: the local method with H = 1."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ConstantSync(AverageConfig):
+    """The same H in every round."""
+
+    rule: Literal["constant"]
+    """Kind of rule."""
+    h: PositiveInt
+    """Local steps per round."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuadraticSync(AverageConfig):
+    """QSR: H = max(h_base, floor((alpha / lr)^2))."""
+
+    rule: Literal["quadratic"]
+    """Kind of rule."""
+    h_base: PositiveInt
+    """Smallest H, in steps."""
+    alpha: Positive
+    """Growth coefficient, in the unit of the learning rate."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PowerSync(AverageConfig):
+    """H = max(h_base, floor((coefficient / lr)^exponent))."""
+
+    rule: Literal["power"]
+    """Kind of rule."""
+    h_base: PositiveInt
+    """Smallest H, in steps."""
+    coefficient: Positive
+    """Growth coefficient, in the unit of the learning rate."""
+    exponent: Positive
+    """1: H ~ 1/lr. 3: the cubic rule."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PostLocalSync(AverageConfig):
+    """Data parallel until switch_epoch, constant H after it."""
+
+    rule: Literal["post_local"]
+    """Kind of rule."""
+    switch_epoch: Annotated[int, Field(ge=0)]
+    """First epoch of local training."""
+    h: PositiveInt
+    """Local steps per round after it."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SwapSync(AverageConfig):
+    """Data parallel until switch_epoch, alone after it, one average at the end."""
+
+    rule: Literal["swap"]
+    """Kind of rule."""
+    switch_epoch: Annotated[int, Field(ge=0)]
+    """First epoch of local training."""
+
+
+SyncConfig = Annotated[
+    EveryStepSync | ConstantSync | QuadraticSync | PowerSync | PostLocalSync | SwapSync,
+    Field(discriminator="rule"),
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class LossConfig:
+    """Cross entropy and its regularization."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    """Probability mass spread evenly over the classes."""
+    mixup_alpha: NonNegative
+    """Beta(a, a) parameter of mixup, one coefficient a micro-batch; 0: no mixup."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class AugmentationConfig:
+    """Training augmentation: random resized crop, flip, RandAugment, in this order."""
+
+    min_area: Annotated[float, Field(gt=0, le=1)]
+    """Smallest crop, as a fraction of the image's area."""
+    max_area: Annotated[float, Field(gt=0, le=1)]
+    """Largest crop, as a fraction of the image's area."""
+    min_aspect: Positive
+    """Smallest width / height of a crop."""
+    max_aspect: Positive
+    """Largest width / height of a crop."""
+    flip_probability: Fraction
+    """Probability of a horizontal flip."""
+    randaugment_depth: Annotated[int, Field(ge=0)]
+    """Operations per image; 0: no RandAugment."""
+    randaugment_strength: Fraction
+    """Strength as a fraction of each operation's full range (libraries' "m" scales differ)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """An ImageFolder tree (train/CLASS/*, val/CLASS/*) and how it is read."""
+
+    name: str
+    """Name of the data set, for tables."""
+    root: str
+    """Folder that holds train/ and val/. Execution."""
+    classes: PositiveInt | None
+    """Number of classes; null: whatever the folder holds."""
+    train_images: PositiveInt | None
+    """Number of training images; null: whatever the folder holds."""
+    val_images: PositiveInt | None
+    """Number of validation images; null: whatever the folder holds."""
+    image_size: PositiveInt
+    """Side of the square image that the model sees, in pixels."""
+    eval_crop_fraction: Annotated[float, Field(gt=0, le=1)]
+    """Validation: centre crop of image_size from an image whose short side is
+    image_size / eval_crop_fraction pixels."""
+    mean: Channels
+    """Mean of the channels, on the scale 0-1."""
+    std: Channels
+    """Standard deviation of the channels, on the scale 0-1."""
+    augmentation: AugmentationConfig
+    """Random changes of the training images."""
+    loader: Literal["auto", "dali", "torchvision"]
+    """auto: DALI where it is installed, torchvision elsewhere."""
+    decode: Literal["auto", "cpu", "gpu"]
+    """Where DALI decodes JPEGs; auto: on the GPU where the run has one."""
+    loader_threads: Annotated[int, Field(ge=0)]
+    """Threads per rank that decode and transform. Execution."""
+    prefetch_batches: PositiveInt
+    """Batches prepared ahead. Execution."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationConfig:
+    """Validation during and after the run."""
+
+    every_epochs: PositiveInt
+    """Epochs between evaluations; the last step is always evaluated."""
+    batch: PositiveInt
+    """Images per rank and forward pass."""
+    batchnorm_micro_batches: PositiveInt
+    """Training micro-batches, over all workers, from which the BatchNorm statistics of the
+    averaged model are estimated before each evaluation."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointConfig:
+    """Checkpoints to resume from. Execution."""
+
+    every_steps: PositiveInt | None
+    """Steps between checkpoints; null: only at the end."""
+    keep: PositiveInt
+    """Newest checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClusterConfig:
+    """Where a run is carried out. Execution: K workers are the same run on any of these."""
+
+    name: str
+    """Name of the cluster, for records."""
+    ranks: PositiveInt | None
+    """Processes. Must divide the workers: each rank holds workers / ranks of them. null: as many
+    as the launcher started; without a launcher one per worker, or per GPU."""
+    device: Literal["auto", "cpu", "cuda"]
+    """auto: CUDA where there is a GPU."""
+    threads_per_rank: PositiveInt | None
+    """CPU threads for torch in each rank; null: the cores of the machine over its ranks."""
+    timeout_seconds: Positive
+    """How long a collective waits for the other ranks before the run fails."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrackingConfig:
+    """What is reported while training. metrics.jsonl is always written. Execution."""
+
+    wandb: Literal["none", "offline", "online"]
+    """Mirror the metrics to Weights & Biases."""
+    wandb_project: str
+    """Project name there."""
+    wandb_entity: str | None
+    """Team or user there; null: wandb's default."""
+    log_every_steps: PositiveInt
+    """Steps between rows of training metrics. Only then does the host wait for the device."""
+    progress: bool
+    """Show progress on the terminal."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """One run."""
+
+    experiment: str
+    """Name of the experiment file, with the overrides that change what it computes; the run's
+    folder is RUNS_DIR/EXPERIMENT/seed_SEED."""
+    seed: Annotated[int, Field(ge=0)]
+    """Root of every random choice."""
+    workers: PositiveInt
+    """K: the replicas that train alone during a round."""
+    epochs: PositiveInt
+    """Passes over the training set; an epoch has floor(train_images / global_batch) steps."""
+    global_batch: PositiveInt
+    """Samples per step over all workers."""
+    micro_batch: PositiveInt | None
+    """Samples that go through the model at once (what BatchNorm sees); null: the local batch."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    """Autocast type of the forward pass. Parameters and averages stay fp32. fp16 scales the loss
+    dynamically, on each worker by itself."""
+    model: ModelConfig
+    """The network."""
+    optimizer: OptimizerConfig
+    """The optimizer of every worker."""
+    schedule: ScheduleConfig
+    """Learning rate over the steps."""
+    sync: SyncConfig
+    """When workers average, and what."""
+    loss: LossConfig
+    """The training loss."""
+    data: DataConfig
+    """Images."""
+    evaluation: EvaluationConfig
+    """Validation."""
+    checkpoint: CheckpointConfig
+    """Checkpoints."""
+    cluster: ClusterConfig
+    """Processes and devices."""
+    tracking: TrackingConfig
+    """Logs."""
+    runs_dir: str
+    """Folder of all run folders. Execution."""
+    stop_after_steps: PositiveInt | None
+    """End the session after this step of the plan, with a checkpoint; the same command without it
+    goes on. null: run to the end. Execution."""
+
+    @property
+    def local_batch(self) -> int:
+        """Samples per worker and step."""
+        return self.global_batch // self.workers
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples that go through the model at once."""
+        return self.micro_batch or self.local_batch

@@ -1,0 +1,164 @@
+"""Synchronization rules: how many local steps a round takes, given its learning rate.
+
+A rule answers for one round at a time. It does not know where the run ends: `Plan` holds H during
+the warm-up and cuts the last round (see plan.py).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Averages = Literal["gradients", "parameters"]
+"""What the workers average: their gradients before every update (data parallel training), or
+their parameters after the last update of a round (local methods)."""
+
+UNTIL_THE_END = None
+"""The round length that means: no further average before the last step of the run."""
+
+
+class Rule(Protocol):
+    """What a plan needs of a synchronization rule."""
+
+    def length(self, start: int, lr: float) -> int | None:
+        """Steps of the round that starts at `start`, or UNTIL_THE_END.
+
+        `lr` is the learning rate that decides: that of the round's first step, or, inside the
+        warm-up, that of the first step after it.
+        """
+
+    def averages(self, start: int) -> Averages:
+        """What is averaged in the round that starts at `start`."""
+
+
+def _check_h(name: str, h: int) -> None:
+    if h < 1:
+        raise ValueError(f"{name} must be at least 1 step, got {h}")
+
+
+@dataclass(frozen=True)
+class EveryStepRule:
+    """Average in every step.
+
+    With gradients this is data parallel training. With parameters it is the local method at H=1,
+    which is the same algorithm for SGD and another one for AdamW, whose moments stay local.
+    """
+
+    average: Averages = "gradients"
+
+    def length(self, start: int, lr: float) -> int:
+        return 1
+
+    def averages(self, start: int) -> Averages:
+        return self.average
+
+
+@dataclass(frozen=True)
+class ConstantRule:
+    """H local steps in every round."""
+
+    h: int
+
+    def __post_init__(self) -> None:
+        _check_h("h", self.h)
+
+    def length(self, start: int, lr: float) -> int:
+        return self.h
+
+    def averages(self, start: int) -> Averages:
+        return "parameters"
+
+
+@dataclass(frozen=True)
+class PowerRule:
+    """H = max(h_base, floor((coefficient / lr)^exponent)), the paper's general form.
+
+    Exponent 1 is the scaling H ~ 1/lr, 2 the quadratic rule, 3 the cubic rule. The floor is
+    int() of a double, bit for bit what the authors' code computes: (0.3 / 0.1)^2 gives 8, because
+    0.3 / 0.1 is a little less than 3 in binary. lr = 0 means: until the end.
+    """
+
+    h_base: int
+    coefficient: float
+    exponent: float
+
+    def __post_init__(self) -> None:
+        _check_h("h_base", self.h_base)
+        for name, value in (("coefficient", self.coefficient), ("exponent", self.exponent)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+
+    def length(self, start: int, lr: float) -> int | None:
+        return _power_length(self.h_base, self.coefficient, self.exponent, lr)
+
+    def averages(self, start: int) -> Averages:
+        return "parameters"
+
+
+@dataclass(frozen=True)
+class QuadraticRule:
+    """QSR: H = max(h_base, floor((alpha / lr)^2)). Gu et al. 2024, equation 2.
+
+    `alpha` has the unit of the learning rate: alpha / peak_lr squared is H at the peak.
+    """
+
+    h_base: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _check_h("h_base", self.h_base)
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be a positive number, got {self.alpha}")
+
+    def length(self, start: int, lr: float) -> int | None:
+        return _power_length(self.h_base, self.alpha, 2, lr)
+
+    def averages(self, start: int) -> Averages:
+        return "parameters"
+
+
+def _power_length(h_base: int, coefficient: float, exponent: float, lr: float) -> int | None:
+    if lr <= 0.0:
+        return UNTIL_THE_END
+    try:
+        return max(h_base, int((coefficient / lr) ** exponent))
+    except OverflowError:  # a rate so small that H exceeds every double
+        return UNTIL_THE_END
+
+
+@dataclass(frozen=True)
+class PostLocalRule:
+    """Data parallel until switch_step, H local steps a round after it (Lin et al. 2020)."""
+
+    switch_step: int
+    h: int
+
+    def __post_init__(self) -> None:
+        _check_h("h", self.h)
+        _check_switch(self.switch_step)
+
+    def length(self, start: int, lr: float) -> int:
+        return 1 if start < self.switch_step else self.h
+
+    def averages(self, start: int) -> Averages:
+        return "gradients" if start < self.switch_step else "parameters"
+
+
+@dataclass(frozen=True)
+class SwapRule:
+    """Data parallel until switch_step, then alone; one average at the end (Gupta et al. 2020)."""
+
+    switch_step: int
+
+    def __post_init__(self) -> None:
+        _check_switch(self.switch_step)
+
+    def length(self, start: int, lr: float) -> int | None:
+        return 1 if start < self.switch_step else UNTIL_THE_END
+
+    def averages(self, start: int) -> Averages:
+        return "gradients" if start < self.switch_step else "parameters"
+
+
+def _check_switch(switch_step: int) -> None:
+    if switch_step < 0:
+        raise ValueError(f"switch_step must be at least 0, got {switch_step}")

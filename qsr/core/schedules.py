@@ -1,0 +1,198 @@
+"""The learning rate as a function of the step.
+
+A schedule is a frozen dataclass that is called with a 0-based step and returns the rate that the
+optimizer uses in that step. `schedule(total_steps)` is also defined: it is where the curve ends,
+and what a scheduler that looks one step ahead asks for after the last update.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What a plan needs of a learning-rate schedule."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps in the run."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the linear warm-up at the start."""
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of the 0-based `step`, 0 <= step <= total_steps."""
+
+
+def _check_run(peak_lr: float, warmup_steps: int, total_steps: int) -> None:
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps must be at least 0 and less than total_steps ({total_steps}), "
+            f"got {warmup_steps}"
+        )
+    if not (math.isfinite(peak_lr) and peak_lr > 0):
+        raise ValueError(f"peak_lr must be a positive number, got {peak_lr}")
+
+
+def _check_final(final_lr: float, peak_lr: float) -> None:
+    if not 0 <= final_lr <= peak_lr:
+        raise ValueError(f"final_lr must lie in [0, peak_lr = {peak_lr}], got {final_lr}")
+
+
+def _check_start(start_lr: float, peak_lr: float) -> None:
+    if not 0 <= start_lr <= peak_lr:
+        raise ValueError(f"start_lr must lie in [0, peak_lr = {peak_lr}], got {start_lr}")
+
+
+def _check_step(step: int, total_steps: int) -> None:
+    if not 0 <= step <= total_steps:
+        raise ValueError(f"step {step} lies outside the schedule's 0..{total_steps}")
+
+
+def _warmup(step: int, warmup_steps: int, start_lr: float, peak_lr: float) -> float:
+    """Linear from start_lr (step 0) towards peak_lr (step warmup_steps)."""
+    return start_lr + (peak_lr - start_lr) * step / warmup_steps
+
+
+@dataclass(frozen=True)
+class ConstantSchedule:
+    """Linear warm-up from start_lr, then peak_lr in every step."""
+
+    peak_lr: float
+    total_steps: int
+    warmup_steps: int = 0
+    start_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
+        _check_start(self.start_lr, self.peak_lr)
+
+    def __call__(self, step: int) -> float:
+        _check_step(step, self.total_steps)
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps, self.start_lr, self.peak_lr)
+        return self.peak_lr
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up from final_lr to peak_lr, then a half cosine down to final_lr.
+
+    With `stop_step` the decay stops there and the rate stays at the value of that step: the
+    "modified cosine" of the paper's comparison.
+    """
+
+    peak_lr: float
+    final_lr: float
+    warmup_steps: int
+    total_steps: int
+    stop_step: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
+        _check_final(self.final_lr, self.peak_lr)
+        if self.stop_step is not None and not (
+            self.warmup_steps <= self.stop_step <= self.total_steps
+        ):
+            raise ValueError(
+                f"stop_step must lie between the end of the warm-up ({self.warmup_steps}) and "
+                f"total_steps ({self.total_steps}), got {self.stop_step}"
+            )
+
+    def __call__(self, step: int) -> float:
+        _check_step(step, self.total_steps)
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps, self.final_lr, self.peak_lr)
+        if self.stop_step is not None:
+            step = min(step, self.stop_step)
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        decay = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.final_lr + (self.peak_lr - self.final_lr) * decay
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """Linear warm-up from final_lr to peak_lr, then linear down to final_lr."""
+
+    peak_lr: float
+    final_lr: float
+    warmup_steps: int
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
+        _check_final(self.final_lr, self.peak_lr)
+
+    def __call__(self, step: int) -> float:
+        _check_step(step, self.total_steps)
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps, self.final_lr, self.peak_lr)
+        remaining = (self.total_steps - step) / (self.total_steps - self.warmup_steps)
+        return self.final_lr + (self.peak_lr - self.final_lr) * remaining
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Linear warm-up from start_lr, then peak_lr times `factor` once per milestone passed.
+
+    `milestones` are steps, rising, all after the warm-up; the step at a milestone already uses
+    the reduced rate.
+    """
+
+    peak_lr: float
+    milestones: tuple[int, ...]
+    factor: float
+    total_steps: int
+    warmup_steps: int = 0
+    start_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
+        _check_start(self.start_lr, self.peak_lr)
+        if not 0 < self.factor <= 1:
+            raise ValueError(f"factor must lie in (0, 1], got {self.factor}")
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        bounds = (self.warmup_steps - 1, *self.milestones, self.total_steps)
+        if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
+            raise ValueError(
+                f"milestones must rise from the end of the warm-up ({self.warmup_steps}) to "
+                f"below total_steps ({self.total_steps}), got {self.milestones}"
+            )
+
+    def __call__(self, step: int) -> float:
+        _check_step(step, self.total_steps)
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps, self.start_lr, self.peak_lr)
+        passed = sum(step >= milestone for milestone in self.milestones)
+        return self.peak_lr * math.pow(self.factor, passed)
+
+
+@dataclass(frozen=True)
+class PowerOfTwoSchedule:
+    """Another schedule, its values after the warm-up rounded to the nearest power of two.
+
+    "Nearest" is in the exponent, 2^round(log2 lr), as in the paper's step schedule, which is made
+    from a cosine this way. The rate jumps at the end of the warm-up when the peak is no power of
+    two (0.8 -> 1.0), as in the authors' code.
+    """
+
+    schedule: Schedule
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total_steps
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.schedule.warmup_steps
+
+    def __call__(self, step: int) -> float:
+        lr = self.schedule(step)
+        if step < self.warmup_steps or lr == 0.0:
+            return lr
+        return math.pow(2.0, round(math.log2(lr)))

@@ -1,0 +1,54 @@
+"""Tensors that share one flat buffer per dtype, so that a collective needs no packing copies."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class FlatBuffers:
+    """One contiguous buffer per dtype that holds `tensors` (on one device) end to end.
+
+    `views[i]` has the shape, memory format (channels_last too) and value of `tensors[i]` and lies
+    in the buffer of its dtype. `tail` is `extra` more float32 elements, at the end of the float32
+    buffer, that travel with the tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], extra: int = 0) -> None:
+        sizes: dict[torch.dtype, int] = {}
+        offsets = []
+        for tensor in tensors:
+            offset = sizes.get(tensor.dtype, 0)
+            offsets.append(offset)
+            sizes[tensor.dtype] = offset + tensor.numel()
+        if extra:
+            sizes[torch.float32] = sizes.get(torch.float32, 0) + extra
+        device = tensors[0].device
+        self.buffers = {
+            dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()
+        }
+        self.views = []
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            # empty_like keeps the order of the dimensions of a dense tensor and makes any other
+            # tensor contiguous
+            strides = torch.empty_like(tensor, device="meta").stride()
+            view = self.buffers[tensor.dtype].as_strided(tensor.shape, strides, offset)
+            view.copy_(tensor.detach())
+            self.views.append(view)
+        self.tail = self.buffers[torch.float32][-extra:] if extra else torch.empty(0)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+
+
+class FlatModule:
+    """A module whose parameters have been moved into flat buffers, where they stay."""
+
+    def __init__(self, module: nn.Module, extra: int = 0) -> None:
+        self.module = module
+        parameters = list(module.parameters())
+        self.flat = FlatBuffers(parameters, extra)
+        for parameter, view in zip(parameters, self.flat.views, strict=True):
+            parameter.data = view

@@ -1,0 +1,51 @@
+"""Data parallel training: the average of the gradients in every step."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch.nn.parallel import DistributedDataParallel
+
+from qsr.averaging import mean_
+from qsr.distributed import Communicator
+from qsr.worker import Worker
+
+
+class GradientAverager:
+    """Averages the gradients of all workers.
+
+    Where every rank is one worker this is torch's DDP, which overlaps the all-reduces with the
+    backward pass. Where a rank holds several, their gradients are summed on the rank first and
+    averaged after the backward pass.
+    """
+
+    def __init__(self, workers: Sequence[Worker], communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._workers = workers
+        self._ddp: DistributedDataParallel | None = None
+        topology = communicator.topology
+        if topology.num_workers > 1 and len(workers) == 1:
+            self._ddp = DistributedDataParallel(
+                workers[0].model.module,
+                # each worker's BatchNorm statistics are its own
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            workers[0].forward = self._ddp
+        elif topology.num_workers > 1:
+            for worker in workers:
+                worker.flatten_gradients()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether DDP hides the communication, so that its time cannot be told apart."""
+        return self._ddp is not None
+
+    def backward_context(self, *, last: bool) -> AbstractContextManager[object]:
+        """Context of a forward and backward pass; `last`: the one whose gradients are averaged."""
+        return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
+
+    def finish(self) -> None:
+        """Collective: after the last backward pass of a step, complete the average."""
+        replicas = [w.gradients.buffers for w in self._workers if w.gradients is not None]
+        if replicas:
+            mean_(self._communicator, replicas, self._communicator.topology.num_workers)

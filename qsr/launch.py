@@ -1,0 +1,76 @@
+"""Start a run's ranks: in this process, as processes of this machine, or as told by a launcher."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from qsr.build import open_data, run
+from qsr.config.schema import Config
+from qsr.distributed import launched
+from qsr.runfolder import check_run_folder
+
+
+class RunFailedError(RuntimeError):
+    """A rank failed; the message is that of the first failure, with its rank."""
+
+
+def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
+    """Carry out runs one after the other and return what build.run returned for each.
+
+    All must ask for the same number of ranks. Under a launcher such as torchrun this process is
+    one rank; otherwise the ranks are started here, once for all runs, and RunFailedError is raised
+    if one of them fails.
+    """
+    wanted = {number_of_ranks(config) for config in configs}
+    if len(wanted) > 1:
+        raise ValueError(f"runs of {sorted(wanted)} ranks cannot share one launch")
+    ranks = wanted.pop()
+    if launched() or ranks == 1:
+        return _run_all(configs)
+    for config in configs:  # one clear line now, instead of one from every rank
+        open_data(config)
+        check_run_folder(config)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any free port
+        run_id=f"qsr-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        results: dict[int, list[dict[str, Any] | None]] = elastic_launch(settings, _rank_main)(
+            configs
+        )
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message = failure.message
+        text = message.get("message", "") if isinstance(message, dict) else message
+        raise RunFailedError(f"rank {rank}: {text}") from None
+    return results[0]
+
+
+def number_of_ranks(config: Config) -> int:
+    """cluster.ranks, or one rank per worker, or as many of them as share the machine's GPUs
+    evenly."""
+    if config.cluster.ranks is not None:
+        return config.cluster.ranks
+    if config.cluster.device == "cpu" or not torch.cuda.is_available():
+        return config.workers
+    most = max(1, torch.cuda.device_count())
+    return next(n for n in range(most, 0, -1) if config.workers % n == 0)
+
+
+@record
+def _rank_main(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
+    return _run_all(configs)
+
+
+def _run_all(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
+    return [run(config) for config in configs]

@@ -1,0 +1,89 @@
+"""Name -> network. All start from random weights, drawn from torch's generator."""
+
+import timm
+import torch
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torchvision.models import resnet152
+from torchvision.models.resnet import BasicBlock, conv1x1
+
+from qsr.config.schema import ModelConfig
+
+
+def build_model(settings: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    """The network for square images of `image_size` pixels; input [b, 3, size, size], output
+    logits [b, num_classes]. The caller seeds torch. Raises ValueError for an unknown timm name."""
+    model: nn.Module
+    match settings.name:
+        case "resnet152":
+            model = resnet152(weights=None, num_classes=num_classes)
+        case "vit_b16":
+            model = SimpleViT(image_size, 16, num_classes, width=768, depth=12, heads=12)
+        case "small_resnet":
+            model = SmallResNet(num_classes)
+        case "small_vit":
+            model = SimpleViT(image_size, 4, num_classes, width=64, depth=4, heads=4)
+        case "timm":
+            name = settings.timm_name or ""
+            if not timm.is_model(name):
+                near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+                raise ValueError(f"model.timm_name={name}: timm has no such model; near: {near}")
+            model = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+class SmallResNet(nn.Sequential):
+    """Three residual blocks of 16, 32 and 64 channels with BatchNorm, 78,000 parameters, for
+    images of about 32 pixels."""
+
+    def __init__(self, num_classes: int) -> None:
+        stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        super().__init__(
+            stem,
+            BasicBlock(16, 16),
+            _downsampling_block(16, 32),
+            _downsampling_block(32, 64),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, num_classes),
+        )
+
+
+def _downsampling_block(channels_in: int, channels_out: int) -> nn.Module:
+    shortcut = nn.Sequential(
+        conv1x1(channels_in, channels_out, stride=2), nn.BatchNorm2d(channels_out)
+    )
+    return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut)
+
+
+class SimpleViT(VisionTransformer):
+    """The "simple ViT" of Beyer et al. (2022), from timm's parts: fixed 2-D sin-cos positions,
+    global average pooling before the last norm's head, no class token, no dropout."""
+
+    def __init__(
+        self, image_size: int, patch: int, num_classes: int, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__(
+            img_size=image_size,
+            patch_size=patch,
+            num_classes=num_classes,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            class_token=False,
+            global_pool="avg",
+            fc_norm=False,
+            pos_embed="learn",  # shapes the positions; replaced by fixed ones below
+        )
+        if image_size % patch:
+            raise ValueError(f"data.image_size={image_size} does not divide by patches of {patch}")
+        side = image_size // patch
+        positions = build_sincos2d_pos_embed([side, side], dim=width, interleave_sin_cos=False)
+        del self.pos_embed
+        # recomputed from the sizes above: no part of the weights
+        self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)

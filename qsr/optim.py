@@ -1,0 +1,60 @@
+"""Settings -> torch optimizer."""
+
+from collections.abc import Iterable, Sequence
+from typing import assert_never
+
+import torch
+from torch import nn
+
+from qsr.config import schema
+
+
+def build_optimizer(
+    settings: schema.OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool
+) -> torch.optim.Optimizer:
+    """The optimizer of one worker, with weight decay on every parameter as in the paper's recipes.
+
+    `fused` asks for torch's fused kernel. An fp16 run needs it: only the fused ones skip a step
+    whose gradients overflowed without asking the host.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    lr = 0.0  # the trainer sets the rate before every step
+    match settings:
+        case schema.SgdConfig():
+            return torch.optim.SGD(
+                trainable,
+                lr=lr,
+                momentum=settings.momentum,
+                nesterov=settings.nesterov,
+                weight_decay=settings.weight_decay,
+                fused=fused,
+            )
+        case schema.AdamWConfig():
+            return torch.optim.AdamW(
+                trainable,
+                lr=lr,
+                betas=(settings.beta1, settings.beta2),
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+                fused=fused,
+            )
+    assert_never(settings)
+
+
+def averaged_state_keys(settings: schema.OptimizerConfig, sync: schema.SyncConfig) -> Sequence[str]:
+    """Names of the optimizer's per-parameter states that are averaged with the parameters."""
+    match settings:
+        case schema.SgdConfig():
+            momentum, second_moment = "momentum_buffer", ""
+        case schema.AdamWConfig():
+            momentum, second_moment = "exp_avg", "exp_avg_sq"
+        case _:
+            assert_never(settings)
+    keys = [momentum] if sync.average_momentum else []
+    return [*keys, second_moment] if sync.average_second_moment else keys
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group the rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

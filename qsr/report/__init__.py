@@ -1,0 +1,1 @@
+"""Summaries of many runs -> tables and pictures. Reads run folders; no torch."""

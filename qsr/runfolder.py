@@ -1,0 +1,121 @@
+"""The folder of a run, and the record of where it ran."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from qsr.config.load import ConfigError, differences, parse_config, run_folder, to_dict
+from qsr.config.schema import Config
+from qsr.distributed import Topology
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "hydra-core", "safetensors")
+
+
+class RunFolder:
+    """Paths of a run: config.yaml, environment.json, metrics.jsonl, summary.json, checkpoints/ and
+    model.safetensors, the averaged model at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model.safetensors"
+
+    def summary_if_finished(self) -> dict[str, Any] | None:
+        """The summary, if this run has come to its end."""
+        if not self.summary.exists():
+            return None
+        summary: dict[str, Any] = json.loads(self.summary.read_text())
+        return summary
+
+
+def check_run_folder(config: Config) -> RunFolder:
+    """The run's folder, untouched. Raises ConfigError if another run lives there, or if nothing
+    can be written there."""
+    folder = RunFolder(run_folder(config))
+    if folder.config.exists():
+        stored = parse_config(yaml.safe_load(folder.config.read_text()))
+        changed = differences(config, stored)
+        if changed:
+            raise ConfigError(
+                f"{folder.path} holds a run with other settings ({'; '.join(changed)}): delete it, "
+                f"or choose another runs_dir"
+            )
+    existing = next(p for p in (folder.path, *folder.path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"runs_dir: {existing} is not a folder that can be written")
+    return folder
+
+
+def write_records(folder: RunFolder, config: Config, topology: Topology, device: str) -> None:
+    """Write config.yaml and environment.json."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_json(folder.environment, environment(topology, device))
+
+
+def environment(topology: Topology, device: str) -> dict[str, Any]:
+    """Versions, revision and hardware."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES if _version(name)},
+        "git": _git_revision(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "ranks": topology.ranks,
+        "workers_per_rank": len(topology.workers),
+        "threads_per_rank": torch.get_num_threads(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` such that a reader finds the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        return {
+            "revision": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not run from a git checkout
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((ln.partition(":")[2].strip() for ln in lines if ln.startswith("model name")), "")

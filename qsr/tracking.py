@@ -1,0 +1,222 @@
+"""What a run reports while it trains: metrics.jsonl, its mirror on wandb, the progress bar.
+
+metrics.jsonl is the record. The mirror can neither stop nor slow the run: it lives in a thread of
+its own, and whatever goes wrong there becomes one warning.
+"""
+
+import json
+import queue
+import sys
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qsr.config.schema import Config, TrackingConfig
+
+Row = Mapping[str, float | int | str | bool]
+"""One line of metrics: "kind" ("train" or "eval"), "step" (steps done), and measured values."""
+
+
+class Tracker(Protocol):
+    """Where a trainer reports; every rank has one, and only the main rank's writes."""
+
+    def log(self, row: Row) -> None:
+        """Report one row."""
+
+    def rewind(self, step: int) -> None:
+        """Forget what was reported after `step` steps: the run goes on from there."""
+
+    def close(self) -> None:
+        """Write out everything."""
+
+
+class NullTracker:
+    """Reports nothing."""
+
+    def log(self, row: Row) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RunTracker:
+    """Reports to all of a run's trackers."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = trackers
+
+    def log(self, row: Row) -> None:
+        for tracker in self._trackers:
+            tracker.log(row)
+
+    def rewind(self, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.rewind(step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def __enter__(self) -> "RunTracker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class JsonlTracker:
+    """Appends rows to a file, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("a")
+
+    def log(self, row: Row) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        self._file.close()
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl. A last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class WandbTracker:
+    """Mirrors rows to Weights & Biases from a thread.
+
+    wandb can block for minutes where there is no network, and raise. The run never waits for it,
+    except that `close` gives it `close_seconds` to finish.
+    """
+
+    def __init__(self, config: Config, folder: Path, close_seconds: float = 30.0) -> None:
+        self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._close_seconds = close_seconds
+        self._thread = threading.Thread(
+            target=self._mirror, args=(config, folder), name="wandb", daemon=True
+        )
+        self._thread.start()
+
+    def log(self, row: Row) -> None:
+        self._rows.put(row)
+
+    def rewind(self, step: int) -> None:
+        """Nothing: wandb keeps the first row of a step."""
+
+    def close(self) -> None:
+        self._rows.put(None)
+        self._thread.join(self._close_seconds)
+        if self._thread.is_alive():
+            _warn(f"still busy after {self._close_seconds:.0f} s, left behind")
+
+    def _mirror(self, config: Config, folder: Path) -> None:
+        try:
+            import wandb  # optional dependency, slow to import
+
+            run = wandb.init(
+                project=config.tracking.wandb_project,
+                entity=config.tracking.wandb_entity,
+                name=f"{config.experiment}/seed_{config.seed}",
+                dir=folder,
+                mode="online" if config.tracking.wandb == "online" else "offline",
+                settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
+            )
+            while (row := self._rows.get()) is not None:
+                values = {k: v for k, v in row.items() if k not in ("kind", "step")}
+                run.log({f"{row['kind']}/{k}": v for k, v in values.items()}, step=int(row["step"]))
+            run.finish()
+        except Exception as error:  # the mirror's trouble is never the run's
+            _warn(f"{type(error).__name__}: {error}")
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"wandb: {reason}; training goes on, metrics.jsonl is complete",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class ProgressTracker:
+    """A live bar on a terminal; elsewhere one line per evaluation."""
+
+    def __init__(self, name: str, total_steps: int, console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stderr)
+        self._name = name
+        self._total_steps = total_steps
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=total_steps, text="")
+        self._bar.start()
+
+    def log(self, row: Row) -> None:
+        if row["kind"] == "train":
+            text = (
+                f"epoch {row['epoch']:.1f}  round {row['round']} (H={row['h']})  "
+                f"lr {row['lr']:.2e}  loss {row['loss']:.3f}  {row['images_per_second']:.0f} img/s"
+            )
+            self._bar.update(self._task, completed=int(row["step"]), text=text)
+            return
+        shadow = "  (averaged for this evaluation only)" if row["shadow"] else ""
+        self._console.print(
+            f"{self._name}  step {row['step']}/{self._total_steps}  epoch {row['epoch']:.1f}  "
+            f"top-1 {row['top1']:.2f} %  loss {row['loss']:.3f}{shadow}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def rewind(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
+    """The trackers of the main rank."""
+    settings: TrackingConfig = config.tracking
+    trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl")]
+    if settings.wandb != "none":
+        trackers.append(WandbTracker(config, folder))
+    if settings.progress:
+        name = f"{config.experiment} seed {config.seed}"
+        trackers.append(ProgressTracker(name, total_steps))
+    return RunTracker(*trackers)

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Train one run, or go on with it.
+
+    python scripts/train.py experiment=demo/quadratic seed=2 sync.alpha=0.02
+    torchrun --nproc-per-node 2 scripts/train.py experiment=demo/quadratic seed=2
+
+Settings are those of configs/, described in qsr/config/schema.py. Without a launcher the ranks
+are started here. The run lives in runs/EXPERIMENT/seed_SEED; the same command goes on with it
+from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong settings.
+"""
+
+import os
+import sys
+from typing import Any
+
+from qsr.config.load import ConfigError, load_config, run_folder
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        config = load_config(arguments)
+    except ConfigError as error:
+        return _refuse(error)
+
+    from qsr import launch  # after the settings are known to be right: torch takes seconds
+    from qsr.checkpoint import CheckpointError
+    from qsr.data import DataError
+    from qsr.distributed import ClusterError
+    from qsr.runfolder import check_run_folder
+
+    try:
+        finished = check_run_folder(config).summary_if_finished()
+        if finished is None:
+            (finished,) = launch.execute([config])
+    except (ConfigError, DataError, ClusterError) as error:
+        return _refuse(error)
+    except (launch.RunFailedError, CheckpointError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    if os.environ.get("RANK", "0") == "0":
+        print(_last_line(finished, str(run_folder(config))))
+    return 0
+
+
+def _last_line(summary: dict[str, Any] | None, folder: str) -> str:
+    if summary is None:
+        return f"stopped at stop_after_steps; the same command without it goes on: {folder}"
+    return (
+        f"top-1 {summary['top1']:.2f} %  {summary['averages']} averages in {summary['steps']} "
+        f"steps (volume {100 * summary['volume']:.1f} %)  {folder}"
+    )
+
+
+def _refuse(error: Exception) -> int:
+    print(f"refused: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

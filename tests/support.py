@@ -1,0 +1,261 @@
+"""Small runs for tests: a trainer on data in memory, and real processes that form a group."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
+from qsr.checkpoint import Checkpointer
+from qsr.config import schema
+from qsr.core.plan import Plan
+from qsr.core.sampling import Sampler
+from qsr.data import Batch, Request
+from qsr.distributed import Communicator, Topology
+from qsr.evaluation import BatchNormSource, Evaluator
+from qsr.flat import FlatModule
+from qsr.losses import TrainingLoss
+from qsr.optim import averaged_state_keys, build_optimizer
+from qsr.precision import Precision
+from qsr.tracking import Row
+from qsr.trainer import Due, Trainer
+from qsr.worker import Worker
+
+CPU = torch.device("cpu")
+
+
+class MemoryLoader:
+    """Images and labels in memory. A request's seed adds noise, as augmentation would."""
+
+    def __init__(self, images: Tensor, labels: Tensor, noise: float = 0.0) -> None:
+        self.images, self.labels, self.noise = images, labels, noise
+        self.requested: list[Request] = []
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        for request in requests:
+            self.requested.append(request)
+            indices = torch.tensor(request.indices)
+            images = self.images[indices]
+            if self.noise:
+                generator = torch.Generator().manual_seed(request.seed)
+                images = images + self.noise * torch.randn(images.shape, generator=generator)
+            yield Batch(images, self.labels[indices])
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryTracker:
+    """Keeps rows in a list."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def log(self, row: Row) -> None:
+        self.rows.append(dict(row))
+
+    def rewind(self, step: int) -> None:
+        self.rows = [row for row in self.rows if row["step"] <= step]
+
+    def close(self) -> None:
+        pass
+
+
+def digits_like(samples: int = 96, classes: int = 4, size: int = 6) -> tuple[Tensor, Tensor]:
+    """Images [n, 3, size, size] of `classes` noisy patterns, and their labels."""
+    generator = torch.Generator().manual_seed(7)
+    patterns = torch.randn(classes, 3, size, size, generator=generator)
+    labels = torch.arange(samples) % classes
+    return patterns[labels] + 0.5 * torch.randn(samples, 3, size, size, generator=generator), labels
+
+
+def linear_net() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+
+
+def batchnorm_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Flatten(),
+        nn.Linear(80, 4),
+    )
+
+
+def sgd(**changes: Any) -> schema.SgdConfig:
+    values = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "clip_norm": None}
+    return schema.SgdConfig(name="sgd", **(values | changes))
+
+
+def adamw(**changes: Any) -> schema.AdamWConfig:
+    values = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05, "clip_norm": None}
+    return schema.AdamWConfig(name="adamw", **(values | changes))
+
+
+@dataclass
+class Setup:
+    """A small run. Everything but `plan` has a default."""
+
+    plan: Plan
+    workers: int = 2
+    global_batch: int = 8
+    micro_batch: int | None = None
+    net: Callable[[], nn.Module] = linear_net
+    optimizer: schema.OptimizerConfig = field(default_factory=sgd)
+    average_momentum: bool = False
+    average_second_moment: bool = False
+    precision: str = "fp32"
+    noise: float = 0.1
+    mixup_alpha: float = 0.0
+    samples: int = 96
+    seed: int = 1
+    log_every: int = 5
+    evaluate_every: int = 1000
+    checkpoint_every: int | None = None
+    stop_after: int | None = None
+    folder: Path = Path("/nonexistent")
+    config_hash: str = "0123456789abcdef"
+    loss: Callable[..., Tensor] | None = None
+
+
+@dataclass
+class Rig:
+    trainer: Trainer
+    workers: list[Worker]
+    tracker: MemoryTracker
+    evaluator: Evaluator
+    loader: MemoryLoader
+    communicator: Communicator
+
+    def parameters(self, worker: int = 0) -> Tensor:
+        """A copy of all parameters of one of this rank's workers."""
+        module = self.workers[worker].model.module
+        return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def build(setup: Setup, topology: Topology | None = None, device: torch.device = CPU) -> Rig:
+    """Trainer and parts of one rank; joins the process group if there are several."""
+    topology = topology or Topology(0, 1, 0, setup.workers)
+    communicator = Communicator(topology, device, timeout_seconds=60.0)
+    precision = Precision(setup.precision, device)  # type: ignore[arg-type]
+
+    def make_net() -> nn.Module:
+        torch.manual_seed(setup.seed)
+        return setup.net().to(device)
+
+    workers = []
+    for index in topology.workers:
+        model = FlatModule(make_net(), FINGERPRINT_SIZE)
+        optimizer = build_optimizer(
+            setup.optimizer, model.module.parameters(), fused=setup.precision == "fp16"
+        )
+        workers.append(Worker(index, model, optimizer, precision.scaler()))
+    images, labels = digits_like(setup.samples)
+    sampler = Sampler(setup.samples, setup.global_batch, setup.workers, setup.seed)
+    micro_batch = setup.micro_batch or sampler.local_batch
+    loader = MemoryLoader(images, labels, setup.noise)
+    batchnorm = BatchNormSource(MemoryLoader(images, labels, setup.noise), sampler, micro_batch, 8)
+    evaluator = Evaluator(
+        make_net(),
+        MemoryLoader(images, labels),
+        len(labels),
+        10,
+        batchnorm,
+        communicator,
+        precision,
+    )
+    sync = schema.ConstantSync(
+        average_momentum=setup.average_momentum,
+        average_second_moment=setup.average_second_moment,
+        rule="constant",
+        h=1,
+    )
+    keys = averaged_state_keys(setup.optimizer, sync)
+    tracker = MemoryTracker()
+    trainer = Trainer(
+        plan=setup.plan,
+        sampler=sampler,
+        workers=workers,
+        moments=MomentBuffers([worker.optimizer for worker in workers], keys),
+        loader=loader,
+        loss=setup.loss or TrainingLoss(schema.LossConfig(0.0, setup.mixup_alpha)),  # type: ignore[arg-type]
+        micro_batch=micro_batch,
+        clip_norm=setup.optimizer.clip_norm,
+        precision=precision,
+        communicator=communicator,
+        evaluator=evaluator,
+        checkpointer=Checkpointer(setup.folder / "checkpoints", 2, communicator),
+        tracker=tracker,
+        due=Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
+        config_hash=setup.config_hash,
+    )
+    return Rig(trainer, workers, tracker, evaluator, loader, communicator)
+
+
+def train(setup: Setup, topology: Topology | None = None) -> Rig:
+    """Build, resume if there is something to resume, and train."""
+    rig = build(setup, topology)
+    rig.trainer.restore()
+    rig.trainer.train()
+    return rig
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """Call `function(rank, ranks, *arguments)` in `ranks` processes that can form a gloo group.
+
+    Returns what each returned; an exception comes back as its text, a dead process as its exit
+    code in an int.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # imported once by the fork server instead of by every process
+    context.set_forkserver_preload(["tests.support"])
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(ranks):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank_main, args=(function, rank, ranks, port, sender, arguments), daemon=True
+        )
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    results: list[Any] = []
+    for receiver, process in zip(pipes, processes, strict=True):
+        try:
+            results.append(receiver.recv())
+        except EOFError:
+            process.join()
+            results.append(process.exitcode)
+    for process in processes:
+        process.join(30)
+        process.kill()
+    return results
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, ranks: int, port: int, sender: Any, arguments: Any
+) -> None:
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    try:
+        sender.send(function(rank, ranks, *arguments))
+    except Exception as error:
+        traceback.print_exc()
+        sender.send(f"{type(error).__name__}: {error}")
