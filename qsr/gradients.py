@@ -1,5 +1,6 @@
 """Data parallel training: the average of the gradients in every step."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -24,12 +25,14 @@ class GradientAverager:
         self._ddp: DistributedDataParallel | None = None
         topology = communicator.topology
         if topology.num_workers > 1 and len(workers) == 1:
-            self._ddp = DistributedDataParallel(
-                workers[0].model.module,
-                # each worker's BatchNorm statistics are its own
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():
+                # deprecated by torch 2.15 for a name that older versions do not have
+                warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+                self._ddp = DistributedDataParallel(
+                    workers[0].model.module,
+                    broadcast_buffers=False,  # each worker's BatchNorm statistics are its own
+                    gradient_as_bucket_view=True,
+                )
             workers[0].forward = self._ddp
         elif topology.num_workers > 1:
             for worker in workers:

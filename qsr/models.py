@@ -29,7 +29,7 @@ def build_model(settings: ModelConfig, num_classes: int, image_size: int) -> nn.
             if not timm.is_model(name):
                 near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
                 raise ValueError(f"model.timm_name={name}: timm has no such model; near: {near}")
-            model = timm.create_model(name, pretrained=False, num_classes=num_classes)
+            model = timm.create_model(name, num_classes=num_classes)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     return model

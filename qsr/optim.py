@@ -21,7 +21,7 @@ def build_optimizer(
     lr = 0.0  # the trainer sets the rate before every step
     match settings:
         case schema.SgdConfig():
-            return torch.optim.SGD(
+            optimizer = torch.optim.SGD(
                 trainable,
                 lr=lr,
                 momentum=settings.momentum,
@@ -29,6 +29,12 @@ def build_optimizer(
                 weight_decay=settings.weight_decay,
                 fused=fused,
             )
+            if fused and settings.momentum:
+                # torch's fused SGD takes memory as it comes for a momentum buffer whose first
+                # update is skipped by an overflow, and from then on counts it as initialised
+                for parameter in trainable:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return optimizer
         case schema.AdamWConfig():
             return torch.optim.AdamW(
                 trainable,

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
 from qsr.checkpoint import Checkpointer
@@ -29,6 +31,12 @@ from qsr.trainer import Due, Trainer
 from qsr.worker import Worker
 
 CPU = torch.device("cpu")
+_SCRATCH = tempfile.TemporaryDirectory(prefix="qsr-tests-")
+
+
+def new_folder() -> Path:
+    """An empty folder that lives as long as the tests."""
+    return Path(tempfile.mkdtemp(dir=_SCRATCH.name))
 
 
 class MemoryLoader:
@@ -50,6 +58,19 @@ class MemoryLoader:
 
     def close(self) -> None:
         pass
+
+
+class LossWithAccident:
+    """Cross entropy that is multiplied by `value` in one micro-batch, counted over the workers of
+    this rank."""
+
+    def __init__(self, at: int, value: float) -> None:
+        self.calls, self.at, self.value = 0, at, value
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        loss = functional.cross_entropy(model(images).float(), labels)
+        self.calls += 1
+        return loss * self.value if self.calls == self.at else loss
 
 
 class MemoryTracker:
@@ -122,7 +143,8 @@ class Setup:
     evaluate_every: int = 1000
     checkpoint_every: int | None = None
     stop_after: int | None = None
-    folder: Path = Path("/nonexistent")
+    folder: Path | None = None
+    """Of the run; None: a new one for every trainer (ranks of one run need a common one)."""
     config_hash: str = "0123456789abcdef"
     loss: Callable[..., Tensor] | None = None
 
@@ -144,6 +166,7 @@ class Rig:
 
 def build(setup: Setup, topology: Topology | None = None, device: torch.device = CPU) -> Rig:
     """Trainer and parts of one rank; joins the process group if there are several."""
+    folder = setup.folder or new_folder()
     topology = topology or Topology(0, 1, 0, setup.workers)
     communicator = Communicator(topology, device, timeout_seconds=60.0)
     precision = Precision(setup.precision, device)  # type: ignore[arg-type]
@@ -193,7 +216,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         precision=precision,
         communicator=communicator,
         evaluator=evaluator,
-        checkpointer=Checkpointer(setup.folder / "checkpoints", 2, communicator),
+        checkpointer=Checkpointer(folder / "checkpoints", 2, communicator),
         tracker=tracker,
         due=Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
         config_hash=setup.config_hash,

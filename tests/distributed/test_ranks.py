@@ -1,0 +1,207 @@
+"""Real processes that form a gloo group."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qsr import ConstantRule, ConstantSchedule, CosineSchedule, EveryStepRule, Plan, QuadraticRule
+from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerprint
+from qsr.batchnorm import reestimate
+from qsr.distributed import Communicator, Topology
+from qsr.flat import FlatBuffers
+from qsr.trainer import TrainingError
+from tests.support import (
+    CPU,
+    LossWithAccident,
+    Setup,
+    batchnorm_net,
+    build,
+    new_folder,
+    run_ranks,
+    sgd,
+    train,
+)
+
+COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=4, total_steps=24)
+QSR = Plan(COSINE, QuadraticRule(h_base=2, alpha=0.15))
+GRADIENTS = Plan(COSINE, EveryStepRule("gradients"))
+
+
+def odd_tensors(rank: int) -> list[torch.Tensor]:
+    channels_last = torch.arange(2 * 3 * 5 * 5.0).view(2, 3, 5, 5)
+    return [
+        torch.arange(7.0) * (rank + 1),
+        channels_last.to(memory_format=torch.channels_last) + rank,
+        torch.tensor(float(rank)),
+        torch.arange(6, dtype=torch.float64).view(2, 3).t() - rank,
+        torch.full((5,), float(rank), dtype=torch.bfloat16),
+    ]
+
+
+def average_odd_tensors(rank: int, ranks: int) -> Any:
+    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    buffers = FlatBuffers(odd_tensors(rank), FINGERPRINT_SIZE)
+    mark = Fingerprint(step=3, round=1, h=3, config="c0ffee")
+    Averager(communicator, ranks).average_([buffers], mark)
+    gathered = communicator.gather_floats([rank, 2.0 * rank])
+    flags = [communicator.any(rank == 2), communicator.any(False)]
+    seconds = communicator.seconds()
+    communicator.close()
+    return [view.tolist() for view in buffers.views], gathered, flags, seconds
+
+
+def test_averages_by_value_over_three_ranks() -> None:
+    mean = [
+        torch.stack([odd_tensors(rank)[i] for rank in range(3)]).mean(0).tolist() for i in range(5)
+    ]
+    for values, gathered, flags, seconds in run_ranks(average_odd_tensors, 3):
+        assert values == mean
+        assert gathered == [[0, 0], [1, 2], [2, 4]]
+        assert flags == [True, False]
+        assert seconds > 0.0
+
+
+def disagree(rank: int, ranks: int, field: str) -> str:
+    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    buffers = FlatBuffers([torch.ones(3)], FINGERPRINT_SIZE)
+    mark = Fingerprint(step=8, round=2, h=4, config="c0ffee")
+    averager = Averager(communicator, ranks)
+    averager.average_([buffers], mark)  # all agree
+    if rank == 1:
+        other: Any = {field: "decaf" if field == "config" else 77}
+        mark = mark._replace(**other)
+    try:
+        averager.average_([buffers], mark)
+    except DisagreementError as error:
+        return str(error)
+    return "mixed in silence"
+
+
+@pytest.mark.parametrize("field", Fingerprint._fields)
+def test_ranks_that_disagree_get_an_error_at_the_next_average(field: str) -> None:
+    for message in run_ranks(disagree, 2, field):
+        assert f"disagree on {field} " in message
+
+
+def train_ranks(rank: int, ranks: int, setup: Setup) -> Any:
+    """Every worker's tensors after a run, and the rows of the log, of one rank."""
+    rig = train(setup, Topology(rank, ranks, rank, setup.workers))
+    rig.communicator.close()
+    tensors = {
+        worker.index: {name: t.tolist() for name, t in worker.tensors().items()}
+        for worker in rig.workers
+    }
+    rows = [
+        {k: v for k, v in row.items() if "second" not in k and k != "kind"}
+        for row in rig.tracker.rows
+    ]
+    return tensors, rows
+
+
+def on(ranks: int, setup: Setup) -> tuple[dict[int, Any], list[dict[str, Any]]]:
+    """The same, of all workers of a run on `ranks` processes."""
+    setup = replace(setup, folder=setup.folder or new_folder())
+    if ranks == 1:
+        tensors, rows = train_ranks(0, 1, setup)
+        return tensors, rows
+    results = run_ranks(train_ranks, ranks, setup)
+    assert not any(isinstance(result, str | int) for result in results), results
+    return {k: v for tensors, _ in results for k, v in tensors.items()}, results[0][1]
+
+
+SETUP = Setup(QSR, net=batchnorm_net, optimizer=sgd(momentum=0.9), evaluate_every=7)
+
+
+@pytest.mark.parametrize("plan", [QSR, GRADIENTS], ids=["local", "data_parallel"])
+def test_two_virtual_workers_are_two_processes_bit_for_bit(plan: Plan) -> None:
+    setup = replace(SETUP, plan=plan, mixup_alpha=0.2, micro_batch=2)
+    virtual, rows = on(1, setup)
+    processes, process_rows = on(2, setup)
+    assert virtual == processes
+    for ours, theirs in zip(process_rows, rows, strict=True):
+        # not to the bit: the ranks' statistics of BatchNorm are pooled in another order
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", [QSR, GRADIENTS], ids=["local", "data_parallel"])
+def test_four_workers_on_one_two_and_four_ranks_agree_to_rounding(plan: Plan) -> None:
+    setup = replace(SETUP, plan=plan, workers=4, net=batchnorm_net)
+    reference, _ = on(1, setup)
+    for ranks in (2, 4):
+        result, _ = on(ranks, setup)
+        for worker in range(4):
+            for name, values in reference[worker].items():
+                torch.testing.assert_close(
+                    torch.tensor(result[worker][name]),
+                    torch.tensor(values),
+                    rtol=1e-4,
+                    atol=1e-5,
+                )
+
+
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
+    """K workers are the same run on any ranks: two processes go on with what one began."""
+    setup = replace(SETUP, checkpoint_every=5)
+    whole, _ = on(1, setup)
+    on(1, replace(setup, stop_after=11, folder=tmp_path))
+    resumed, _ = on(2, replace(setup, folder=tmp_path))
+    assert resumed == whole
+
+
+def pooled_statistics(rank: int, ranks: int) -> list[float]:
+    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    # other means, other sizes, and none on the last rank
+    batches = [] if rank == 2 else [torch.arange(2.0 * n).view(n, 2) * (rank + 1) for n in (3, 5)]
+    reestimate(net, batches, communicator)
+    communicator.close()
+    layer = net[0]
+    assert isinstance(layer, torch.nn.BatchNorm1d)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return [*layer.running_mean.tolist(), *layer.running_var.tolist()]
+
+
+def test_batchnorm_statistics_are_those_of_all_ranks_batches_pooled() -> None:
+    pooled = torch.cat(
+        [torch.arange(2.0 * n).view(n, 2) * (rank + 1) for rank in (0, 1) for n in (3, 5)]
+    )
+    expected = [*pooled.mean(0).tolist(), *pooled.var(0).tolist()]
+    for values in run_ranks(pooled_statistics, 3):
+        assert values == pytest.approx(expected, rel=1e-6)
+
+
+def diverge(rank: int, ranks: int) -> str:
+    plan = Plan(ConstantSchedule(0.1, 20), ConstantRule(8))
+    loss = LossWithAccident(at=3 if rank == 1 else 0, value=float("nan"))
+    setup = Setup(plan, log_every=4, loss=loss)
+    rig = build(setup, Topology(rank, ranks, rank, ranks))
+    try:
+        rig.trainer.train()
+    except (TrainingError, DisagreementError) as error:
+        return f"step {rig.trainer.progress.step}: {error}"
+    return "went on"
+
+
+def test_all_ranks_stop_in_the_same_step_when_one_loss_is_not_finite() -> None:
+    messages = run_ranks(diverge, 2)
+    assert {message.split(":")[0] for message in messages} == {"step 4"}
+    assert all("loss is not finite" in message for message in messages)
+
+
+def start_unequal(rank: int, ranks: int) -> str:
+    setup = Setup(QSR, seed=rank)
+    rig = build(setup, Topology(rank, ranks, rank, ranks))
+    try:
+        rig.trainer.train()
+    except TrainingError as error:
+        return str(error)
+    return "went on"
+
+
+def test_unequal_initial_weights_are_refused() -> None:
+    for message in run_ranks(start_unequal, 2):
+        assert "initial weights differ" in message

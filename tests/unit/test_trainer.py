@@ -1,0 +1,254 @@
+"""The algorithm against independent references, on virtual workers in one process."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qsr import (
+    ConstantRule,
+    ConstantSchedule,
+    CosineSchedule,
+    EveryStepRule,
+    LinearSchedule,
+    Plan,
+    PostLocalRule,
+    QuadraticRule,
+    SwapRule,
+)
+from qsr.core.sampling import Sampler
+from qsr.core.seeds import seed_for
+from qsr.trainer import TrainingError
+from tests.support import (
+    LossWithAccident,
+    Setup,
+    adamw,
+    batchnorm_net,
+    build,
+    digits_like,
+    sgd,
+    train,
+)
+
+COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=4, total_steps=24)
+GRADIENTS = Plan(COSINE, EveryStepRule("gradients"))
+PARAMETERS = Plan(COSINE, EveryStepRule("parameters"))
+QSR = Plan(COSINE, QuadraticRule(h_base=2, alpha=0.15))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("workers", [2, 4])
+def test_averaging_every_step_is_data_parallel_sgd(workers: int, momentum: float) -> None:
+    optimizer = sgd(momentum=momentum, weight_decay=0.01)
+    setup = Setup(GRADIENTS, workers, optimizer=optimizer, net=batchnorm_net)
+    local = train(replace(setup, plan=PARAMETERS))
+    parallel = train(setup)
+    torch.testing.assert_close(local.parameters(), parallel.parameters(), rtol=1e-5, atol=1e-6)
+
+
+def test_data_parallel_is_the_large_batch() -> None:
+    """K workers of b images are one worker of K b images (no BatchNorm, equal noise)."""
+    four = train(Setup(GRADIENTS, workers=4, noise=0.0))
+    one = train(Setup(GRADIENTS, workers=1, noise=0.0))
+    torch.testing.assert_close(four.parameters(), one.parameters(), rtol=1e-5, atol=1e-6)
+
+
+def numpy_local_sgd(plan: Plan, workers: int, batch: int, rate_decay: float) -> Any:
+    """Softmax regression by local SGD, in numpy."""
+    torch.manual_seed(1)
+    layer = nn.Linear(108, 4)
+    images, labels = digits_like()
+    x, onehot = images.flatten(1).double().numpy(), np.eye(4)[labels.numpy()]
+    sampler = Sampler(96, batch, workers, seed=1)
+    w = np.stack([layer.weight.detach().double().numpy().T] * workers)
+    b = np.stack([layer.bias.detach().double().numpy()] * workers)
+    for round_ in plan.rounds():
+        for step in range(round_.start, round_.end):
+            for k in range(workers):
+                rows = sampler.indices(step, k)
+                logits = x[rows] @ w[k] + b[k]
+                p = np.exp(logits - logits.max(axis=1, keepdims=True))
+                error = (p / p.sum(axis=1, keepdims=True) - onehot[rows]) / len(rows)
+                w[k] -= plan.schedule(step) * (x[rows].T @ error + rate_decay * w[k])
+                b[k] -= plan.schedule(step) * (error.sum(axis=0) + rate_decay * b[k])
+        w[:], b[:] = w.mean(axis=0), b.mean(axis=0)
+    return np.concatenate([w[0].T.ravel(), b[0]])
+
+
+@pytest.mark.parametrize("workers", [1, 3, 4])
+def test_rounds_against_numpy(workers: int) -> None:
+    setup = Setup(QSR, workers, global_batch=12, noise=0.0, optimizer=sgd(weight_decay=0.01))
+    expected = numpy_local_sgd(QSR, workers, 12, rate_decay=0.01)
+    np.testing.assert_allclose(train(setup).parameters().numpy(), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_workers_agree_after_every_round_and_differ_within() -> None:
+    plan = Plan(ConstantSchedule(0.1, 10), ConstantRule(4))
+    at_border = train(Setup(plan, stop_after=8))
+    assert torch.equal(at_border.parameters(0), at_border.parameters(1))
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    return Setup(
+        QSR,
+        net=batchnorm_net,
+        optimizer=sgd(momentum=0.9),
+        mixup_alpha=0.2,
+        checkpoint_every=5,
+        folder=tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"plan": GRADIENTS},
+        {"plan": Plan(COSINE, PostLocalRule(9, 4))},
+        {"plan": Plan(COSINE, SwapRule(9))},
+        {"optimizer": adamw(clip_norm=1.0), "micro_batch": 2, "average_momentum": True},
+        {"optimizer": adamw(), "average_momentum": True, "average_second_moment": True},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stop", [10, 11, 15])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    setup: Setup, changes: dict[str, Any], stop: int
+) -> None:
+    """Stopped at a checkpoint, in the middle of a round or at its end: the same bits after it."""
+    setup = replace(setup, **changes)
+    whole = train(replace(setup, folder=None))
+    train(replace(setup, stop_after=stop))
+    resumed = train(setup)
+    assert resumed.loader.requested[0].seed == seed_for(1, "augment", worker=0, step=stop)
+    for ours, theirs in zip(resumed.workers, whole.workers, strict=True):
+        assert ours.tensors().keys() == theirs.tensors().keys()
+        for name, tensor in theirs.tensors().items():
+            assert torch.equal(ours.tensors()[name], tensor), name
+        assert ours.values() == theirs.values()
+    assert resumed.trainer.evaluation == whole.trainer.evaluation
+    assert resumed.trainer.progress.averages == whole.trainer.progress.averages
+    last, expected = resumed.tracker.rows[-1], whole.tracker.rows[-1]
+    assert (last["step"], last["top1"]) == (expected["step"], expected["top1"])
+    losses = [r["loss"] for r in whole.tracker.rows if r["kind"] == "train" and r["step"] > stop]
+    resumed_losses = [r["loss"] for r in resumed.tracker.rows if r["kind"] == "train"]
+    assert resumed_losses[-len(losses) :] == pytest.approx(losses, rel=1e-12)
+
+
+@pytest.mark.parametrize("plan", [QSR, GRADIENTS])
+def test_evaluations_leave_training_untouched(setup: Setup, plan: Plan) -> None:
+    often = train(replace(setup, plan=plan, evaluate_every=1, folder=None))
+    never = train(replace(setup, plan=plan, evaluate_every=1000))
+    assert len(often.tracker.rows) > len(never.tracker.rows) + 20
+    for ours, theirs in zip(often.workers, never.workers, strict=True):
+        for name, tensor in theirs.tensors().items():
+            assert torch.equal(ours.tensors()[name], tensor), name
+
+
+def test_evaluation_in_a_round_is_of_the_mean_and_marked() -> None:
+    plan = Plan(ConstantSchedule(0.1, 8), ConstantRule(8))
+    rig = train(Setup(plan, evaluate_every=3, noise=0.0))
+    evaluations = [row for row in rig.tracker.rows if row["kind"] == "eval"]
+    assert [(r["step"], r["shadow"]) for r in evaluations] == [(3, True), (6, True), (8, False)]
+    images, labels = digits_like()
+    # by hand: two workers alone for 6 steps, then the mean of their weights
+    mean = train_alone_and_average(plan, steps=6)
+    logits = functional.linear(images.flatten(1), mean[:432].view(4, 108), mean[432:])
+    shadow = evaluations[1]
+    assert shadow["top1"] == pytest.approx(
+        100 * (logits.argmax(1) == labels).double().mean().item()
+    )
+    assert shadow["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), 1e-5)
+
+
+def train_alone_and_average(plan: Plan, steps: int) -> Tensor:
+    shorter = Plan(ConstantSchedule(plan.schedule(0), steps), ConstantRule(steps))
+    return train(Setup(shorter, noise=0.0)).parameters()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_add_up_to_the_batch(micro_batch: int) -> None:
+    whole = train(Setup(QSR))
+    parts = train(Setup(QSR, micro_batch=micro_batch))
+    torch.testing.assert_close(parts.parameters(), whole.parameters(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", [QSR, GRADIENTS])
+def test_clipping_bounds_every_update(plan: Plan) -> None:
+    rig = build(Setup(plan, optimizer=sgd(clip_norm=0.01)))
+    before = rig.parameters()
+    rig.trainer.train()
+    moved = (rig.parameters() - before).norm()
+    rates = sum(COSINE(step) for step in range(24))
+    assert 0.5 * 0.01 * rates < moved <= 0.01 * rates * 1.001
+
+
+def test_fp16_overflow_skips_one_workers_update_and_no_step() -> None:
+    plan = Plan(ConstantSchedule(0.1, 8), ConstantRule(4))
+    accident = LossWithAccident(at=4, value=float("inf"))  # step 1, worker 1
+    rig = build(Setup(plan, precision="fp16", loss=accident, log_every=4, samples=32))
+    for worker in rig.workers:  # no overflow but the accident
+        worker.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    rig.trainer.train()
+    assert rig.trainer.progress.skipped_updates == 1
+    assert rig.trainer.progress.averages == 2  # the plan's, unshifted
+    assert rig.trainer.progress.step == 8
+    assert torch.equal(rig.parameters(0), rig.parameters(1))
+    assert rig.parameters().isfinite().all()
+    rows = [row for row in rig.tracker.rows if row["kind"] == "train"]
+    assert rows[-1]["skipped_updates"] == 1
+    assert [worker.scaler.get_scale() for worker in rig.workers] == [256.0, 128.0]
+
+
+def test_first_update_skipped_leaves_no_garbage_in_the_momentum() -> None:
+    plan = Plan(ConstantSchedule(0.1, 4), ConstantRule(4))
+    skipped = LossWithAccident(at=1, value=float("inf"))
+    setup = Setup(plan, workers=1, precision="fp16", loss=skipped, optimizer=sgd(momentum=0.9))
+    rig = build(setup)
+    rig.workers[0].scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    rig.trainer.train()
+    momenta = [state["momentum_buffer"] for state in rig.workers[0].optimizer.state.values()]
+    assert max(momentum.abs().max().item() for momentum in momenta) < 10.0
+    assert rig.trainer.progress.skipped_updates == 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
+    tmp_path: Path, value: float
+) -> None:
+    plan = Plan(ConstantSchedule(0.1, 20), ConstantRule(4))
+    setup = Setup(plan, checkpoint_every=5, folder=tmp_path, loss=LossWithAccident(14, value))
+    rig = build(setup)
+    with pytest.raises(TrainingError, match="loss is not finite at or before step 10"):
+        rig.trainer.train()
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert saved == ["step_000000005"]
+
+
+def test_requests_follow_the_sampler_with_a_seed_for_each_worker_and_step() -> None:
+    rig = train(Setup(QSR, workers=3, global_batch=6))
+    sampler = Sampler(96, 6, 3, seed=1)
+    assert rig.loader.requested == [
+        (sampler.indices(step, worker), seed_for(1, "augment", worker=worker, step=step))
+        for step in range(24)
+        for worker in range(3)
+    ]
+
+
+def test_learning_rates_and_rounds_in_the_log() -> None:
+    schedule = LinearSchedule(1e-2, 0.0, 0, 10)
+    plan = Plan(schedule, QuadraticRule(1, 1e-2))
+    rows = [r for r in train(Setup(plan, log_every=1)).tracker.rows if r["kind"] == "train"]
+    assert [row["lr"] for row in rows] == [schedule(step) for step in range(10)]
+    assert [(row["round"], row["h"]) for row in rows] == [
+        (plan.round_at(step).index, plan.round_at(step).length) for step in range(10)
+    ]
+    assert rows[-1]["averages"] == plan.num_rounds == 6
