@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, Any] | None:
         trainer.train()
         if not trainer.finished:
             return None
-        summary = _summary(config, plan, trainer, place)
+        summary = _summary(config, plan, trainer, place, len(train.files))
         if place.is_main:
             state = {k: v.contiguous().clone() for k, v in evaluator.model.state_dict().items()}
             save_file(state, folder.model)
@@ -86,7 +86,6 @@ def run(config: Config) -> dict[str, Any] | None:
         for loader in loaders:
             loader.close()
         tracker.close()
-        communicator.close()
 
 
 def _build(
@@ -193,6 +192,7 @@ def transforms(config: Config) -> tuple[TrainTransform, EvalTransform]:
         flip_probability=change.flip_probability,
         randaugment_depth=change.randaugment_depth,
         randaugment_strength=change.randaugment_strength,
+        randaugment_uniform=change.randaugment_uniform,
         mean=data.mean,
         std=data.std,
     )
@@ -202,7 +202,9 @@ def transforms(config: Config) -> tuple[TrainTransform, EvalTransform]:
     return train, validation
 
 
-def _summary(config: Config, plan: Plan, trainer: Trainer, place: Topology) -> dict[str, Any]:
+def _summary(
+    config: Config, plan: Plan, trainer: Trainer, place: Topology, train_images: int
+) -> dict[str, Any]:
     """What the run came to; what was not measured is absent."""
     progress, result = trainer.progress, trainer.evaluation
     assert result is not None  # the last step is always evaluated
@@ -219,6 +221,7 @@ def _summary(config: Config, plan: Plan, trainer: Trainer, place: Topology) -> d
         "ranks": place.ranks,
         "global_batch": config.global_batch,
         "epochs": config.epochs,
+        "train_images": train_images,
         "steps": plan.total_steps,
         "planned_rounds": plan.num_rounds,
         "averages": progress.averages,

@@ -95,12 +95,13 @@ class Communicator:
     """The collectives of a run, and the time that training's own averages took."""
 
     def __init__(self, topology: Topology, device: torch.device, timeout_seconds: float) -> None:
-        """Collective: joins the process group if there is more than one rank."""
+        """Collective: joins the process group, if there are several ranks and no run before this
+        one in the same process has done so. `leave_process_group` ends it."""
         self.topology = topology
         self.device = device
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        if topology.ranks > 1:
+        if topology.ranks > 1 and not dist.is_initialized():
             # gloo beside NCCL: barriers and flags of the host never wait for the GPU's queue
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
@@ -152,7 +153,8 @@ class Communicator:
         """Collective: wait until every rank is here."""
         self.any(False)
 
-    def close(self) -> None:
-        """Leave the process group. Not collective: safe while other ranks are failing."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+def leave_process_group() -> None:
+    """Leave the process group, if there is one. Not collective: safe while other ranks fail."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

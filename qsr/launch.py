@@ -1,16 +1,21 @@
 """Start a run's ranks: in this process, as processes of this machine, or as told by a launcher."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    record,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qsr.build import open_data, run
 from qsr.config.schema import Config
-from qsr.distributed import launched
+from qsr.distributed import launched, leave_process_group
 from qsr.runfolder import check_run_folder
 
 
@@ -18,17 +23,28 @@ class RunFailedError(RuntimeError):
     """A rank failed; the message is that of the first failure, with its rank."""
 
 
+_EXPECTED = (
+    "CheckpointError",
+    "ClusterError",
+    "ConfigError",
+    "DataError",
+    "DisagreementError",
+    "TrainingError",
+)
+"""Errors whose message says everything; any other one is shown with its traceback."""
+
+
 def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
     """Carry out runs one after the other and return what build.run returned for each.
 
-    All must ask for the same number of ranks. Under a launcher such as torchrun this process is
+    All must ask for the same ranks and device. Under a launcher such as torchrun this process is
     one rank; otherwise the ranks are started here, once for all runs, and RunFailedError is raised
     if one of them fails.
     """
-    wanted = {number_of_ranks(config) for config in configs}
+    wanted = {(number_of_ranks(config), config.cluster.device) for config in configs}
     if len(wanted) > 1:
-        raise ValueError(f"runs of {sorted(wanted)} ranks cannot share one launch")
-    ranks = wanted.pop()
+        raise ValueError(f"these runs cannot share one launch: {sorted(wanted)}")
+    ((ranks, _),) = wanted
     if launched() or ranks == 1:
         return _run_all(configs)
     for config in configs:  # one clear line now, instead of one from every rank
@@ -44,15 +60,14 @@ def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    # its report of a failure is replaced by ours
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         results: dict[int, list[dict[str, Any] | None]] = elastic_launch(settings, _rank_main)(
             configs
         )
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message
-        text = message.get("message", "") if isinstance(message, dict) else message
-        raise RunFailedError(f"rank {rank}: {text}") from None
+        raise RunFailedError(_describe(*error.get_first_failure())) from None
     return results[0]
 
 
@@ -73,4 +88,18 @@ def _rank_main(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
 
 
 def _run_all(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
-    return [run(config) for config in configs]
+    try:
+        return [run(config) for config in configs]
+    finally:
+        leave_process_group()
+
+
+def _describe(rank: int, failure: ProcessFailure) -> str:
+    """The first failure in one line, or with its traceback if it was not foreseen."""
+    report = failure.message
+    if not isinstance(report, dict):
+        return f"rank {rank}: {report}"
+    text = report["message"]
+    if not text.startswith(_EXPECTED):
+        text += "\n" + report["extraInfo"]["py_callstack"]
+    return f"rank {rank}: {text}"

@@ -43,8 +43,7 @@ def check_run_folder(config: Config) -> RunFolder:
     can be written there."""
     folder = RunFolder(run_folder(config))
     if folder.config.exists():
-        stored = parse_config(yaml.safe_load(folder.config.read_text()))
-        changed = differences(config, stored)
+        changed = differences(config, read_config(folder.config))
         if changed:
             raise ConfigError(
                 f"{folder.path} holds a run with other settings ({'; '.join(changed)}): delete it, "
@@ -54,6 +53,17 @@ def check_run_folder(config: Config) -> RunFolder:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"runs_dir: {existing} is not a folder that can be written")
     return folder
+
+
+def read_config(path: Path) -> Config:
+    """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
+    try:
+        return parse_config(yaml.safe_load(path.read_text()))
+    except (ConfigError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} cannot be read by this version ({error}): delete {path.parent}, or use the "
+            f"version that made it"
+        ) from None
 
 
 def write_records(folder: RunFolder, config: Config, topology: Topology, device: str) -> None:

@@ -8,6 +8,7 @@ import json
 import queue
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -169,12 +170,21 @@ def _warn(reason: str) -> None:
 
 
 class ProgressTracker:
-    """A live bar on a terminal; elsewhere one line per evaluation."""
+    """A live bar on a terminal, with a line per evaluation above it; elsewhere only such lines, at
+    most one every `quiet_seconds` and the last."""
 
-    def __init__(self, name: str, total_steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        total_steps: int,
+        console: Console | None = None,
+        quiet_seconds: float = 10.0,
+    ) -> None:
         self._console = console or Console(file=sys.stderr)
         self._name = name
         self._total_steps = total_steps
+        self._quiet_seconds = quiet_seconds
+        self._quiet_until = 0.0
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
@@ -195,6 +205,10 @@ class ProgressTracker:
             )
             self._bar.update(self._task, completed=int(row["step"]), text=text)
             return
+        now, last = time.monotonic(), row["step"] == self._total_steps
+        if not (self._console.is_terminal or last or now >= self._quiet_until):
+            return
+        self._quiet_until = now + self._quiet_seconds
         shadow = "  (averaged for this evaluation only)" if row["shadow"] else ""
         self._console.print(
             f"{self._name}  step {row['step']}/{self._total_steps}  epoch {row['epoch']:.1f}  "

@@ -20,7 +20,7 @@ from qsr.config import schema
 from qsr.core.plan import Plan
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
-from qsr.distributed import Communicator, Topology
+from qsr.distributed import Communicator, Topology, leave_process_group
 from qsr.evaluation import BatchNormSource, Evaluator
 from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
@@ -282,3 +282,5 @@ def _rank_main(
     except Exception as error:
         traceback.print_exc()
         sender.send(f"{type(error).__name__}: {error}")
+    finally:
+        leave_process_group()

@@ -254,6 +254,8 @@ class AugmentationConfig:
     """Operations per image; 0: no RandAugment."""
     randaugment_strength: Fraction
     """Strength as a fraction of each operation's full range (libraries' "m" scales differ)."""
+    randaugment_uniform: bool
+    """Draw each operation's strength uniformly up to that one, instead of always taking it."""
 
 
 @dataclass(frozen=True, config=STRICT)

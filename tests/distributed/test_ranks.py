@@ -49,7 +49,6 @@ def average_odd_tensors(rank: int, ranks: int) -> Any:
     gathered = communicator.gather_floats([rank, 2.0 * rank])
     flags = [communicator.any(rank == 2), communicator.any(False)]
     seconds = communicator.seconds()
-    communicator.close()
     return [view.tolist() for view in buffers.views], gathered, flags, seconds
 
 
@@ -89,7 +88,6 @@ def test_ranks_that_disagree_get_an_error_at_the_next_average(field: str) -> Non
 def train_ranks(rank: int, ranks: int, setup: Setup) -> Any:
     """Every worker's tensors after a run, and the rows of the log, of one rank."""
     rig = train(setup, Topology(rank, ranks, rank, setup.workers))
-    rig.communicator.close()
     tensors = {
         worker.index: {name: t.tolist() for name, t in worker.tensors().items()}
         for worker in rig.workers
@@ -157,7 +155,6 @@ def pooled_statistics(rank: int, ranks: int) -> list[float]:
     # other means, other sizes, and none on the last rank
     batches = [] if rank == 2 else [torch.arange(2.0 * n).view(n, 2) * (rank + 1) for n in (3, 5)]
     reestimate(net, batches, communicator)
-    communicator.close()
     layer = net[0]
     assert isinstance(layer, torch.nn.BatchNorm1d)
     assert layer.running_mean is not None

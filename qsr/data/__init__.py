@@ -1,0 +1,76 @@
+"""Loading images: requests of indices and seeds go in, batches come out."""
+
+from typing import Literal
+
+import torch
+
+from qsr.data.batch import Batch, DataError, Loader, Request
+from qsr.data.datasets import ImageFolder, open_image_folders
+from qsr.data.torchvision import TorchvisionLoader
+from qsr.data.transforms import EvalTransform, TrainTransform
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "EvalTransform",
+    "ImageFolder",
+    "Loader",
+    "Request",
+    "TrainTransform",
+    "make_loader",
+    "open_image_folders",
+]
+
+
+def make_loader(
+    kind: Literal["auto", "dali", "torchvision"],
+    dataset: ImageFolder,
+    transform: TrainTransform | EvalTransform,
+    *,
+    batch_size: int,
+    device: torch.device,
+    threads: int,
+    prefetch: int = 2,
+    decode: Literal["cpu", "gpu"] = "cpu",
+) -> Loader:
+    """The loader named by `kind`; "auto" is DALI where it is installed, else torchvision.
+
+    Args:
+        batch_size: the largest batch that will be requested.
+        device: where the batches shall be.
+        threads: decoding threads of this process.
+        prefetch: batches in work while the caller uses the last one.
+        decode: where DALI decodes; torchvision decodes on the CPU.
+
+    Raises:
+        DataError: DALI is asked for and not installed, or decode="gpu" cannot be had.
+    """
+    if kind != "torchvision":
+        try:
+            from qsr.data.dali import DaliLoader  # an optional dependency
+
+            return DaliLoader(
+                dataset,
+                transform,
+                batch_size=batch_size,
+                device=device,
+                threads=threads,
+                prefetch=prefetch,
+                decode=decode,
+            )
+        except ImportError as error:
+            if kind == "dali":
+                raise DataError(
+                    f"loader=dali needs NVIDIA DALI ({error}): "
+                    "pip install nvidia-dali-cuda130, or take loader=torchvision"
+                ) from error
+    if decode == "gpu":
+        raise DataError("decode=gpu needs loader=dali with NVIDIA DALI installed: take decode=cpu")
+    return TorchvisionLoader(
+        dataset,
+        transform,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+        prefetch=prefetch,
+    )

@@ -1,0 +1,180 @@
+"""Loading with NVIDIA DALI: C++ threads decode and transform, on the CPU or on the GPU."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from qsr.data.batch import Batch, DataError, Request, check_request
+from qsr.data.dali_graph import Decode, eval_pipeline, train_pipeline
+from qsr.data.datasets import ImageFolder, unreadable_files
+from qsr.data.transforms import EvalTransform, TrainTransform, draw
+
+
+class DaliLoader:
+    """A `Loader` that runs a DALI pipeline.
+
+    Args:
+        threads: CPU threads of the pipeline; at least one is used.
+        prefetch: batches in work while the caller uses the last one.
+        decode: "gpu" decodes JPEGs on the GPU. Its pixels differ a little from the CPU's, so a
+            run must not change it on the way.
+
+    Raises:
+        DataError: `decode` is "gpu" without a CUDA device.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageFolder,
+        transform: TrainTransform | EvalTransform,
+        *,
+        batch_size: int,
+        device: torch.device,
+        threads: int,
+        prefetch: int = 2,
+        decode: Decode = "cpu",
+    ) -> None:
+        if decode == "gpu" and device.type != "cuda":
+            raise DataError(f"decode=gpu needs a CUDA device, not {device}: take decode=cpu")
+        self._dataset = dataset
+        self._transform = transform
+        self._batch_size = batch_size
+        self._device = device
+        self._threads = threads
+        self._prefetch = prefetch
+        self._decode = decode
+        self._gpu = device.type == "cuda"
+        self._labels = np.array(dataset.labels, dtype=np.int64)
+        self._pipeline = self._build(batch_size)
+        self._in_work: deque[Request] = deque()  # in the order of the pipeline's outputs
+        self._stream: object = None  # the newest stream; older ones end
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """See `Loader.batches`."""
+        stream = self._stream = object()
+        self._discard()
+        for request in requests:
+            self._schedule(request)
+            if len(self._in_work) > self._prefetch:
+                yield self._collect()
+                if self._stream is not stream:
+                    return
+        while self._in_work:
+            yield self._collect()
+            if self._stream is not stream:
+                return
+
+    def close(self) -> None:
+        """See `Loader.close`."""
+        self._in_work.clear()
+        self._pipeline = None  # its destructor ends the threads
+
+    def _build(self, batch_size: int) -> Any:
+        build: Any = (
+            train_pipeline if isinstance(self._transform, TrainTransform) else eval_pipeline
+        )
+        pipeline = build(
+            self._transform,
+            gpu=self._gpu,
+            decode=self._decode,
+            batch_size=batch_size,
+            num_threads=max(1, self._threads),
+            device_id=self._device_id(),
+            # Runs are scheduled ahead by hand: a queue of DALI's own could not be started for
+            # fewer requests than it is deep.
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _device_id(self) -> int | None:
+        if not self._gpu:
+            return None
+        return torch.cuda.current_device() if self._device.index is None else self._device.index
+
+    def _inputs(self, request: Request) -> dict[str, Any]:
+        """The pipeline's inputs by name; each has one row per sample."""
+        paths = [
+            np.frombuffer(os.fsencode(self._dataset.path(index)), dtype=np.uint8)
+            for index in request.indices
+        ]
+        inputs = {"paths": paths, "labels": self._labels[list(request.indices)]}
+        if isinstance(self._transform, TrainTransform):
+            draws = draw(self._transform, request.seed, len(request.indices))
+            inputs |= {"windows": draws.windows, "flips": draws.flips}
+            if self._transform.randaugment_depth > 0:
+                inputs |= {"ops": draws.ops, "values": draws.values}
+        return inputs
+
+    def _schedule(self, request: Request) -> None:
+        if self._pipeline is None:
+            raise RuntimeError("the loader is closed: make a new one")
+        check_request(request, self._batch_size, len(self._dataset))
+        _start(self._pipeline, self._inputs(request))
+        self._in_work.append(request)
+
+    def _collect(self) -> Batch:
+        """The oldest batch in work."""
+        # Bound to torch's stream, results need no host synchronisation. The dynamic executor
+        # gives each batch memory of its own and reuses it, in the order of that stream, only
+        # after the last tensor on it is gone: no copy is needed.
+        stream = torch.cuda.current_stream(self._device) if self._gpu else None
+        try:
+            images, labels = self._pipeline.outputs(stream)
+        except RuntimeError as error:
+            explanation = self._explain(error)
+            self.close()
+            raise explanation from error
+        self._in_work.popleft()
+        return Batch(from_dlpack(images.as_tensor()), from_dlpack(labels.as_tensor()))
+
+    def _discard(self) -> None:
+        """Drop what an abandoned stream left in work; a failure there concerns nobody."""
+        while self._in_work:
+            self._in_work.popleft()
+            try:
+                self._pipeline.outputs()
+            except RuntimeError:
+                self._in_work.clear()
+                self._pipeline = self._build(self._batch_size)
+
+    def _explain(self, error: RuntimeError) -> DataError:
+        """DALI seldom names the file that stopped it: find it among the batches in work."""
+        for request in self._in_work:
+            if reasons := self._unreadable(request):
+                return unreadable_files(self._dataset, reasons)
+        return DataError(f"DALI failed on a batch whose files load one by one: {_reason(error)}")
+
+    def _unreadable(self, request: Request) -> dict[int, str]:
+        """Run each sample alone with the same draws; the reason of each failure, by index."""
+        inputs = self._inputs(request)
+        reasons = {}
+        pipeline = self._build(1)
+        for row, index in enumerate(request.indices):
+            try:
+                _start(pipeline, {name: rows[row : row + 1] for name, rows in inputs.items()})
+                pipeline.outputs()
+            except RuntimeError as error:
+                reasons[index] = _reason(error)
+                pipeline = self._build(1)
+        return reasons
+
+
+def _start(pipeline: Any, inputs: Mapping[str, Any]) -> None:
+    for name, rows in inputs.items():
+        pipeline.feed_input(name, rows)
+    pipeline.schedule_run()
+
+
+def _reason(error: RuntimeError) -> str:
+    """The one informative line of DALI's message."""
+    message = str(error).partition("encountered:")[2] or str(error)
+    for boilerplate in ("C++ context", "Current pipeline object"):
+        message = message.partition(boilerplate)[0]
+    return " ".join(message.split())

@@ -1,0 +1,82 @@
+"""Run folders -> records."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import yaml
+
+from qsr.config import schema
+from qsr.config.load import parse_config
+from qsr.config.planning import make_plan
+from qsr.core.plan import Plan
+
+
+class ReportError(Exception):
+    """One line: which folder cannot be reported, and the mend."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it."""
+
+    folder: Path
+    config: schema.Config
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """What distinguishes the run among those of one table."""
+        return rule_label(self.config.sync)
+
+    @property
+    def plan(self) -> Plan:
+        """Its rounds."""
+        return make_plan(self.config, self.summary["train_images"])
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of metrics of its evaluations."""
+        return [row for row in self.metrics if row["kind"] == "eval"]
+
+
+def read_run(folder: Path) -> Run:
+    """A finished run. Raises ReportError if `folder` is none."""
+    if not (folder / "summary.json").exists():
+        raise ReportError(f"{folder} holds no finished run: its training command goes on with it")
+    return Run(
+        folder,
+        parse_config(yaml.safe_load((folder / "config.yaml").read_text())),
+        json.loads((folder / "summary.json").read_text()),
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
+
+
+def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ only in their seed, in order of first appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def rule_label(sync: schema.SyncConfig) -> str:
+    """A rule in words, for tables and legends."""
+    match sync:
+        case schema.EveryStepSync(average="gradients"):
+            return "data parallel"
+        case schema.EveryStepSync():
+            return "local, H = 1"
+        case schema.ConstantSync(h=h):
+            return f"constant H = {h}"
+        case schema.QuadraticSync(h_base=h_base, alpha=alpha):
+            return f"QSR, H_base = {h_base}, alpha = {alpha:g}"
+        case schema.PowerSync(h_base=h_base, coefficient=c, exponent=p):
+            return f"H_base = {h_base}, ({c:g}/lr)^{p:g}"
+        case schema.PostLocalSync(switch_epoch=epoch, h=h):
+            return f"post-local from epoch {epoch}, H = {h}"
+        case schema.SwapSync(switch_epoch=epoch):
+            return f"SWAP from epoch {epoch}"
+    assert_never(sync)

@@ -1,0 +1,103 @@
+"""Records -> pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qsr.core.plan import Plan
+from qsr.report.collect import Run
+
+# Okabe and Ito's palette: told apart by colour-blind readers too
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+STYLE: dict[Any, Any] = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.hashsalt": "qsr",  # the same picture gives the same file
+}
+
+
+def schedule_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
+    """Learning rate, and H under each rule, over the steps of the run."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 5.0), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
+        for color, (label, runs) in zip(COLORS, groups.items(), strict=False):
+            plan = runs[0].plan
+            if color == COLORS[0]:
+                rates = [plan.schedule(step) for step in range(plan.total_steps)]
+                top.plot(rates, color="0.25")
+            _draw_h(bottom, plan, label, color)
+        top.set_ylabel("learning rate")
+        bottom.set_ylabel("H (local steps)")
+        bottom.set_xlabel("step")
+        bottom.set_yscale("log", base=2)
+        bottom.yaxis.set_major_formatter(lambda h, _: f"{h:g}")
+        figure.legend(loc="outside lower center")
+        return figure
+
+
+def _draw_h(axes: Axes, plan: Plan, label: str, color: str) -> None:
+    rounds = list(plan.rounds())
+    edges = [round_.start for round_ in rounds] + [plan.total_steps]
+    axes.stairs([round_.length for round_ in rounds], edges, baseline=None, color=color)
+    # a mark at every average, so that the thinning is seen
+    axes.plot(
+        edges[1:],
+        [round_.length for round_ in rounds],
+        linestyle="none",
+        marker=".",
+        markersize=3,
+        color=color,
+        label=f"{label}: {plan.num_rounds} rounds, volume {100 * plan.volume:.1f} %",
+    )
+
+
+def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
+    """Top-1 error over the steps (mean, and the range over the seeds), and final top-1 over
+    communication."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+        for color, (label, runs) in zip(COLORS, groups.items(), strict=False):
+            error = 100 - pd.DataFrame(
+                {
+                    run.summary["seed"]: {row["step"]: row["top1"] for row in run.evaluations()}
+                    for run in runs
+                }
+            )
+            left.plot(error.index, error.mean(axis=1), color=color, label=label, marker=".")
+            left.fill_between(
+                error.index, error.min(axis=1), error.max(axis=1), color=color, alpha=0.15, lw=0
+            )
+            volume = [100 * run.summary["volume"] for run in runs]
+            top1 = [run.summary["top1"] for run in runs]
+            right.plot(volume, top1, ".", color=color, alpha=0.5, markersize=5)
+            right.plot(np.mean(volume), np.mean(top1), "D", color=color, markersize=6)
+        left.set_xlabel("step")
+        left.set_ylabel("top-1 error (%)")
+        left.set_yscale("log")
+        left.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        left.set_yticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
+        left.legend()
+        right.set_xscale("log")
+        right.set_xticks(ticks := [5, 10, 25, 50, 100], [str(tick) for tick in ticks])
+        right.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        right.set_xlabel("communication volume (% of data parallel)")
+        right.set_ylabel("final top-1 (%)")
+        return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write PATH.png and PATH.svg."""
+    figure.savefig(path.with_suffix(".png"), dpi=160)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

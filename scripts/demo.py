@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+"""The demo: digits under data parallel, constant H and QSR, three seeds each.
+
+    python scripts/demo.py [SETTING=VALUE ...]
+
+Prepares the images, trains (4 workers, 4 processes, gloo, DALI on the CPU), prints one table and
+writes it and its pictures to results/demo/. Runs that are finished are not trained again; remove
+runs/demo to do so. Extra settings, for example tracking.wandb=offline, go to every run.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from qsr import launch
+from qsr.config.load import ConfigError, load_config, run_folder
+from qsr.data import DataError
+from qsr.data.digits import prepare_digits
+from qsr.report.collect import group_by_label, read_run
+from qsr.report.plots import accuracy_figure, save, schedule_figure
+from qsr.report.tables import rule_table, rule_table_markdown
+from qsr.runfolder import check_run_folder
+
+EXPERIMENTS = ("demo/parallel", "demo/constant", "demo/quadratic")
+SEEDS = (1, 2, 3)
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "demo"
+
+
+def main(settings: list[str]) -> int:
+    os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
+    started = time.perf_counter()
+    try:
+        configs = [
+            load_config([f"experiment={name}", f"seed={seed}", "tracking=none", *settings])
+            for name in EXPERIMENTS
+            for seed in SEEDS
+        ]
+        prepare_digits(Path(configs[0].data.root))
+        todo = [c for c in configs if check_run_folder(c).summary_if_finished() is None]
+        print(
+            f"{len(configs)} runs: {len(EXPERIMENTS)} rules x {len(SEEDS)} seeds, "
+            f"{configs[0].workers} workers each; {len(configs) - len(todo)} finished before",
+            flush=True,
+        )
+        if todo:
+            launch.execute(todo)
+    except (ConfigError, DataError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    except launch.RunFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    groups = group_by_label([read_run(run_folder(config)) for config in configs])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    table = rule_table(groups)
+    table.to_csv(RESULTS / "table.csv", index=False)
+    markdown = rule_table_markdown(table)
+    (RESULTS / "table.md").write_text(markdown)
+    save(schedule_figure(groups), RESULTS / "schedule")
+    save(accuracy_figure(groups), RESULTS / "accuracy")
+    print(f"\n{markdown}")
+    print(
+        f"{time.perf_counter() - started:.0f} s; table and pictures: {RESULTS.relative_to(ROOT)}/"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

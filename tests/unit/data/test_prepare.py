@@ -1,0 +1,61 @@
+"""scripts/prepare.py: exit status and what it prints."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare.py"
+
+Prepare = Callable[..., int]
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """Runs the script in this process; returns its exit status."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code
+
+    return run
+
+
+def test_digits(prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(tmp_path / "digits")
+    assert prepare("digits", "--root", root) == 0
+    assert prepare("digits", "--root", root) == 0
+    assert "1442 training, 355 validation images" in capsys.readouterr().out
+
+
+def test_check_accepts_sound_files(
+    prepare: Prepare, own_photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare("check", "--root", str(own_photos)) == 0
+    assert "16 images, 0 broken" in capsys.readouterr().out
+
+
+def test_check_lists_broken_files(
+    prepare: Prepare, own_photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, cut = own_photos / "train/c0/002.jpg", own_photos / "val/c1/001.jpg"
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:-300])
+    assert prepare("check", "--root", str(own_photos), "--threads", "1") == 1
+    printed = capsys.readouterr().out
+    assert f"{empty}: " in printed
+    assert f"{cut}: " in printed
+    assert "16 images, 2 broken" in printed
+    assert len(printed.splitlines()) == 3
+
+
+def test_check_expects_imagenets_counts(
+    prepare: Prepare, own_photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare("check", "--root", str(own_photos), "--imagenet") == 1
+    assert "has 2 classes, not 1,000" in capsys.readouterr().err

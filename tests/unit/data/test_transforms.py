@@ -1,0 +1,176 @@
+"""The random choices: reproducible, in range, and distributed as torchvision's."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms import RandomResizedCrop
+
+from qsr.data.transforms import (
+    CROP_ATTEMPTS,
+    RANDAUGMENT_OPS,
+    EvalTransform,
+    TrainTransform,
+    crop_box,
+    draw,
+)
+
+RANDAUGMENT = TrainTransform(224, randaugment_depth=2, randaugment_strength=0.5)
+
+
+def test_equal_seeds_draw_equal_choices() -> None:
+    first, second = (draw(RANDAUGMENT, seed=5, batch=4) for _ in range(2))
+    other = draw(RANDAUGMENT, seed=6, batch=4)
+    for name in first._fields:
+        assert np.array_equal(getattr(first, name), getattr(second, name))
+    assert not np.array_equal(first.windows, other.windows)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63, 2**64 - 1])
+def test_every_64_bit_seed_is_a_seed(seed: int) -> None:
+    assert draw(RANDAUGMENT, seed, 1).windows.shape == (1, CROP_ATTEMPTS, 4)
+
+
+def test_shapes() -> None:
+    draws = draw(RANDAUGMENT, seed=0, batch=7)
+    assert draws.windows.shape == (7, CROP_ATTEMPTS, 4)
+    assert draws.flips.shape == (7,)
+    assert draws.ops.shape == draws.values.shape == (7, 2)
+
+
+@given(seed=st.integers(0, 2**64 - 1), height=st.integers(1, 3000), width=st.integers(1, 3000))
+def test_crop_lies_inside_the_image(seed: int, height: int, width: int) -> None:
+    transform = TrainTransform(32)
+    top, left, crop_height, crop_width = crop_box(
+        transform, draw(transform, seed, 1).windows[0], height, width
+    )
+    assert crop_height >= 1
+    assert crop_width >= 1
+    assert 0 <= top <= height - crop_height
+    assert 0 <= left <= width - crop_width
+
+
+def test_crops_are_distributed_as_random_resized_crop() -> None:
+    height, width, samples = 375, 500, 4000
+    transform = TrainTransform(224)
+    draws = draw(transform, 1, samples)
+    ours = np.array([crop_box(transform, row, height, width) for row in draws.windows])
+    torch.manual_seed(1)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(samples)]
+    )
+    for column in range(4):
+        quantiles = np.quantile(ours[:, column], np.linspace(0, 1, 21))
+        expected = np.quantile(theirs[:, column], np.linspace(0, 1, 21))
+        assert np.abs(quantiles - expected).max() < 20  # pixels; sampling alone gives up to 15
+    aspect = ours[:, 3] / ours[:, 2]
+    assert 0.73 < aspect.min() < 0.77  # rounding to pixels may leave 3/4 to 4/3 by a little
+    assert 1.30 < aspect.max() < 1.37
+    area = ours[:, 2] * ours[:, 3] / (height * width)
+    assert 0.075 < area.min() < 0.1
+    assert 0.95 < area.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        (10, 1000, (0, 493, 10, 13)),  # 13 = round(10 * 4/3)
+        (1000, 10, (493, 0, 13, 10)),
+        (1, 1000, (0, 499, 1, 1)),
+    ],
+)
+def test_no_window_fits_a_strip(height: int, width: int, box: tuple[int, ...]) -> None:
+    transform = TrainTransform(32, min_area=0.9)
+    assert crop_box(transform, draw(transform, 0, 1).windows[0], height, width) == box
+
+
+def test_first_window_that_fits_is_taken() -> None:
+    windows = np.array([[2.0, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.999], [1.0, 1.0, 0.0, 0.0]])
+    # sqrt(area) is 100: the first is 200 high, the second 50 x 50 with 51 places across.
+    assert crop_box(TrainTransform(32), windows, 100, 100) == (0, 50, 50, 50)
+
+
+def test_flip_probability() -> None:
+    for probability in (0.0, 0.3, 1.0):
+        flips = draw(TrainTransform(32, flip_probability=probability), 0, 4000).flips
+        assert abs(flips.mean() - probability) < 0.03
+
+
+def test_randaugment_choices_are_uniform() -> None:
+    draws = draw(RANDAUGMENT, 0, 7000)
+    counts = np.bincount(draws.ops.ravel(), minlength=len(RANDAUGMENT_OPS))
+    assert abs(counts / 1000 - 1).max() < 0.15
+
+
+@pytest.mark.parametrize(
+    ("strength", "name", "values"),
+    [
+        (1.0, "identity", {0.0}),
+        (1.0, "rotate", {-30.0, 30.0}),
+        (1 / 3, "rotate", {-10.0, 10.0}),
+        (1.0, "shear_x", {-0.3, 0.3}),
+        (0.5, "shear_y", {-0.15, 0.15}),
+        (1.0, "translate_x", {-75.0, 75.0}),  # round(224 / 3)
+        (0.1, "translate_y", {-7.0, 7.0}),  # round(7.47)
+        (1.0, "brightness", {0.1, 1.9}),
+        (1.0, "contrast", {0.1, 1.9}),
+        (0.5, "color", {0.55, 1.45}),
+        (0.0, "sharpness", {1.0}),
+        (1.0, "posterize", {4.0}),
+        (0.5, "posterize", {6.0}),
+        (0.0, "posterize", {8.0}),
+        (1.0, "solarize", {0.0}),
+        (0.25, "solarize", {192.0}),
+        (1.0, "equalize", {0.0}),
+        (1.0, "autocontrast", {0.0}),
+    ],
+)
+def test_strength_is_a_fraction_of_the_full_range(
+    strength: float, name: str, values: set[float]
+) -> None:
+    transform = TrainTransform(224, randaugment_depth=2, randaugment_strength=strength)
+    draws = draw(transform, 0, 400)
+    drawn = set(draws.values[draws.ops == RANDAUGMENT_OPS.index(name)].tolist())
+    assert sorted(drawn) == pytest.approx(sorted(values))
+
+
+def test_uniform_randaugment_spreads_over_the_strength() -> None:
+    transform = TrainTransform(
+        224, randaugment_depth=1, randaugment_strength=0.5, randaugment_uniform=True
+    )
+    draws = draw(transform, 0, 14_000)
+    angles = draws.values[draws.ops == RANDAUGMENT_OPS.index("rotate")]
+    assert np.quantile(angles, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
+        [-15, -7.5, 0, 7.5, 15], abs=1
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": 0},
+        {"min_area": 0.0},
+        {"min_area": 0.5, "max_area": 0.4},
+        {"max_area": 1.5},
+        {"min_aspect": 2.0},
+        {"flip_probability": 1.1},
+        {"randaugment_depth": -1},
+        {"randaugment_strength": 10.0},
+    ],
+)
+def test_wrong_training_transform_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainTransform(**({"size": 32} | wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "resize"), [(224, 256), (28, 32), (32, 37)])
+def test_eval_resize(size: int, resize: int) -> None:
+    assert EvalTransform(size).resize == resize
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.01])
+def test_wrong_crop_fraction_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="crop_fraction"):
+        EvalTransform(32, crop_fraction=fraction)
