@@ -62,6 +62,7 @@ def run(config: Config) -> dict[str, Any] | None:
 
     plan = make_plan(config, len(train.files))
     communicator = Communicator(place, device, config.cluster.timeout_seconds)
+    communicator.barrier()  # every rank has looked at the folder; now it may be written
     tracker: Tracker = NullTracker()
     if place.is_main:
         write_records(folder, config, place, str(device))

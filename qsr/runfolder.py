@@ -69,7 +69,7 @@ def read_config(path: Path) -> Config:
 def write_records(folder: RunFolder, config: Config, topology: Topology, device: str) -> None:
     """Write config.yaml and environment.json."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    _write(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
     write_json(folder.environment, environment(topology, device))
 
 
@@ -92,9 +92,14 @@ def environment(topology: Topology, device: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` such that a reader finds the old file or the new one."""
+    """Write `value` as JSON."""
+    _write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Such that a reader finds the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 

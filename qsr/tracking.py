@@ -1,12 +1,17 @@
 """What a run reports while it trains: metrics.jsonl, its mirror on wandb, the progress bar.
 
-metrics.jsonl is the record. The mirror can neither stop nor slow the run: it lives in a thread of
-its own, and whatever goes wrong there becomes one warning.
+metrics.jsonl is the record. The mirror can neither stop nor slow the run: it lives in a process of
+its own, and whatever goes wrong there becomes one warning at the end.
 """
 
+import contextlib
 import json
+import math
 import queue
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -86,6 +91,7 @@ class JsonlTracker:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("a")
+        self.rewind(sys.maxsize)  # a line that a kill cut short would spoil the next one
 
     def log(self, row: Row) -> None:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -115,17 +121,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class WandbTracker:
-    """Mirrors rows to Weights & Biases from a thread.
+    """Mirrors rows to Weights & Biases from a process of its own, fed by a thread.
 
-    wandb can block for minutes where there is no network, and raise. The run never waits for it,
-    except that `close` gives it `close_seconds` to finish.
+    Where there is no network wandb blocks for minutes, at the end of its process too, and may
+    raise. The run never waits for it, except that `close` gives it `close_seconds` to finish and
+    ends it then.
     """
 
     def __init__(self, config: Config, folder: Path, close_seconds: float = 30.0) -> None:
         self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._close_seconds = close_seconds
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (until close)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from qsr.tracking import mirror_rows; mirror_rows()"],
+            stdin=subprocess.PIPE,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C ends the run, which then closes the mirror
+        )
+        settings = {
+            "project": config.tracking.wandb_project,
+            "entity": config.tracking.wandb_entity,
+            "name": f"{config.experiment}/seed_{config.seed}",
+            "dir": str(folder),
+            "mode": config.tracking.wandb,
+            "patience": math.ceil(close_seconds) + 1,
+        }
         self._thread = threading.Thread(
-            target=self._mirror, args=(config, folder), name="wandb", daemon=True
+            target=self._feed, args=(settings,), name="wandb", daemon=True
         )
         self._thread.start()
 
@@ -138,35 +161,55 @@ class WandbTracker:
     def close(self) -> None:
         self._rows.put(None)
         self._thread.join(self._close_seconds)
-        if self._thread.is_alive():
-            _warn(f"still busy after {self._close_seconds:.0f} s, left behind")
-
-    def _mirror(self, config: Config, folder: Path) -> None:
-        try:
-            import wandb  # optional dependency, slow to import
-
-            run = wandb.init(
-                project=config.tracking.wandb_project,
-                entity=config.tracking.wandb_entity,
-                name=f"{config.experiment}/seed_{config.seed}",
-                dir=folder,
-                mode="online" if config.tracking.wandb == "online" else "offline",
-                settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
+        late = self._thread.is_alive()
+        if late:
+            self._process.kill()  # wandb's own helper process ends with it
+            self._thread.join()
+        if late or self._process.returncode:
+            reason = f"still busy after {self._close_seconds:.0f} s" if late else self._last_words()
+            warnings.warn(
+                f"wandb: {reason}; the mirror is incomplete, metrics.jsonl is complete",
+                RuntimeWarning,
+                stacklevel=2,
             )
+        self._output.close()
+
+    def _feed(self, settings: Mapping[str, str | int | None]) -> None:
+        """Write to the process, which may take its time, and wait for its end."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write(json.dumps(settings).encode() + b"\n")
             while (row := self._rows.get()) is not None:
-                values = {k: v for k, v in row.items() if k not in ("kind", "step")}
-                run.log({f"{row['kind']}/{k}": v for k, v in values.items()}, step=int(row["step"]))
-            run.finish()
-        except Exception as error:  # the mirror's trouble is never the run's
-            _warn(f"{type(error).__name__}: {error}")
+                pipe.write(json.dumps(row).encode() + b"\n")
+                pipe.flush()
+        self._process.wait()
+
+    def _last_words(self) -> str:
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line), "ended without a word")
 
 
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"wandb: {reason}; training goes on, metrics.jsonl is complete",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def mirror_rows() -> None:
+    """The mirror's process: pass what comes in on standard input, settings and then rows, to wandb.
+
+    The input ends with the run, however that ends; the mirror outlives it by `patience` seconds.
+    """
+    settings = json.loads(sys.stdin.readline())
+    patience = settings.pop("patience")
+    try:
+        import wandb  # an optional dependency, slow to import
+
+        quiet = wandb.Settings(init_timeout=60, silent=True, console="off")
+        run = wandb.init(settings=quiet, **settings)
+        for line in sys.stdin:
+            row = json.loads(line)
+            values = {k: v for k, v in row.items() if k not in ("kind", "step")}
+            run.log({f"{row['kind']}/{k}": v for k, v in values.items()}, step=row["step"])
+        signal.alarm(patience)
+        run.finish()
+    except Exception as error:  # as the one line that `close` reports
+        sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 class ProgressTracker:
@@ -192,6 +235,8 @@ class ProgressTracker:
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self._console,
+            # rows of a large model come less often than rich's 30 s: it would never tell
+            speed_estimate_period=3600.0,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=total_steps, text="")

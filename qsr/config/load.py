@@ -31,6 +31,8 @@ EXECUTION = (
     "data.loader_threads",
     "data.prefetch_batches",
     "data.root",
+    "evaluation.batch",
+    "evaluation.every_epochs",
     "runs_dir",
     "stop_after_steps",
     "tracking",
@@ -95,6 +97,10 @@ def check(config: Config) -> None:
         raise ConfigError(f"data.std must be positive, got {list(config.data.std)}")
     if config.sync.average_second_moment and config.optimizer.name == "sgd":
         raise ConfigError("sync.average_second_moment=true: sgd has no second moment")
+    if config.sync.average_momentum and getattr(config.optimizer, "momentum", 1.0) == 0.0:
+        raise ConfigError(
+            "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum"
+        )
     if config.data.train_images is not None:
         check_plan(config, config.data.train_images)
 
@@ -284,14 +290,13 @@ def _kind_of(cls: Any) -> str | None:
 def _suggest_setting(location: Sequence[str], raw: Mapping[str, Any]) -> str:
     """The nearest setting beside the wrong one, or one of that name elsewhere."""
     *path, word = location
-    valid = [".".join([*path, name]) for name in _field_names(path, raw)]
-    elsewhere = [name for name, _ in _flatten(raw) if name.rpartition(".")[2] == word]
-    close = difflib.get_close_matches(".".join(location), valid, n=1, cutoff=0.7)
-    return (
-        _suggest(word, valid)
-        if close
-        else _suggest(word, [n for n in elsewhere if n != ".".join(location)] or valid)
-    )
+    wrong = ".".join(location)
+    elsewhere = [n for n, _ in _flatten(raw) if n.rpartition(".")[2] == word and n != wrong]
+    names = _field_names(path, raw)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if close or not elsewhere:
+        return _suggest(wrong, [".".join([*path, name]) for name in close or names])
+    return _suggest(wrong, elsewhere[:1])
 
 
 def _suggest(word: str, valid: Sequence[str]) -> str:

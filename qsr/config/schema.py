@@ -298,9 +298,10 @@ class EvaluationConfig:
     """Validation during and after the run."""
 
     every_epochs: PositiveInt
-    """Epochs between evaluations; the last step is always evaluated."""
+    """Epochs between evaluations; the last step is always evaluated. Execution: training is the
+    same, bit for bit, with any evaluations."""
     batch: PositiveInt
-    """Images per rank and forward pass."""
+    """Images per rank and forward pass. Execution."""
     batchnorm_micro_batches: PositiveInt
     """Training micro-batches, over all workers, from which the BatchNorm statistics of the
     averaged model are estimated before each evaluation."""

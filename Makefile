@@ -1,0 +1,42 @@
+# `make demo` and `make test` do everything on a fresh machine: the first target they need makes
+# .venv and installs into it, once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint test-slow test-gpu golden clean
+
+demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
+	$(BIN)/python scripts/demo.py
+
+test: lint  ## the whole suite: ruff, mypy, import-linter, pytest
+	$(BIN)/python scripts/prepare.py digits
+	$(BIN)/pytest -n auto -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: $(INSTALLED)  ## long proofs
+	$(BIN)/python scripts/prepare.py digits
+	$(BIN)/pytest -m slow
+
+test-gpu: $(INSTALLED)  ## on a machine with a GPU; writes results/bench/gpu_*.json
+	$(BIN)/pytest tests/gpu
+
+golden: $(INSTALLED)  ## record the golden loss trace anew, after a wanted change
+	$(BIN)/pytest tests/golden --record-golden
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: about 6 GB and 3 minutes, once"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:  ## remove what make made; runs/ and data/ stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

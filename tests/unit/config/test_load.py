@@ -1,0 +1,216 @@
+"""Command lines and what becomes of them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qsr.config import schema
+from qsr.config.load import (
+    CONFIG_DIR,
+    ConfigError,
+    config_hash,
+    differences,
+    identity,
+    load_config,
+    parse_config,
+    run_folder,
+    to_dict,
+)
+from qsr.config.planning import make_plan
+
+DEMO = "experiment=demo/quadratic"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # unknown names, with the nearest that exists
+        ([DEMO, "sync.alpah=0.02"], "sync.alpah is not a setting of sync.rule=quadratic; did you "
+         "mean sync.alpha?"),
+        ([DEMO, "+typo=1"], "typo is not a setting; there are: experiment, seed, workers,"),
+        ([DEMO, "++wokers=1"], "wokers is not a setting; did you mean workers?"),
+        ([DEMO, "+data.augmentation.min_aera=0.5"], "did you mean data.augmentation.min_area?"),
+        ([DEMO, "alpha=0.02"], "alpha is not a setting; did you mean sync.alpha?"),
+        ([DEMO, "lr=0.1"], "lr is not a setting"),
+        ([DEMO, "modle=vit_b16"], "modle is not a setting; did you mean model?"),
+        ([DEMO, "model=vit_b17"], "model=vit_b17: no such file in configs; did you mean vit_b16?"),
+        (["experiment=demo/quadratc"], "did you mean demo/quadratic?"),
+        (["experiment=demo/constant", "sync.alpha=1"], "not a setting of sync.rule=constant"),
+        ([DEMO, "optimizer=adamw", "optimizer.momentum=0.9"], "of optimizer.name=adamw"),
+        # wrong values
+        ([DEMO, "schedule.peak_lr=fast"], "peak_lr='fast': input should be a valid number"),
+        ([DEMO, "sync.h_base=4.5"], "sync.h_base=4.5: input should be a valid integer"),
+        ([DEMO, "sync.h_base=0"], "sync.h_base=0: input should be greater than or equal to 1"),
+        ([DEMO, "sync.alpha=0"], "sync.alpha=0: input should be greater than 0"),
+        ([DEMO, "sync.alpha=nan"], "sync.alpha"),
+        ([DEMO, "seed=-1"], "seed=-1"),
+        ([DEMO, "workers=0"], "workers=0"),
+        ([DEMO, "precision=fp8"], "precision='fp8': input should be 'fp32', 'bf16' or 'fp16'"),
+        ([DEMO, "optimizer.name=adam"], "optimizer.name"),
+        ([DEMO, "~loss"], "loss is missing"),
+        ([DEMO, "sync.alpha"], "'sync.alpha' is not of the form setting=value"),
+        ([DEMO, "seed=1,2"], "'seed=1,2': this command makes one run"),
+        ([], "epochs has no value: choose an experiment (demo/constant,"),
+        # settings that do not fit each other
+        ([DEMO, "workers=3"], "global_batch=64 does not divide by workers=3"),
+        ([DEMO, "micro_batch=5"], "micro_batch=5 does not divide the local batch 16"),
+        ([DEMO, "cluster.ranks=3"], "cluster.ranks=3 does not divide workers=4: every rank holds "
+         "workers / ranks of them; try cluster.ranks=1 or 2 or 4"),
+        ([DEMO, "cluster.ranks=8"], "cluster.ranks=8 does not divide workers=4"),
+        ([DEMO, "global_batch=2048"], "global_batch 2048 exceeds the 1442 samples"),
+        ([DEMO, "schedule.warmup_epochs=15"], "warmup_steps must be"),
+        ([DEMO, "schedule.warmup_steps=5"], "not both"),
+        ([DEMO, "schedule.final_lr=1"], "final_lr must lie in [0, peak_lr"),
+        ([DEMO, "schedule.stop_epoch=1"], "stop_step must lie between"),
+        ([DEMO, "stop_after_steps=1000"], "stop_after_steps=1000 exceeds the run's 330 steps"),
+        ([DEMO, "sync=swap", "sync.switch_epoch=99"], "not a setting of sync.rule=swap"),
+        ([DEMO, "sync.average_second_moment=true"], "sgd has no second moment"),
+        ([DEMO, "sync.average_momentum=true", "optimizer.momentum=0"], "there is no momentum"),
+        ([DEMO, "model=timm"], "model.timm_name has no value"),
+        ([DEMO, "model.timm_name=resnet18"], "model.timm_name goes with model.name=timm"),
+        ([DEMO, "data.augmentation.min_area=0.9", "data.augmentation.max_area=0.5"], "exceeds"),
+        ([DEMO, "data.std=[0,1,1]"], "data.std must be positive"),
+    ],
+)  # fmt: skip
+def test_wrong_command_lines_get_one_clear_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_right_command_line() -> None:
+    config = load_config([DEMO, "seed=2", "sync.alpha=0.02", "cluster.ranks=2", "+workers=8"])
+    assert isinstance(config.sync, schema.QuadraticSync)
+    assert (config.sync.alpha, config.sync.h_base) == (0.02, 4)
+    assert (config.seed, config.workers, config.cluster.ranks) == (2, 8, 2)
+    assert (config.local_batch, config.micro_batch_size) == (8, 8)
+    assert config.schedule.peak_lr == 0.2
+    assert config.tracking.wandb == "offline"
+
+
+def test_seed_zero_is_a_seed() -> None:
+    assert load_config([DEMO, "seed=0"]).seed == 0
+
+
+def folder(*overrides: str) -> str:
+    return str(run_folder(load_config([DEMO, *overrides])))
+
+
+def test_the_folder_is_a_function_of_experiment_and_seed() -> None:
+    assert folder("seed=3") == "runs/demo/quadratic/seed_3"
+    assert folder("+seed=3") == "runs/demo/quadratic/seed_3"
+    changed = "runs/demo/quadratic/sync.alpha=0.02,workers=8/seed_1"
+    assert folder("sync.alpha=0.02", "workers=8") == changed
+    assert folder("workers=8", "sync.alpha=0.02") == changed  # in any order
+    # how a run is carried out is no part of its name
+    execution = ("cluster.ranks=2", "tracking=none", "data.root=/mnt/digits", "stop_after_steps=9")
+    assert folder(*execution) == "runs/demo/quadratic/seed_1"
+    assert folder("runs_dir=/scratch") == "/scratch/demo/quadratic/seed_1"
+
+
+def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
+    base = load_config([DEMO])
+    same = load_config([DEMO, "cluster.ranks=1", "tracking=online", "checkpoint.every_steps=7"])
+    other = load_config([DEMO, "sync.alpha=0.02"])
+    assert config_hash(base) == config_hash(same)
+    assert config_hash(base) != config_hash(other)
+    assert differences(other, base) == ["sync.alpha: 0.4375 -> 0.02"]
+    assert differences(same, base) == []
+    assert differences(load_config([DEMO, "seed=2"]), base) == ["seed: 1 -> 2"]
+
+
+@pytest.mark.parametrize("name", sorted(
+    path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
+    for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
+))  # fmt: skip
+def test_every_experiment_composes_and_survives_yaml(name: str, tmp_path: Path) -> None:
+    config = load_config([f"experiment={name}"])
+    assert config.experiment == name
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    assert parse_config(yaml.safe_load(path.read_text())) == config
+
+
+RULES = {
+    "parallel": (),
+    "every_step": (),
+    "constant": ("sync.h=3",),
+    "quadratic": ("sync.h_base=2", "sync.alpha=0.3"),
+    "power": ("sync.h_base=2", "sync.coefficient=0.3", "sync.exponent=3"),
+    "post_local": ("sync.switch_epoch=2", "sync.h=3"),
+    "swap": ("sync.switch_epoch=2",),
+}
+SCHEDULES = {
+    "cosine": (),
+    "linear": (),
+    "power_of_two": (),
+    "step": ("schedule.milestone_epochs=[2,4]",),
+    "constant": (),
+}
+
+
+def test_all_groups_are_covered_here() -> None:
+    for group, table in (("sync", RULES), ("schedule", SCHEDULES)):
+        assert {path.stem for path in (CONFIG_DIR / group).iterdir()} == set(table)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_rule_and_schedule_makes_a_plan(rule: str, schedule: str) -> None:
+    config = load_config(
+        [
+            *("epochs=6", "global_batch=100", "schedule.peak_lr=0.4", "schedule.warmup_epochs=1"),
+            *(f"sync={rule}", *RULES[rule], f"schedule={schedule}", *SCHEDULES[schedule]),
+        ]
+    )
+    plan = make_plan(config, 1442)
+    assert plan.total_steps == 6 * 14
+    assert sum(r.length for r in plan.rounds()) == 84
+    gradient_rounds = {"parallel": 84, "post_local": 28, "swap": 28}
+    assert plan.gradient_rounds == gradient_rounds.get(rule, 0)
+    assert plan.schedule(14) == (0.5 if schedule == "power_of_two" else 0.4)
+
+
+def leaves(tree: dict[str, Any]) -> set[str]:
+    return {
+        f"{key}.{leaf}" if leaf else key
+        for key, value in tree.items()
+        for leaf in (leaves(value) if isinstance(value, dict) else [""])
+    }
+
+
+def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
+    config = load_config([DEMO])
+    left_out = leaves(to_dict(config)) - set(identity(config))
+    assert {name.split(".")[0] for name in left_out} == {
+        "checkpoint", "cluster", "data", "evaluation", "experiment", "runs_dir",
+        "stop_after_steps", "tracking",
+    }  # fmt: skip
+    assert {name for name in left_out if name.startswith(("data", "evaluation"))} == {
+        "data.loader_threads",
+        "data.prefetch_batches",
+        "data.root",
+        "evaluation.batch",
+        "evaluation.every_epochs",
+    }
+
+
+FIELDS = "__pydantic_fields__"
+
+
+def test_every_field_is_documented_and_read() -> None:
+    source = "".join(path.read_text() for path in CONFIG_DIR.parent.glob("qsr/**/*.py"))
+    for cls in vars(schema).values():
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            assert cls.__doc__
+            for name in (field.name for field in dataclasses.fields(cls)):
+                owners = [base for base in cls.__mro__ if name in vars(base).get(FIELDS, {})]
+                documented = any(vars(base)[FIELDS][name].description for base in owners)
+                assert documented, f"{cls.__name__}.{name} has no docstring"
+                if name not in ("name", "rule"):
+                    used = f".{name}" in source or f"{name}=" in source
+                    assert used, f"{cls.__name__}.{name} is never read"

@@ -1,0 +1,334 @@
+"""What is reported: the file, the terminal, and a mirror that cannot hold up the run."""
+
+import importlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qsr.config.load import load_config
+from qsr.config.schema import Config
+from qsr.tracking import (
+    JsonlTracker,
+    ProgressTracker,
+    Row,
+    RunTracker,
+    WandbTracker,
+    build_tracker,
+    read_metrics,
+)
+
+
+def train_row(step: int, **changes: float | int) -> Row:
+    place = {"epoch": step / 8, "round": 3, "h": 4, "lr": 0.0125}
+    measured = {"loss": 1.2345, "images_per_second": 987.6}
+    return {"kind": "train", "step": step, **place, **measured, **changes}
+
+
+def eval_row(step: int, shadow: bool = False) -> Row:
+    values = {"epoch": step / 8, "top1": 61.254, "loss": 0.5, "shadow": shadow}
+    return {"kind": "eval", "step": step, **values}
+
+
+def config(mode: str, *overrides: str) -> Config:
+    return load_config(["experiment=demo/quadratic", f"tracking={mode}", "seed=3", *overrides])
+
+
+# metrics.jsonl
+
+
+def test_rows_are_on_disk_at_once_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log({"kind": "train", "step": 1, "loss": 0.1})
+    assert path.read_text() == '{"kind": "train", "step": 1, "loss": 0.1}\n'
+    tracker.log({"kind": "eval", "step": 1, "shadow": True})
+    assert read_metrics(path) == [
+        {"kind": "train", "step": 1, "loss": 0.1},
+        {"kind": "eval", "step": 1, "shadow": True},
+    ]
+    tracker.close()
+
+
+def test_rewind_drops_later_rows_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    rows = [train_row(2), train_row(4), eval_row(4), train_row(6)]
+    for row in rows:
+        tracker.log(row)
+    tracker.rewind(4)
+    assert read_metrics(path) == rows[:3]
+    tracker.log(train_row(5))
+    tracker.close()
+    assert read_metrics(path) == [*rows[:3], train_row(5)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reopening_appends(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        tracker = JsonlTracker(path)
+        tracker.log(train_row(step))
+        tracker.close()
+    assert read_metrics(path) == [train_row(1), train_row(2)]
+
+
+@pytest.mark.parametrize("cut", [1, 20, -1])
+@pytest.mark.parametrize("rewind_to", [None, 2, 1])
+def test_a_last_line_that_a_kill_cut_short_spoils_nothing(
+    tmp_path: Path, cut: int, rewind_to: int | None
+) -> None:
+    """Cut after one character, in the middle, and before the newline alone (nothing is lost)."""
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log(train_row(1))
+    before = path.read_text()
+    tracker.log(train_row(2))
+    tracker.close()
+    last = path.read_text().removeprefix(before)
+    path.write_text(before + last[:cut])
+    kept = [train_row(1), train_row(2)] if cut == -1 else [train_row(1)]
+    assert read_metrics(path) == kept
+
+    tracker = JsonlTracker(path)
+    if rewind_to is not None:
+        tracker.rewind(rewind_to)
+        kept = kept[:rewind_to]
+    tracker.log(train_row(9))
+    tracker.close()
+    assert read_metrics(path) == [*kept, train_row(9)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_json_cannot_hold_is_refused(tmp_path: Path, value: float) -> None:
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        tracker.log(train_row(1, loss=value))
+    tracker.log(train_row(2))
+    tracker.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [train_row(2)]
+
+
+# The terminal
+
+
+def on_terminal() -> tuple[ProgressTracker, Callable[[], str]]:
+    """A tracker of 10 steps on a terminal, and what that shows in plain characters."""
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, width=200)
+    tracker = ProgressTracker("demo seed 1", 10, console)
+    return tracker, lambda: re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+
+
+def test_the_bar_shows_where_the_run_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, shown = on_terminal()
+    clock = iter([100.0, 160.0])
+    # a row a minute, as large models log; the bar is drawn from the rows alone
+    monkeypatch.setattr(tracker._bar, "get_time", lambda: next(clock))
+    tracker.log(train_row(2))
+    tracker.log(train_row(4))
+    monkeypatch.undo()
+    tracker.close()
+    line = shown().splitlines()[-1]
+    assert line.startswith("demo seed 1 ")
+    # 6 steps left at 2 steps a minute
+    text = " 4/10 epoch 0.5  round 3 (H=4)  lr 1.25e-02  loss 1.234  988 img/s 0:03:00"
+    assert line.rstrip().endswith(text)
+
+
+def test_a_rewound_bar_goes_back() -> None:
+    tracker, shown = on_terminal()
+    tracker.log(train_row(8))
+    tracker.rewind(3)
+    tracker.close()
+    assert " 3/10 " in shown().splitlines()[-1]
+
+
+def test_evaluations_stand_above_the_bar() -> None:
+    tracker, shown = on_terminal()
+    tracker.log(train_row(4))
+    tracker.log(eval_row(4, shadow=True))
+    tracker.log(eval_row(8))
+    tracker.close()
+    lines = [line.strip() for line in shown().splitlines() if "top-1" in line]
+    assert lines == [
+        "demo seed 1  step 4/10  epoch 0.5  top-1 61.25 %  loss 0.500"
+        "  (averaged for this evaluation only)",
+        "demo seed 1  step 8/10  epoch 1.0  top-1 61.25 %  loss 0.500",
+    ]
+    assert " 4/10 " in shown().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("quiet_seconds", "printed"), [(3600.0, [2, 10]), (0.0, [2, 4, 6, 10])])
+def test_elsewhere_only_spaced_lines_and_the_last(quiet_seconds: float, printed: list[int]) -> None:
+    shown = StringIO()
+    tracker = ProgressTracker("demo", 10, Console(file=shown, width=40), quiet_seconds)
+    for step in (2, 4, 6, 10):
+        tracker.log(train_row(step))
+        tracker.log(eval_row(step))
+    tracker.close()
+    assert shown.getvalue().splitlines() == [
+        f"demo  step {step}/10  epoch {step / 8:.1f}  top-1 61.25 %  loss 0.500" for step in printed
+    ]
+
+
+# wandb
+
+
+def wandb_history(folder: Path) -> list[dict[str, float]]:
+    """The numbers in a .wandb file, by step. The file is a LevelDB log of protocol buffers."""
+    (file,) = folder.glob("wandb/*run-*/run-*.wandb")
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    data, at, parts, steps = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block is too short for a head
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = messages.Record.FromString(parts)
+            parts = b""
+            if record.WhichOneof("record_type") == "history":
+                steps.append(history_numbers(record.history))
+    return steps
+
+
+def history_numbers(history: Any) -> dict[str, float]:
+    items = [("/".join(item.nested_key) or item.key, item.value_json) for item in history.item]
+    return {key: json.loads(value) for key, value in items if key == "_step" or "/" in key}
+
+
+def test_wandb_offline_holds_the_rows(tmp_path: Path) -> None:
+    tracker = WandbTracker(config("offline"), tmp_path)
+    tracker.log({"kind": "train", "step": 5, "loss": 0.75, "h": 4})
+    tracker.log({"kind": "eval", "step": 5, "top1": 61.5})
+    tracker.log({"kind": "train", "step": 10, "loss": 0.5, "h": 8})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tracker.close()
+    assert wandb_history(tmp_path) == [
+        {"_step": 5, "train/loss": 0.75, "train/h": 4, "eval/top1": 61.5},
+        {"_step": 10, "train/loss": 0.5, "train/h": 8},
+    ]
+
+
+@pytest.fixture
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb's server is an address where nobody listens."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+
+
+@pytest.mark.usefixtures("no_server")
+def test_wandb_without_a_server_neither_delays_nor_stops_the_run(tmp_path: Path) -> None:
+    started = time.monotonic()
+    tracker = WandbTracker(config("online"), tmp_path, close_seconds=2.0)
+    for step in range(10_000):  # more than a pipe holds
+        tracker.log(train_row(step))
+    assert time.monotonic() - started < 1.0
+    started = time.monotonic()
+    with pytest.warns(
+        RuntimeWarning, match="wandb: still busy after 2 s; .*jsonl is complete"
+    ) as w:
+        tracker.close()
+    assert len(w) == 1
+    assert 2.0 <= time.monotonic() - started < 4.0
+
+
+@pytest.mark.usefixtures("no_server")
+def test_wandb_without_a_server_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:
+    """wandb waits for its uploads when its process exits: that must not be the run's process."""
+    program = (
+        "import sys, pathlib; from qsr.config.load import load_config\n"
+        "from qsr.tracking import WandbTracker\n"
+        "config = load_config(['experiment=demo/quadratic', 'tracking=online'])\n"
+        "tracker = WandbTracker(config, pathlib.Path(sys.argv[1]), close_seconds=1.0)\n"
+        "tracker.log({'kind': 'train', 'step': 1, 'loss': 1.0})\n"
+        "tracker.close()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=20
+    )
+    assert result.returncode == 0
+    assert result.stderr.count("RuntimeWarning") == 1
+
+
+def test_wandb_that_fails_is_one_warning_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "too short")
+    tracker = WandbTracker(config("online"), tmp_path)
+    tracker.log(train_row(1))
+    with pytest.warns(RuntimeWarning, match=r"wandb: \w+Error: .*; the mirror is incomplete") as w:
+        tracker.close()
+    assert len(w) == 1
+
+
+def test_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os, pathlib, sys; from qsr.config.load import load_config\n"
+        "from qsr.tracking import WandbTracker\n"
+        "config = load_config(['experiment=demo/quadratic', 'tracking=offline'])\n"
+        "tracker = WandbTracker(config, pathlib.Path(sys.argv[1]))\n"
+        "tracker.log({'kind': 'train', 'step': 7, 'loss': 1.0})\n"
+        "print(tracker._process.pid, flush=True)\n"
+        "sys.stdin.read(1)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    mirror = int(run.stdout.readline())
+    assert is_running(mirror)
+    run.communicate("x")
+    assert run.returncode == -9
+    deadline = time.monotonic() + 20.0
+    while is_running(mirror):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert [step["_step"] for step in wandb_history(tmp_path)] == [7]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+# All of them
+
+
+def test_a_runs_trackers(tmp_path: Path) -> None:
+    with build_tracker(config("none", "tracking.progress=false"), tmp_path, 10) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(train_row(step))
+        tracker.rewind(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert read_metrics(tmp_path / "metrics.jsonl") == [train_row(1), train_row(2)]
+
+
+def test_trackers_are_closed_when_the_run_fails(tmp_path: Path) -> None:
+    jsonl = JsonlTracker(tmp_path / "metrics.jsonl")
+    with pytest.raises(KeyError), RunTracker(jsonl):
+        raise KeyError
+    with pytest.raises(ValueError, match="closed file"):
+        jsonl.log(train_row(1))
