@@ -28,7 +28,7 @@ from qsr.losses import TrainingLoss
 from qsr.models import build_model
 from qsr.optim import averaged_state_keys, build_optimizer
 from qsr.precision import Precision
-from qsr.runfolder import RunFolder, check_run_folder, write_json, write_records
+from qsr.runfolder import RunFolder, check_run_folder, make_run_folder, write_json, write_records
 from qsr.tracking import NullTracker, Tracker, build_tracker
 from qsr.trainer import Due, Trainer
 from qsr.worker import Worker
@@ -55,6 +55,7 @@ def run(config: Config) -> dict[str, Any] | None:
     """
     train, val = open_data(config)
     folder = check_run_folder(config)
+    make_run_folder(folder)
     place = topology(config.cluster, config.workers)
     device = choose_device(config.cluster.device, place.local_rank)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from qsr.build import open_data, run
 from qsr.config.schema import Config
 from qsr.distributed import launched, leave_process_group
-from qsr.runfolder import check_run_folder
+from qsr.runfolder import check_run_folder, make_run_folder
 
 
 class RunFailedError(RuntimeError):
@@ -49,7 +49,7 @@ def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
         return _run_all(configs)
     for config in configs:  # one clear line now, instead of one from every rank
         open_data(config)
-        check_run_folder(config)
+        make_run_folder(check_run_folder(config))
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -6,6 +6,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -39,8 +40,7 @@ class RunFolder:
 
 
 def check_run_folder(config: Config) -> RunFolder:
-    """The run's folder, untouched. Raises ConfigError if another run lives there, or if nothing
-    can be written there."""
+    """The run's folder, untouched. Raises ConfigError if another run lives there."""
     folder = RunFolder(run_folder(config))
     if folder.config.exists():
         changed = differences(config, read_config(folder.config))
@@ -49,10 +49,19 @@ def check_run_folder(config: Config) -> RunFolder:
                 f"{folder.path} holds a run with other settings ({'; '.join(changed)}): delete it, "
                 f"or choose another runs_dir"
             )
-    existing = next(p for p in (folder.path, *folder.path.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"runs_dir: {existing} is not a folder that can be written")
     return folder
+
+
+def make_run_folder(folder: RunFolder) -> None:
+    """Make the folder if need be, and see that this rank can write there. Raises ConfigError."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder.path):  # permissions alone do not tell (root, read-only disk)
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.path} cannot be written ({error}): choose another runs_dir"
+        ) from None
 
 
 def read_config(path: Path) -> Config:
@@ -68,7 +77,6 @@ def read_config(path: Path) -> Config:
 
 def write_records(folder: RunFolder, config: Config, topology: Topology, device: str) -> None:
     """Write config.yaml and environment.json."""
-    folder.path.mkdir(parents=True, exist_ok=True)
     _write(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
     write_json(folder.environment, environment(topology, device))
 

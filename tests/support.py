@@ -40,10 +40,15 @@ def new_folder() -> Path:
 
 
 class MemoryLoader:
-    """Images and labels in memory. A request's seed adds noise, as augmentation would."""
+    """Images and labels in memory. A request's seed adds noise, as augmentation would.
 
-    def __init__(self, images: Tensor, labels: Tensor, noise: float = 0.0) -> None:
-        self.images, self.labels, self.noise = images, labels, noise
+    The batches are copied to `device` without making the host wait.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, noise: float = 0.0, device: torch.device = CPU
+    ) -> None:
+        self.images, self.labels, self.noise, self.device = images, labels, noise, device
         self.requested: list[Request] = []
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
@@ -54,7 +59,12 @@ class MemoryLoader:
             if self.noise:
                 generator = torch.Generator().manual_seed(request.seed)
                 images = images + self.noise * torch.randn(images.shape, generator=generator)
-            yield Batch(images, self.labels[indices])
+            yield Batch(self._to_device(images), self._to_device(self.labels[indices]))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def close(self) -> None:
         pass
@@ -178,18 +188,18 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
     workers = []
     for index in topology.workers:
         model = FlatModule(make_net(), FINGERPRINT_SIZE)
-        optimizer = build_optimizer(
-            setup.optimizer, model.module.parameters(), fused=setup.precision == "fp16"
-        )
+        fused = device.type == "cuda" or setup.precision == "fp16"
+        optimizer = build_optimizer(setup.optimizer, model.module.parameters(), fused=fused)
         workers.append(Worker(index, model, optimizer, precision.scaler()))
     images, labels = digits_like(setup.samples)
     sampler = Sampler(setup.samples, setup.global_batch, setup.workers, setup.seed)
     micro_batch = setup.micro_batch or sampler.local_batch
-    loader = MemoryLoader(images, labels, setup.noise)
-    batchnorm = BatchNormSource(MemoryLoader(images, labels, setup.noise), sampler, micro_batch, 8)
+    loader = MemoryLoader(images, labels, setup.noise, device)
+    batchnorm_loader = MemoryLoader(images, labels, setup.noise, device)
+    batchnorm = BatchNormSource(batchnorm_loader, sampler, micro_batch, 8)
     evaluator = Evaluator(
         make_net(),
-        MemoryLoader(images, labels),
+        MemoryLoader(images, labels, device=device),
         len(labels),
         10,
         batchnorm,

@@ -1,0 +1,241 @@
+"""The command line, as a user gives it: real processes, real images, real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qsr import build
+from qsr.config.load import CONFIG_DIR, ConfigError, load_config, run_folder
+from qsr.data import DataError
+from qsr.runfolder import check_run_folder
+from qsr.tracking import read_metrics
+
+ROOT = CONFIG_DIR.parent
+TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+RUN = [
+    "experiment=demo/quadratic",
+    "workers=2",
+    "epochs=2",
+    "schedule.warmup_epochs=1",
+    "tracking=none",
+    "seed=3",
+]
+
+
+def command(digits: Path, runs: Path, *extra: str) -> list[str]:
+    return [*TRAIN, *RUN, f"data.root={digits}", f"runs_dir={runs}", *extra]
+
+
+def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240
+    )
+
+
+def folder_in(runs: Path) -> Path:
+    (config,) = runs.rglob("config.yaml")
+    return config.parent
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two processes that nobody disturbed."""
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    done = call(command(digits, runs, "checkpoint.every_steps=10"))
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+    return folder_in(runs)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_the_run_folder_holds_what_it_promises(uninterrupted: Path) -> None:
+    assert sorted(path.name for path in uninterrupted.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+    ]
+    environment = json.loads((uninterrupted / "environment.json").read_text())
+    assert environment["ranks"] == 2
+    assert environment["packages"]["torch"]
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["averages"] == summary["planned_rounds"]
+    assert summary["volume"] == summary["planned_rounds"] / 44
+    assert summary["top1"] > 50
+    rows = read_metrics(uninterrupted / "metrics.jsonl")
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("eval", 22),
+        ("train", 44),
+        ("eval", 44),
+    ]
+    assert all(row["images"] == 355 for row in rows if row["kind"] == "eval")
+    # newest two, and nothing half-made
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == [
+        "step_000000040",
+        "step_000000044",
+    ]
+
+
+@pytest.fixture
+def killed(digits: Path, tmp_path: Path) -> tuple[list[str], Path]:
+    """A run of two processes, all killed with SIGKILL after a checkpoint in a round."""
+    arguments = command(digits, tmp_path, "checkpoint.every_steps=10")
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("step_000000010")):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return arguments, tmp_path
+
+
+def test_kill_9_and_the_same_command_again_give_the_same_bits(
+    killed: tuple[list[str], Path], uninterrupted: Path
+) -> None:
+    arguments, runs = killed
+    folder = folder_in(runs)
+    assert not (folder / "summary.json").exists()
+    state = json.loads(
+        (sorted((folder / "checkpoints").glob("step_*[0-9]"))[0] / "state.json").read_text()
+    )
+    step, round_ = state["progress"]["step"], state["round"]
+    assert step == 10
+    assert round_["start"] < step < round_["start"] + round_["length"]  # in the middle of a round
+    resumed = call(arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_weights(folder, uninterrupted)
+    for name in ("worker_000.safetensors", "worker_001.safetensors", "shared.safetensors"):
+        last = Path("checkpoints", "step_000000044", name)
+        assert (folder / last).read_bytes() == (uninterrupted / last).read_bytes()
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [22, 44, 44]
+    assert rows[1]["loss"] == pytest.approx(
+        read_metrics(uninterrupted / "metrics.jsonl")[1]["loss"]
+    )
+    # and once more: it is finished, and says so without training
+    started = time.monotonic()
+    again = call(arguments)
+    assert again.stdout == resumed.stdout
+    assert time.monotonic() - started < 60
+
+
+def test_torchrun_makes_the_same_run(digits: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    script = command(digits, tmp_path)[1:]
+    done = call([*TORCHRUN, *script])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("top-1") == 1  # one rank speaks
+    assert same_weights(folder_in(tmp_path), uninterrupted)
+
+
+def test_one_process_with_two_virtual_workers_makes_the_same_run(
+    digits: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    # with as many threads as the two ranks had: another number adds in another order
+    one = ("cluster.ranks=1", "cluster.threads_per_rank=1")
+    build.run(load_config(command(digits, tmp_path, *one)[2:]))
+    ours = folder_in(tmp_path) / "checkpoints" / "step_000000044"
+    theirs = uninterrupted / "checkpoints" / "step_000000044"
+    for name in ("worker_000.safetensors", "worker_001.safetensors", "shared.safetensors"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["sync.alpah=1"], "refused: sync.alpah is not a setting of sync.rule=quadratic; did you"),
+        (["data.root=/nowhere"], "refused: no folder /nowhere: the data root must hold train/"),
+        (["data.train_images=1000"], "refused: DIGITS has 1,442 images, not 1,000: complete"),
+        (["runs_dir=/proc/nothing"], "refused: /proc/nothing/demo/"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_anything_is_made(
+    digits: Path, tmp_path: Path, extra: list[str], message: str
+) -> None:
+    refused = call(command(digits, tmp_path, *extra))
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    (line,) = refused.stderr.splitlines()
+    assert line.replace(str(digits / "train"), "DIGITS").startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_in_the_folder_is_refused(digits: Path, tmp_path: Path) -> None:
+    first = load_config(command(digits, tmp_path, "cluster.ranks=1", "stop_after_steps=2")[2:])
+    build.run(first)
+    folder = check_run_folder(first)  # how it is carried out may change
+    path = folder.config
+    path.write_text(path.read_text().replace("alpha: 0.4375", "alpha: 0.3"))
+    with pytest.raises(ConfigError, match=r"other settings .sync.alpha: 0.3 -> 0.4375.: delete it"):
+        check_run_folder(first)
+    path.write_text("workers: [")
+    with pytest.raises(ConfigError, match="cannot be read by this version"):
+        check_run_folder(first)
+
+
+def test_torchrun_with_ranks_that_do_not_divide_the_workers(digits: Path, tmp_path: Path) -> None:
+    torchrun = [*TORCHRUN[:-1], "--nproc-per-node=3"]
+    refused = call([*torchrun, *command(digits, tmp_path)[1:]])
+    assert refused.returncode != 0
+    assert "3 ranks were launched; they must divide workers=2" in refused.stderr
+
+
+def test_a_bad_image_ends_the_run_with_its_name(digits: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "digits"
+    for path in digits.rglob("*.*"):
+        copy = broken / path.relative_to(digits)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    victim = sorted((broken / "train" / "3").iterdir())[5]
+    victim.write_bytes(b"no image")
+    failed = call(command(broken, tmp_path / "runs"))
+    assert failed.returncode == 1
+    assert failed.stderr.count("Traceback") == 0
+    assert victim.name in failed.stderr
+    assert "rank" in failed.stderr
+
+
+EXPERIMENTS = sorted(
+    path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
+    for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_takes_steps(name: str, loader: str, digits: Path, tmp_path: Path) -> None:
+    config = load_config(
+        [
+            f"experiment={name}",
+            *(f"data.root={digits}", f"data.loader={loader}", f"runs_dir={tmp_path}"),
+            *("cluster.ranks=1", "tracking=none", "tracking.progress=false"),
+            *("tracking.log_every_steps=1", "stop_after_steps=5"),
+        ]
+    )
+    assert build.run(config) is None
+    rows = read_metrics(run_folder(config) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(0 < row["loss"] < 10 for row in rows)
+
+
+def test_missing_data_is_a_data_error(tmp_path: Path) -> None:
+    config = load_config([*RUN, f"data.root={tmp_path}"])
+    with pytest.raises(DataError, match="train"):
+        build.open_data(config)

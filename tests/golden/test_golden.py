@@ -1,0 +1,50 @@
+"""The losses of one small run, as they were when somebody last looked at them and agreed.
+
+`make golden` records them anew. The tolerance is far above what another CPU's rounding does to
+these few steps at a low rate, and far below what any change of the algorithm does: another seed or
+another H moves losses by more than ten times as much.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qsr import build
+from qsr.config.load import load_config
+
+GOLDEN = Path(__file__).with_name("losses.json")
+TOLERANCE = 2e-3
+
+
+def losses(digits: Path, folder: Path, *overrides: str) -> dict[str, float]:
+    config = load_config(
+        [
+            "experiment=demo/quadratic",
+            *("workers=2", "schedule.peak_lr=0.02", "sync.alpha=0.04", "epochs=3"),
+            *("schedule.warmup_epochs=null", "schedule.warmup_steps=6", "data.loader=torchvision"),
+            *("cluster.ranks=1", "tracking=none", "tracking.progress=false"),
+            *("tracking.log_every_steps=6", f"data.root={digits}", f"runs_dir={folder}"),
+            *overrides,
+        ]
+    )
+    build.run(config)
+    (metrics,) = folder.rglob("metrics.jsonl")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return {f"{row['kind']} {row['step']}": row["loss"] for row in rows}
+
+
+def test_losses_are_the_golden_ones(
+    digits: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    found = losses(digits, tmp_path)
+    if request.config.getoption("--record-golden"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("change", ["seed=2", "sync.alpha=0.08", "optimizer.weight_decay=0.01"])
+def test_the_tolerance_sees_a_change(digits: Path, tmp_path: Path, change: str) -> None:
+    found, golden = losses(digits, tmp_path, change), json.loads(GOLDEN.read_text())
+    assert found.keys() == golden.keys()
+    assert max(abs(found[key] / golden[key] - 1) for key in golden) > TOLERANCE
