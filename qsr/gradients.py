@@ -43,9 +43,10 @@ class GradientAverager:
         """Whether DDP hides the communication, so that its time cannot be told apart."""
         return self._ddp is not None
 
-    def backward_context(self, *, last: bool) -> AbstractContextManager[object]:
-        """Context of a forward and backward pass; `last`: the one whose gradients are averaged."""
-        return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
+    def backward_context(self, *, average: bool) -> AbstractContextManager[object]:
+        """Context of a forward and backward pass; `average`: the last one of a data parallel
+        step, after which the gradients are averaged."""
+        return nullcontext() if self._ddp is None or average else self._ddp.no_sync()
 
     def finish(self) -> None:
         """Collective: after the last backward pass of a step, complete the average."""

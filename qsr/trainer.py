@@ -3,13 +3,14 @@
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsr.averaging import Averager, Fingerprint, MomentBuffers
+from qsr.averaging import Averager, MomentBuffers
 from qsr.checkpoint import Checkpointer, WorkerState
 from qsr.core.plan import Plan, Round
 from qsr.core.sampling import Sampler
@@ -19,14 +20,11 @@ from qsr.distributed import Communicator
 from qsr.evaluation import Evaluation, Evaluator
 from qsr.gradients import GradientAverager
 from qsr.losses import TrainingLoss
+from qsr.monitor import Monitor, Progress, TrainingError
 from qsr.optim import set_lr
 from qsr.precision import Precision
 from qsr.tracking import Tracker
 from qsr.worker import Worker
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; every rank raises it in the same step."""
 
 
 @dataclass(frozen=True)
@@ -38,31 +36,6 @@ class Due:
     checkpoint_every: int | None
     stop_after: int | None
     """End the session after this step."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands, and what it has measured. All of it is in every checkpoint."""
-
-    step: int = 0
-    """Steps done."""
-    averages: int = 0
-    """Averages over the workers made, of parameters or of gradients."""
-    averaged_bytes: int = 0
-    """Size of what one worker gave to them."""
-    skipped_updates: int = 0
-    """Updates that workers skipped because fp16 gradients overflowed."""
-    train_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    checkpoint_seconds: float = 0.0
-    communication_seconds: float = 0.0
-    """Part of train_seconds; without averages that overlap with the backward pass."""
-    loss_sum: float = 0.0
-    """Finite losses since the last row of training metrics, over all workers."""
-    loss_weight: float = 0.0
-    """How many losses that sum holds."""
-    best_top1: float | None = None
-    """Percent, over the evaluations so far."""
 
 
 class Trainer:
@@ -91,7 +64,6 @@ class Trainer:
         due: Due,
         config_hash: str,
     ) -> None:
-        self.progress = Progress()
         self.evaluation: Evaluation | None = None
         self._plan = plan
         self._sampler = sampler
@@ -111,12 +83,12 @@ class Trainer:
         self._averager = Averager(communicator, communicator.topology.num_workers)
         self._gradients = GradientAverager(workers, communicator) if plan.gradient_rounds else None
         self._averaged_bytes = workers[0].model.flat.bytes
-        # on the device and read when something is due: sum and number of the finite losses,
-        # number of the others, skipped updates
-        self._sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
-        self._communication_before = 0.0  # of earlier sessions
-        self._lap_start = 0.0
-        self._logged = (0, 0.0)  # step and train_seconds of the last row of training metrics
+        self._monitor = Monitor(plan, sampler, communicator, precision, config_hash)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands, and what it has measured."""
+        return self._monitor.progress
 
     @property
     def measures_communication(self) -> bool:
@@ -136,8 +108,7 @@ class Trainer:
         stop = min(self._due.stop_after or total, total)
         self._check_equal_start()
         batches = self._loader.batches(self._requests(self.progress.step, stop))
-        self._lap_start = time.perf_counter()
-        self._logged = (self.progress.step, self.progress.train_seconds)
+        self._monitor.start(self.progress)
         for round_ in self._plan.rounds(from_step=self.progress.step):
             first, last = max(round_.start, self.progress.step), min(round_.end, stop)
             for step in range(first, last):
@@ -158,24 +129,20 @@ class Trainer:
         checkpoint = step == stop or (every is not None and step % every == 0)
         if not (log or evaluate or checkpoint):
             return
-        # reading the sums also tells whether the run is healthy: a state that is not finite, or
-        # mixed from ranks that disagree, is neither evaluated nor saved
-        self._read_sums(round_)
-        self._lap("train_seconds")
+        # first see that the run is healthy: a state that is not finite, or mixed from ranks that
+        # disagree, is neither evaluated nor saved
+        self._averager.check()
+        self._monitor.read(round_)
+        self._monitor.lap("train_seconds")
         if log:
-            self._log(round_)
+            measured = self.measures_communication
+            self._tracker.log(self._monitor.train_row(round_, with_communication=measured))
         if evaluate:
             self._evaluate(round_)
-            self._lap("evaluation_seconds")
+            self._monitor.lap("evaluation_seconds")
         if checkpoint:
             self._save(round_)
-            self._lap("checkpoint_seconds")
-
-    def _lap(self, name: str) -> None:
-        """Book the time since the last lap under a field of the progress."""
-        now = time.perf_counter()
-        setattr(self.progress, name, getattr(self.progress, name) + now - self._lap_start)
-        self._lap_start = now
+            self._monitor.lap("checkpoint_seconds")
 
     # One step
 
@@ -186,8 +153,8 @@ class Trainer:
                 indices = self._sampler.indices(step, worker.index)
                 yield Request(indices, self._seed("augment", worker, step))
 
-    def _seed(self, name: str, worker: Worker, step: int) -> int:
-        return seed_for(self._sampler.seed, name, worker=worker.index, step=step)
+    def _seed(self, name: str, worker: Worker, step: int, **more: int) -> int:
+        return seed_for(self._sampler.seed, name, worker=worker.index, step=step, **more)
 
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
         lr = self._plan.schedule(step)
@@ -212,43 +179,33 @@ class Trainer:
         labels = batch.labels.split(self._micro_batch)
         for number, (x, y) in enumerate(zip(images, labels, strict=True)):
             last = number + 1 == len(images)
-            with self._gradient_context(last=last and data_parallel):
-                seed = seed_for(self._seed("mixup", worker, step), "micro_batch", number=number)
+            with self._gradient_context(average=last and data_parallel):
+                seed = self._seed("mixup", worker, step, micro_batch=number)
                 with self._precision.autocast():
                     loss = self._loss(worker.forward, x, y, seed)
                 worker.scaler.scale(loss / len(images)).backward()
-            self._count_loss(loss.detach())
+            self._monitor.count_loss(loss.detach())
 
-    def _gradient_context(self, *, last: bool) -> Any:
+    def _gradient_context(self, *, average: bool) -> AbstractContextManager[object]:
         if self._gradients is None:
-            return torch.enable_grad()
-        return self._gradients.backward_context(last=last)
-
-    def _count_loss(self, loss: Tensor) -> None:
-        finite = loss.isfinite()
-        self._sums[:3] += torch.stack((torch.where(finite, loss, 0.0), finite, ~finite))
+            return nullcontext()
+        return self._gradients.backward_context(average=average)
 
     def _update(self, worker: Worker, lr: float) -> None:
         set_lr(worker.optimizer, lr)
         if worker.scaler.is_enabled():
             worker.scaler.unscale_(worker.optimizer)
-            self._count_skipped(worker)
+            self._monitor.count_skipped(worker)
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(worker.model.module.parameters(), self._clip_norm)
         worker.scaler.step(worker.optimizer)
         worker.scaler.update()
 
-    def _count_skipped(self, worker: Worker) -> None:
-        # the scaler's own verdict, read before `update` resets it; the public way, get_scale(),
-        # would make the host wait
-        found = worker.scaler._found_inf_per_device(worker.optimizer)
-        self._sums[3] += torch.stack([flag.sum() for flag in found.values()]).sum().clamp(max=1.0)
-
     def _end_round(self, round_: Round) -> None:
         if round_.averages == "gradients":
             return
         replicas = [worker.model.flat for worker in self._workers]
-        self._averager.average_(replicas, self._fingerprint(round_, round_.end))
+        self._averager.average_(replicas, self._monitor.fingerprint(round_, round_.end))
         self.progress.averages += 1
         self.progress.averaged_bytes += replicas[0].bytes
         moments = self._moments.buffers()
@@ -256,63 +213,7 @@ class Trainer:
             self._averager.average_(moments, None)
             self.progress.averaged_bytes += moments[0].bytes
 
-    def _fingerprint(self, round_: Round, step: int) -> Fingerprint:
-        return Fingerprint(step, round_.index, round_.length, self._config_hash)
-
     # What is due now and then
-
-    def _read_sums(self, round_: Round) -> None:
-        """Collective: bring the sums of all ranks to the host and see that the run is healthy."""
-        progress = self.progress
-        own = self._sums.tolist()  # the host waits for the device here
-        self._sums.zero_()
-        self._averager.check()
-        mark = self._fingerprint(round_, progress.step).encode()
-        rows = self._communicator.gather_floats([*own, *mark])
-        if any(row[len(own) :] != rows[0][len(own) :] for row in rows):
-            raise TrainingError(
-                f"the ranks disagree on step, round, H or config; rank "
-                f"{self._communicator.topology.rank} stands at step {progress.step}, round "
-                f"{round_.index}, H={round_.length}, config {self._config_hash}"
-            )
-        losses, weight, overflowed, skipped = (
-            sum(column) for column in list(zip(*rows, strict=False))[:4]
-        )
-        progress.loss_sum += losses
-        progress.loss_weight += weight
-        progress.skipped_updates += round(skipped)
-        if overflowed and (self._precision.name != "fp16" or weight == 0.0):
-            raise TrainingError(
-                f"the loss is not finite at or before step {progress.step} (round {round_.index}, "
-                f"lr {self._plan.schedule(progress.step - 1):.3g}); the checkpoints before are "
-                f"untouched; try a lower schedule.peak_lr, a longer warm-up or "
-                f"optimizer.clip_norm"
-            )
-
-    def _log(self, round_: Round) -> None:
-        progress = self.progress
-        progress.communication_seconds = self._communication_before + self._communicator.seconds()
-        row: dict[str, Any] = {
-            "kind": "train",
-            "step": progress.step,
-            "epoch": progress.step / self._sampler.steps_per_epoch,
-            "round": round_.index,
-            "h": round_.length,
-            "lr": self._plan.schedule(progress.step - 1),
-            "averages": progress.averages,
-            "train_seconds": progress.train_seconds,
-        }
-        if progress.loss_weight:
-            row["loss"] = progress.loss_sum / progress.loss_weight
-        images = (progress.step - self._logged[0]) * self._sampler.global_batch
-        row["images_per_second"] = images / (progress.train_seconds - self._logged[1])
-        self._logged = (progress.step, progress.train_seconds)
-        if self.measures_communication:
-            row["communication_seconds"] = progress.communication_seconds
-        if self._precision.name == "fp16":
-            row["skipped_updates"] = progress.skipped_updates
-        progress.loss_sum = progress.loss_weight = 0.0
-        self._tracker.log(row)
 
     def _evaluate(self, round_: Round) -> None:
         step = self.progress.step
@@ -348,7 +249,6 @@ class Trainer:
                 f"parameters are not finite at step {progress.step}; nothing was saved, the "
                 f"checkpoints before are untouched"
             )
-        progress.communication_seconds = self._communication_before + self._communicator.seconds()
         first = self._workers[0]
         shared: dict[str, Tensor] = {}
         if progress.step == round_.end:
@@ -381,8 +281,7 @@ class Trainer:
             raise TrainingError(
                 f"the checkpoint after step {step} was made by a run with other settings"
             )
-        self.progress = Progress(**run["progress"])
-        self._communication_before = self.progress.communication_seconds
+        self._monitor.start(Progress(**run["progress"]))
         if run["evaluation"] is not None:
             self.evaluation = Evaluation(**run["evaluation"])
         for worker in self._workers:

@@ -12,7 +12,7 @@ from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerp
 from qsr.batchnorm import reestimate
 from qsr.distributed import Communicator, Topology
 from qsr.flat import FlatBuffers
-from qsr.trainer import TrainingError
+from qsr.monitor import TrainingError
 from tests.support import (
     CPU,
     LossWithAccident,

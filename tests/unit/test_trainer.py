@@ -23,7 +23,7 @@ from qsr import (
 )
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
-from qsr.trainer import TrainingError
+from qsr.monitor import TrainingError
 from tests.support import (
     LossWithAccident,
     Setup,
