@@ -20,12 +20,13 @@ from qsr.data import (
     TrainTransform,
     make_loader,
     open_image_folders,
+    uses_dali,
 )
 from qsr.distributed import Communicator, Topology, choose_device, topology
 from qsr.evaluation import BatchNormSource, Evaluator
 from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
-from qsr.models import build_model
+from qsr.models import build_model, check_model
 from qsr.optim import averaged_state_keys, build_optimizer
 from qsr.precision import Precision
 from qsr.runfolder import RunFolder, check_run_folder, make_run_folder, write_json, write_records
@@ -35,8 +36,11 @@ from qsr.worker import Worker
 
 
 def open_data(config: Config) -> tuple[ImageFolder, ImageFolder]:
-    """Training and validation set, checked against the settings. Raises DataError, ConfigError."""
+    """Training and validation set; with them, everything is checked that can be wrong with the
+    settings on this machine. Raises DataError, ConfigError."""
     data = config.data
+    check_model(config.model, data.image_size)
+    uses_dali(data.loader)
     train, val = open_image_folders(
         data.root,
         expected_train=data.train_images,
@@ -110,9 +114,6 @@ def _build(
         return build_model(config.model, num_classes, config.data.image_size).to(device)
 
     def open_loader(data: ImageFolder, transform: Any, batch: int) -> Loader:
-        decode = config.data.decode
-        if decode == "auto":
-            decode = "gpu" if device.type == "cuda" else "cpu"
         loader = make_loader(
             config.data.loader,
             data,
@@ -121,7 +122,7 @@ def _build(
             device=device,
             threads=config.data.loader_threads,
             prefetch=config.data.prefetch_batches,
-            decode=decode,
+            decode=config.data.decode,
         )
         loaders.append(loader)
         return loader

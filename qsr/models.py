@@ -1,5 +1,7 @@
 """Name -> network. All start from random weights, drawn from torch's generator."""
 
+from difflib import get_close_matches
+
 import timm
 import torch
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
@@ -8,12 +10,13 @@ from torch import nn
 from torchvision.models import resnet152
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from qsr.config.load import ConfigError
 from qsr.config.schema import ModelConfig
 
 
 def build_model(settings: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     """The network for square images of `image_size` pixels; input [b, 3, size, size], output
-    logits [b, num_classes]. The caller seeds torch. Raises ValueError for an unknown timm name."""
+    logits [b, num_classes]. The caller seeds torch, and has called `check_model`."""
     model: nn.Module
     match settings.name:
         case "resnet152":
@@ -25,14 +28,25 @@ def build_model(settings: ModelConfig, num_classes: int, image_size: int) -> nn.
         case "small_vit":
             model = SimpleViT(image_size, 4, num_classes, width=64, depth=4, heads=4)
         case "timm":
-            name = settings.timm_name or ""
-            if not timm.is_model(name):
-                near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-                raise ValueError(f"model.timm_name={name}: timm has no such model; near: {near}")
-            model = timm.create_model(name, num_classes=num_classes)
+            model = timm.create_model(settings.timm_name or "", num_classes=num_classes)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     return model
+
+
+def check_model(settings: ModelConfig, image_size: int) -> None:
+    """Raise ConfigError if this network cannot be built for these images."""
+    patch = {"vit_b16": 16, "small_vit": 4}.get(settings.name, 1)
+    if image_size % patch:
+        raise ConfigError(
+            f"data.image_size={image_size} does not divide by {settings.name}'s patches of {patch}"
+        )
+    if settings.timm_name is not None and not timm.is_model(settings.timm_name):
+        near = get_close_matches(settings.timm_name, timm.list_models(), n=3)
+        raise ConfigError(
+            f"model.timm_name={settings.timm_name}: timm has no such model; "
+            f"near: {', '.join(near) or 'none'}"
+        )
 
 
 class SmallResNet(nn.Sequential):
@@ -80,8 +94,6 @@ class SimpleViT(VisionTransformer):
             fc_norm=False,
             pos_embed="learn",  # shapes the positions; replaced by fixed ones below
         )
-        if image_size % patch:
-            raise ValueError(f"data.image_size={image_size} does not divide by patches of {patch}")
         side = image_size // patch
         positions = build_sincos2d_pos_embed([side, side], dim=width, interleave_sin_cos=False)
         del self.pos_embed

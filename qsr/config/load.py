@@ -101,6 +101,10 @@ def check(config: Config) -> None:
         raise ConfigError(
             "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum"
         )
+    if config.data.decode == "gpu" and config.cluster.device == "cpu":
+        raise ConfigError("data.decode=gpu goes with a GPU: take data.decode=auto")
+    if config.data.decode == "gpu" and config.data.loader == "torchvision":
+        raise ConfigError("data.decode=gpu goes with DALI: take data.loader=dali")
     if config.data.train_images is not None:
         check_plan(config, config.data.train_images)
 

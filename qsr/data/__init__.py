@@ -19,6 +19,7 @@ __all__ = [
     "TrainTransform",
     "make_loader",
     "open_image_folders",
+    "uses_dali",
 ]
 
 
@@ -31,7 +32,7 @@ def make_loader(
     device: torch.device,
     threads: int,
     prefetch: int = 2,
-    decode: Literal["cpu", "gpu"] = "cpu",
+    decode: Literal["auto", "cpu", "gpu"] = "auto",
 ) -> Loader:
     """The loader named by `kind`; "auto" is DALI where it is installed, else torchvision.
 
@@ -40,30 +41,25 @@ def make_loader(
         device: where the batches shall be.
         threads: decoding threads of this process.
         prefetch: batches in work while the caller uses the last one.
-        decode: where DALI decodes; torchvision decodes on the CPU.
+        decode: where DALI decodes, "auto": on `device`; torchvision decodes on the CPU.
 
     Raises:
         DataError: DALI is asked for and not installed, or decode="gpu" cannot be had.
     """
-    if kind != "torchvision":
-        try:
-            from qsr.data.dali import DaliLoader  # an optional dependency
+    if uses_dali(kind):
+        from qsr.data.dali import DaliLoader  # an optional dependency
 
-            return DaliLoader(
-                dataset,
-                transform,
-                batch_size=batch_size,
-                device=device,
-                threads=threads,
-                prefetch=prefetch,
-                decode=decode,
-            )
-        except ImportError as error:
-            if kind == "dali":
-                raise DataError(
-                    f"loader=dali needs NVIDIA DALI ({error}): "
-                    "pip install nvidia-dali-cuda130, or take loader=torchvision"
-                ) from error
+        if decode == "auto":
+            decode = "gpu" if device.type == "cuda" else "cpu"
+        return DaliLoader(
+            dataset,
+            transform,
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+            prefetch=prefetch,
+            decode=decode,
+        )
     if decode == "gpu":
         raise DataError("decode=gpu needs loader=dali with NVIDIA DALI installed: take decode=cpu")
     return TorchvisionLoader(
@@ -74,3 +70,20 @@ def make_loader(
         threads=threads,
         prefetch=prefetch,
     )
+
+
+def uses_dali(kind: Literal["auto", "dali", "torchvision"]) -> bool:
+    """Whether `make_loader` will take DALI. Raises DataError if it is asked for and cannot be
+    imported."""
+    if kind == "torchvision":
+        return False
+    try:
+        import nvidia.dali  # noqa: F401  (an optional dependency)
+    except ImportError as error:
+        if kind == "dali":
+            raise DataError(
+                f"data.loader=dali needs NVIDIA DALI ({error}): "
+                "pip install nvidia-dali-cuda130, or take data.loader=torchvision"
+            ) from error
+        return False
+    return True

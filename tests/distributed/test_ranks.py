@@ -202,3 +202,20 @@ def start_unequal(rank: int, ranks: int) -> str:
 def test_unequal_initial_weights_are_refused() -> None:
     for message in run_ranks(start_unequal, 2):
         assert "initial weights differ" in message
+
+
+def evaluate_untrained(rank: int, ranks: int) -> Any:
+    setup = Setup(QSR, workers=6, global_batch=12, samples=101, net=batchnorm_net)
+    rig = build(setup, Topology(rank, ranks, rank, 6))
+    replicas = [worker.model.flat for worker in rig.workers]
+    return rig.evaluator.evaluate(replicas, 0, averaged=True)
+
+
+def test_every_image_is_validated_once_on_any_number_of_ranks() -> None:
+    """101 images in batches of 10 over 1, 2 and 3 ranks."""
+    alone = evaluate_untrained(0, 1)
+    assert alone.images == 101
+    for ranks in (2, 3):
+        for result in run_ranks(evaluate_untrained, ranks):
+            assert (result.images, result.top1) == (101, alone.top1)
+            assert result.loss == pytest.approx(alone.loss, rel=1e-6)

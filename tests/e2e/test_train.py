@@ -163,6 +163,11 @@ def test_one_process_with_two_virtual_workers_makes_the_same_run(
         (["sync.alpah=1"], "refused: sync.alpah is not a setting of sync.rule=quadratic; did you"),
         (["data.root=/nowhere"], "refused: no folder /nowhere: the data root must hold train/"),
         (["data.train_images=1000"], "refused: DIGITS has 1,442 images, not 1,000: complete"),
+        (["data.image_size=30", "model=small_vit"], "refused: data.image_size=30 does not divide"),
+        (
+            ["model=timm", "model.timm_name=convnext_tny"],
+            "refused: model.timm_name=convnext_tny: timm has no such model; near: convnext_tiny",
+        ),
         (["runs_dir=/proc/nothing"], "refused: /proc/nothing/demo/"),
     ],
 )

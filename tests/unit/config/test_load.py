@@ -72,6 +72,8 @@ DEMO = "experiment=demo/quadratic"
         ([DEMO, "model=timm"], "model.timm_name has no value"),
         ([DEMO, "model.timm_name=resnet18"], "model.timm_name goes with model.name=timm"),
         ([DEMO, "data.augmentation.min_area=0.9", "data.augmentation.max_area=0.5"], "exceeds"),
+        ([DEMO, "data.decode=gpu", "cluster.device=cpu"], "data.decode=gpu goes with a GPU"),
+        ([DEMO, "data.decode=gpu", "data.loader=torchvision"], "goes with DALI"),
         ([DEMO, "data.std=[0,1,1]"], "data.std must be positive"),
     ],
 )  # fmt: skip

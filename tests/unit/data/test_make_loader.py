@@ -29,6 +29,9 @@ def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "qsr.data.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # its import fails
     monkeypatch.delitem(sys.modules, "qsr.data.dali_graph", raising=False)
+    import nvidia
+
+    monkeypatch.delattr(nvidia, "dali", raising=False)
 
 
 @pytest.mark.usefixtures("without_dali")

@@ -1,0 +1,45 @@
+"""The README's code runs, and its commands exist."""
+
+import re
+from pathlib import Path
+
+from qsr.config.load import load_config, run_folder
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_plan_in_your_own_code() -> None:
+    section = README.partition("## The plan, in your own code")[2].partition("Schedules:")[0]
+    names: dict[str, object] = {}
+    exec("\n".join(line[4:] for line in section.splitlines()), names)
+    numbers = re.search(r"# (\d+), ([\d.]+)", section)
+    assert numbers is not None
+    plan = names["plan"]
+    assert str(plan.num_rounds) == numbers[1]  # type: ignore[attr-defined]
+    assert f"{plan.volume:.5f}" == numbers[2]  # type: ignore[attr-defined]
+
+
+def test_the_demo_averages_as_often_as_the_readme_says() -> None:
+    from qsr.config.planning import make_plan
+
+    counts = {}
+    for name in ("parallel", "quadratic"):
+        config = load_config([f"experiment=demo/{name}"])
+        counts[name] = make_plan(config, 1442).num_rounds
+    text = " ".join(README.split())
+    expected = (
+        f"QSR averages {counts['quadratic']} times in {counts['parallel']} steps where data "
+        f"parallel training does so {counts['parallel']} times"
+    )
+    assert expected in text
+
+
+def test_every_training_command_is_accepted() -> None:
+    commands = README.replace("\\\n", " ")
+    found = re.findall(r"scripts/train\.py (.+)", commands)
+    assert len(found) == 3
+    folders = {str(run_folder(load_config(command.split()))) for command in found}
+    assert len(folders) == 2  # ours and torchrun's are the same run
+    for path in re.findall(r"\]\(([a-z][\w./-]+)\)", README):
+        assert (ROOT / path.partition("#")[0]).exists(), path
