@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
 import yaml
 
 from qsr.config import schema
-from qsr.config.load import parse_config
+from qsr.config.load import differences, parse_config
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
 
@@ -55,10 +55,17 @@ def read_run(folder: Path) -> Run:
 
 
 def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ only in their seed, in order of first appearance."""
+    """Runs by rule, in order of first appearance. Raises ReportError if runs of one rule differ in
+    more than their seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.label, []).append(run)
+        group = groups.setdefault(run.label, [])
+        group.append(run)
+        changed = differences(replace(run.config, seed=group[0].config.seed), group[0].config)
+        if changed:
+            raise ReportError(
+                f"{run.folder} and {group[0].folder} are no seeds of one run: {'; '.join(changed)}"
+            )
     return groups
 
 

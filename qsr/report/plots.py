@@ -1,6 +1,7 @@
 """Records -> pictures."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ def schedule_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 5.0), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
-        for color, (label, runs) in zip(COLORS, groups.items(), strict=False):
+        for color, (label, runs) in zip(cycle(COLORS), groups.items(), strict=False):
             plan = runs[0].plan
-            if color == COLORS[0]:
+            if not top.lines:
                 rates = [plan.schedule(step) for step in range(plan.total_steps)]
                 top.plot(rates, color="0.25")
             _draw_h(bottom, plan, label, color)
@@ -68,7 +69,7 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        for color, (label, runs) in zip(COLORS, groups.items(), strict=False):
+        for color, (label, runs) in zip(cycle(COLORS), groups.items(), strict=False):
             error = 100 - pd.DataFrame(
                 {
                     run.summary["seed"]: {row["step"]: row["top1"] for row in run.evaluations()}
@@ -99,5 +100,6 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write PATH.png and PATH.svg."""
-    figure.savefig(path.with_suffix(".png"), dpi=160)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with mpl.rc_context(STYLE):
+        figure.savefig(path.with_suffix(".png"), dpi=160)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

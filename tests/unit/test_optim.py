@@ -70,7 +70,8 @@ def adamw_by_hand(
         (adamw(weight_decay=0.1), adamw_by_hand),
         (adamw(weight_decay=0.0, beta1=0.8, beta2=0.95, eps=1e-3), adamw_by_hand),
     ],
-    ids=str,
+    # str of a function holds its address, which differs between the processes of one test run
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_steps_by_hand_on_every_parameter(settings: Any, by_hand: Any, fused: bool) -> None:
     """One step, then two more at other rates; weight decay on biases and norms too."""

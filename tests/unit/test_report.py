@@ -243,7 +243,6 @@ def test_accuracy_is_drawn_with_mean_and_range(groups: dict[str, list[Run]]) -> 
     assert line_data(single) == line_data(single_mean) == ([volume], [92.0])
 
 
-@pytest.mark.xfail(strict=True, reason="plots.save leaves STYLE's svg.hashsalt outside")
 @pytest.mark.parametrize("draw", [schedule_figure, accuracy_figure])
 def test_the_same_picture_gives_the_same_files(
     tmp_path: Path, groups: dict[str, list[Run]], draw: Any
@@ -266,7 +265,6 @@ def test_pictures_are_written_in_both_formats(tmp_path: Path, groups: dict[str, 
     assert np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0).shape[0] > 50
 
 
-@pytest.mark.xfail(strict=True, reason="plots.py drops the rules after the sixth without a word")
 def test_more_rules_than_colours_are_all_drawn(groups: dict[str, list[Run]]) -> None:
     run = groups["constant H = 4"][0]
     many = {f"rule {number}": [run] for number in range(8)}
@@ -274,7 +272,6 @@ def test_more_rules_than_colours_are_all_drawn(groups: dict[str, list[Run]]) -> 
     assert len(accuracy_figure(many).axes[0].lines) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="collect.group_by_label compares the rules alone")
 def test_runs_that_differ_in_more_than_seed_and_rule_make_no_table(
     groups: dict[str, list[Run]],
 ) -> None:
