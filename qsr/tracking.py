@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -143,6 +144,8 @@ class WandbTracker:
             "project": config.tracking.wandb_project,
             "entity": config.tracking.wandb_entity,
             "name": f"{config.experiment}/seed_{config.seed}",
+            "id": _wandb_id(folder / "wandb_id"),
+            "resume": "allow",
             "dir": str(folder),
             "mode": config.tracking.wandb,
             "patience": math.ceil(close_seconds) + 1,
@@ -188,6 +191,13 @@ class WandbTracker:
         self._output.seek(0)
         lines = self._output.read().decode(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line), "ended without a word")
+
+
+def _wandb_id(path: Path) -> str:
+    """The run's name on wandb's server: the same in every session of the run folder."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def mirror_rows() -> None:

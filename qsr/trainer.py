@@ -1,6 +1,7 @@
 """The algorithm: rounds of local steps, each ended by one average."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -221,6 +222,12 @@ class Trainer:
         replicas = [worker.model.flat for worker in self._workers]
         started = time.perf_counter()
         result = self._evaluator.evaluate(replicas, step, averaged=averaged)
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"the validation loss is {result.loss} at step {step}, lr "
+                f"{self._plan.schedule(step - 1):.3g}; the checkpoints before are untouched; try a "
+                f"lower schedule.peak_lr or optimizer.clip_norm"
+            )
         self.evaluation = result
         self.progress.best_top1 = max(result.top1, self.progress.best_top1 or 0.0)
         row: dict[str, Any] = {
@@ -275,6 +282,7 @@ class Trainer:
         """Collective: take up the run's newest checkpoint; False if there is none."""
         step = self._checkpointer.latest()
         if step is None:
+            self._tracker.rewind(0)  # rows of a session that was killed before its first
             return False
         run = self._checkpointer.read_run(step)
         if run["config_hash"] != self._config_hash:

@@ -17,7 +17,7 @@ from qsr import launch
 from qsr.config.load import ConfigError, load_config, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
-from qsr.report.collect import group_by_label, read_run
+from qsr.report.collect import ReportError, group_by_label, read_run
 from qsr.report.plots import accuracy_figure, save, schedule_figure
 from qsr.report.tables import rule_table, rule_table_markdown
 from qsr.runfolder import check_run_folder
@@ -46,13 +46,13 @@ def main(settings: list[str]) -> int:
         )
         if todo:
             launch.execute(todo)
-    except (ConfigError, DataError) as error:
+        groups = group_by_label([read_run(run_folder(config)) for config in configs])
+    except (ConfigError, DataError, ReportError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     except launch.RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    groups = group_by_label([read_run(run_folder(config)) for config in configs])
     RESULTS.mkdir(parents=True, exist_ok=True)
     table = rule_table(groups)
     table.to_csv(RESULTS / "table.csv", index=False)

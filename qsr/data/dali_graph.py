@@ -39,6 +39,7 @@ def train_pipeline(transform: TrainTransform, gpu: bool, decode: Decode) -> Any:
         shape=box[2:4],
         axes=(0, 1),
         adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # on the GPU too, as CPU decoders do
     )
     images = _resize(_to_device(images, gpu), (transform.size, transform.size))
     flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
@@ -59,7 +60,10 @@ def eval_pipeline(transform: EvalTransform, gpu: bool, decode: Decode) -> Any:
     margin = resized - transform.size
     corner = margin // 2 + (margin & 1) * (margin // 2 & 1)
     images = fn.decoders.image(
-        encoded, device="mixed" if decode == "gpu" else "cpu", adjust_orientation=False
+        encoded,
+        device="mixed" if decode == "gpu" else "cpu",
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
     )
     images = _resize(_to_device(images, gpu), fn.cast(resized, dtype=types.FLOAT))
     images = fn.slice(

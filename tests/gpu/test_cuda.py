@@ -94,11 +94,11 @@ class Watch:
     def __init__(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches = 0
         self._deliver = rig.loader.batches
-        self._read_sums = rig.trainer._read_sums
+        self._check = Averager.check
         self._workers = len(rig.workers)
         monkeypatch.setattr(rig.loader, "batches", self.deliver)
         # the first thing the trainer does when something is due
-        monkeypatch.setattr(rig.trainer, "_read_sums", self.read_sums)
+        monkeypatch.setattr(Averager, "check", lambda averager: self.check(averager))
 
     def deliver(self, requests: Iterable[Request]) -> Iterator[Batch]:
         for number, batch in enumerate(self._deliver(requests)):
@@ -107,9 +107,9 @@ class Watch:
                 torch.cuda.set_sync_debug_mode("error")
             yield batch
 
-    def read_sums(self, *arguments: Any) -> None:
+    def check(self, averager: Averager) -> None:
         torch.cuda.set_sync_debug_mode("default")
-        self._read_sums(*arguments)
+        self._check(averager)
 
 
 @pytest.fixture
@@ -220,9 +220,9 @@ def small_resnet() -> nn.Module:
     return build_model(ModelConfig("small_resnet", None, channels_last=True), 4, 6)
 
 
-# Largest difference of a step's mean loss to fp32's, whose losses fall from about 1.5 to 0.2 in
-# these 20 steps: rounding to 8 and to 11 bits, some three times what autocast on a CPU showed.
-LOSS_TOLERANCE = {"bf16": 0.05, "fp16": 0.01}
+# Largest difference of a step's mean loss to fp32's. Autocast on a CPU showed 0.004 (bf16) and
+# 0.001 (fp16) while the loss fell from 1.65 to 0.0002; fp32 convolutions on a GPU use TF32.
+LOSS_TOLERANCE = {"bf16": 0.03, "fp16": 0.02}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -375,8 +375,8 @@ def test_photos_decode_on_the_gpu_as_on_the_cpu(
     difference = decoding_difference(save_photos(tmp_path, subsampling), EvalTransform(56))
     record[f"decode_{colour}_colour_largest_difference"] = difference.max().item()
     record[f"decode_{colour}_colour_mean_difference"] = difference.mean().item()
-    assert difference.max() <= 3.0
     assert difference.mean() < 1.0
+    assert difference.max() <= 3.0
 
 
 # The paper's networks

@@ -31,6 +31,7 @@ from tests.support import (
     batchnorm_net,
     build,
     digits_like,
+    linear_net,
     sgd,
     train,
 )
@@ -141,6 +142,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     losses = [r["loss"] for r in whole.tracker.rows if r["kind"] == "train" and r["step"] > stop]
     resumed_losses = [r["loss"] for r in resumed.tracker.rows if r["kind"] == "train"]
     assert resumed_losses[-len(losses) :] == pytest.approx(losses, rel=1e-12)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(setup: Setup) -> None:
+    rig = build(setup)
+    rig.tracker.log({"kind": "train", "step": 3})
+    assert not rig.trainer.restore()
+    assert rig.tracker.rows == []
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    def far_too_wide() -> nn.Module:
+        net = linear_net()
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 3e38)
+        return net
+
+    plan = Plan(ConstantSchedule(1e-9, 4), ConstantRule(2))
+
+    def harmless(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return sum((p.sum() * 0.0 for p in model.parameters()), start=torch.zeros(()))
+
+    setup = Setup(plan, net=far_too_wide, loss=harmless, folder=tmp_path)
+    with pytest.raises(TrainingError, match="the validation loss is nan at step 4"):
+        train(setup)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("plan", [QSR, GRADIENTS])
