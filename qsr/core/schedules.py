@@ -39,11 +39,6 @@ def _check_run(peak_lr: float, warmup_steps: int, total_steps: int) -> None:
         raise ValueError(f"peak_lr must be a positive number, got {peak_lr}")
 
 
-def _check_final(final_lr: float, peak_lr: float) -> None:
-    if not 0 <= final_lr <= peak_lr:
-        raise ValueError(f"final_lr must lie in [0, peak_lr = {peak_lr}], got {final_lr}")
-
-
 def _check_start(start_lr: float, peak_lr: float) -> None:
     if not 0 <= start_lr <= peak_lr:
         raise ValueError(f"start_lr must lie in [0, peak_lr = {peak_lr}], got {start_lr}")
@@ -80,22 +75,44 @@ class ConstantSchedule:
 
 
 @dataclass(frozen=True)
-class CosineSchedule:
+class _DecayingSchedule:
+    """Linear warm-up from final_lr to peak_lr, then a decay from peak_lr to final_lr."""
+
+    peak_lr: float
+    final_lr: float
+    warmup_steps: int
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
+        if not 0 <= self.final_lr <= self.peak_lr:
+            raise ValueError(
+                f"final_lr must lie in [0, peak_lr = {self.peak_lr}], got {self.final_lr}"
+            )
+
+    def __call__(self, step: int) -> float:
+        _check_step(step, self.total_steps)
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps, self.final_lr, self.peak_lr)
+        return self.final_lr + (self.peak_lr - self.final_lr) * self._share(step)
+
+    def _share(self, step: int) -> float:
+        """What is left of the decay at a step after the warm-up: 1 at its start, 0 at the end."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CosineSchedule(_DecayingSchedule):
     """Linear warm-up from final_lr to peak_lr, then a half cosine down to final_lr.
 
     With `stop_step` the decay stops there and the rate stays at the value of that step: the
     "modified cosine" of the paper's comparison.
     """
 
-    peak_lr: float
-    final_lr: float
-    warmup_steps: int
-    total_steps: int
     stop_step: int | None = None
 
     def __post_init__(self) -> None:
-        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
-        _check_final(self.final_lr, self.peak_lr)
+        super().__post_init__()
         if self.stop_step is not None and not (
             self.warmup_steps <= self.stop_step <= self.total_steps
         ):
@@ -104,36 +121,19 @@ class CosineSchedule:
                 f"total_steps ({self.total_steps}), got {self.stop_step}"
             )
 
-    def __call__(self, step: int) -> float:
-        _check_step(step, self.total_steps)
-        if step < self.warmup_steps:
-            return _warmup(step, self.warmup_steps, self.final_lr, self.peak_lr)
+    def _share(self, step: int) -> float:
         if self.stop_step is not None:
             step = min(step, self.stop_step)
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        decay = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.final_lr + (self.peak_lr - self.final_lr) * decay
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(_DecayingSchedule):
     """Linear warm-up from final_lr to peak_lr, then linear down to final_lr."""
 
-    peak_lr: float
-    final_lr: float
-    warmup_steps: int
-    total_steps: int
-
-    def __post_init__(self) -> None:
-        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
-        _check_final(self.final_lr, self.peak_lr)
-
-    def __call__(self, step: int) -> float:
-        _check_step(step, self.total_steps)
-        if step < self.warmup_steps:
-            return _warmup(step, self.warmup_steps, self.final_lr, self.peak_lr)
-        remaining = (self.total_steps - step) / (self.total_steps - self.warmup_steps)
-        return self.final_lr + (self.peak_lr - self.final_lr) * remaining
+    def _share(self, step: int) -> float:
+        return (self.total_steps - step) / (self.total_steps - self.warmup_steps)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> N
     def far_too_wide() -> nn.Module:
         net = linear_net()
         for parameter in net.parameters():
-            nn.init.constant_(parameter, 3e38)
+            nn.init.constant_(parameter, 1e38)
         return net
 
     plan = Plan(ConstantSchedule(1e-9, 4), ConstantRule(2))
