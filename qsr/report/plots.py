@@ -84,6 +84,8 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
             top1 = [run.summary["top1"] for run in runs]
             right.plot(volume, top1, ".", color=color, alpha=0.5, markersize=5)
             right.plot(np.mean(volume), np.mean(top1), "D", color=color, markersize=6)
+        left.set_title("mean and range over the seeds", fontsize=8, loc="right")
+        right.set_title("diamond: mean, dots: seeds", fontsize=8, loc="right")
         left.set_xlabel("step")
         left.set_ylabel("top-1 error (%)")
         left.set_yscale("log")
