@@ -52,6 +52,7 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
     model.eval()
     hooks = []
     for layer in layers:
+        layer.reset_running_stats()  # the count of batches too: nothing of an earlier pass stays
         layer.train()
         hooks.append(layer.register_forward_pre_hook(gather))
     for images in batches:

@@ -1,7 +1,9 @@
 """The command line, as a user gives it: real processes, real images, real files."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -135,6 +137,28 @@ def test_kill_9_and_the_same_command_again_give_the_same_bits(
     again = call(arguments)
     assert again.stdout == resumed.stdout
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_kills_at_random_moments_leave_the_same_bits(
+    digits: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Whenever it is killed, while it writes a checkpoint too, the run comes to the same end."""
+    arguments = command(digits, tmp_path, "checkpoint.every_steps=2")
+    moments = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(
+            arguments, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(5, 20))
+        with contextlib.suppress(ProcessLookupError):  # it had finished
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    last = call(arguments)
+    assert last.returncode == 0, last.stderr
+    assert same_weights(folder_in(tmp_path), uninterrupted)
 
 
 def test_torchrun_makes_the_same_run(digits: Path, tmp_path: Path, uninterrupted: Path) -> None:

@@ -51,6 +51,18 @@ def test_large_means_do_not_cancel() -> None:
     assert abs(layer.running_var.item() - 5 / 3) < 1e-6
 
 
+def test_nothing_of_an_earlier_pass_stays() -> None:
+    """Not even the count of batches: a run that resumes evaluates less often, and must end with
+    the same model."""
+    once, twice = batchnorm_net(), batchnorm_net()
+    twice.load_state_dict(once.state_dict())
+    reestimate(twice, [batch + 3.0 for batch in batches()], ALONE)
+    for net in (once, twice):
+        reestimate(net, batches(), ALONE)
+    for ours, theirs in zip(once.state_dict().values(), twice.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_leaves_the_model_in_evaluation_mode_with_dropout_off() -> None:
     net = batchnorm_net()
     layer = batchnorm_layers(net)[0]
