@@ -1,7 +1,7 @@
 """Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -35,20 +35,41 @@ from qsr.trainer import Due, Trainer
 from qsr.worker import Worker
 
 
-def open_data(config: Config) -> tuple[ImageFolder, ImageFolder]:
-    """Training and validation set; with them, everything is checked that can be wrong with the
-    settings on this machine. Raises DataError, ConfigError."""
+class Prepared(NamedTuple):
+    """What a run finds on this machine, checked."""
+
+    train: ImageFolder
+    val: ImageFolder
+    data: dict[str, Any]
+    """What makes the data what they are, for data.json."""
+    folder: RunFolder
+    summary: dict[str, Any] | None
+    """Of a run that has come to its end before."""
+
+
+def prepare(config: Config) -> Prepared:
+    """Check everything that can be wrong with the settings on this machine, and make the run's
+    folder. Raises DataError, ConfigError; nothing of an earlier run is touched."""
     data = config.data
     check_model(config.model, data.image_size)
-    uses_dali(data.loader)
+    loader = "dali" if uses_dali(data.loader) else "torchvision"
     train, val = open_image_folders(
         data.root,
         expected_train=data.train_images,
         expected_val=data.val_images,
         expected_classes=data.classes,
     )
-    check_plan(config, len(train.files))
-    return train, val
+    check_plan(config, len(train))
+    record = {
+        "train_images": len(train),
+        "val_images": len(val),
+        "train_files": train.fingerprint,
+        "val_files": val.fingerprint,
+        "loader": loader,  # DALI's and torchvision's training pixels differ a little
+    }
+    folder = check_run_folder(config, record)
+    make_run_folder(folder)
+    return Prepared(train, val, record, folder, folder.summary_if_finished())
 
 
 def run(config: Config) -> dict[str, Any] | None:
@@ -57,20 +78,20 @@ def run(config: Config) -> dict[str, Any] | None:
     Returns the summary, or None if the session was to stop before the end. Whatever is wrong with
     the settings, the data, the folder or the devices raises before a process group exists.
     """
-    train, val = open_data(config)
-    folder = check_run_folder(config)
-    make_run_folder(folder)
+    train, val, data, folder, finished = prepare(config)
+    if finished is not None:
+        return finished
     place = topology(config.cluster, config.workers)
     device = choose_device(config.cluster.device, place.local_rank)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.cluster.threads_per_rank or max(1, cores))
 
-    plan = make_plan(config, len(train.files))
+    plan = make_plan(config, len(train))
     communicator = Communicator(place, device, config.cluster.timeout_seconds)
     communicator.barrier()  # every rank has looked at the folder; now it may be written
     tracker: Tracker = NullTracker()
     if place.is_main:
-        write_records(folder, config, place, str(device))
+        write_records(folder, config, data, place, str(device))
         tracker = build_tracker(config, folder.path, plan.total_steps)
     loaders: list[Loader] = []
     try:
@@ -81,7 +102,7 @@ def run(config: Config) -> dict[str, Any] | None:
         trainer.train()
         if not trainer.finished:
             return None
-        summary = _summary(config, plan, trainer, place, len(train.files))
+        summary = _summary(config, plan, trainer, place, len(train))
         if place.is_main:
             state = {k: v.contiguous().clone() for k, v in evaluator.model.state_dict().items()}
             save_file(state, folder.model)
@@ -131,7 +152,7 @@ def _build(
         _make_worker(config, index, make_model(), precision)
         for index in communicator.topology.workers
     ]
-    sampler = make_sampler(config, len(train.files))
+    sampler = make_sampler(config, len(train))
     train_transform, eval_transform = transforms(config)
     batchnorm = BatchNormSource(
         open_loader(train, train_transform, config.micro_batch_size),
@@ -142,7 +163,7 @@ def _build(
     evaluator = Evaluator(
         make_model(),
         open_loader(val, eval_transform, config.evaluation.batch),
-        len(val.files),
+        len(val),
         config.evaluation.batch,
         batchnorm,
         communicator,

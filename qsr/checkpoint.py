@@ -86,8 +86,8 @@ class Checkpointer:
         return WorkerState(tensors, _read_json(folder / f"worker_{worker:03d}.json"))
 
     def _steps(self) -> list[int]:
-        names = [p.name for p in self._folder.glob(f"{_PREFIX}*") if not p.suffix]
-        return sorted(int(name.removeprefix(_PREFIX)) for name in names)
+        names = (path.name.removeprefix(_PREFIX) for path in self._folder.glob(f"{_PREFIX}*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def _try_on_all(self, action: Callable[[], None]) -> None:
         """Collective: do `action`; if it fails on any rank, raise on every rank."""
@@ -121,8 +121,8 @@ class Checkpointer:
 
 
 def _make_empty(folder: Path) -> None:
-    if folder.exists():  # left by a run that was killed while it wrote
-        shutil.rmtree(folder)
+    for left in folder.parent.glob("*.partial"):  # by a run that was killed, or met a full disk
+        shutil.rmtree(left)
     folder.mkdir(parents=True)
 
 

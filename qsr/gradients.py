@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qsr.averaging import mean_
@@ -37,6 +38,22 @@ class GradientAverager:
         elif topology.num_workers > 1:
             for worker in workers:
                 worker.flatten_gradients()
+
+    def settle(self, images: Tensor) -> None:
+        """Collective: one backward pass for nothing, before the first step of a session.
+
+        DDP orders its buckets anew after its first backward pass, and with them the order in which
+        the ranks' gradients are added. Without this a resumed run would take one more step with
+        the first order than an uninterrupted one, and differ in the last bits.
+        """
+        if self._ddp is None:
+            return
+        (worker,) = self._workers
+        before = [buffer.clone() for buffer in worker.model.module.buffers()]
+        worker.forward(images).float().sum().backward()
+        worker.zero_gradients()
+        for buffer, value in zip(worker.model.module.buffers(), before, strict=True):
+            buffer.copy_(value)
 
     @property
     def overlaps(self) -> bool:

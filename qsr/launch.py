@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import (
     ChildFailedError,
     ProcessFailure,
@@ -14,10 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from qsr.build import open_data, run
+from qsr.build import prepare, run
 from qsr.config.schema import Config
 from qsr.distributed import launched, leave_process_group
-from qsr.runfolder import check_run_folder, make_run_folder
 
 
 class RunFailedError(RuntimeError):
@@ -36,7 +36,8 @@ _EXPECTED = (
 
 
 def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
-    """Carry out runs one after the other and return what build.run returned for each.
+    """Carry out runs one after the other and return what build.run returned for each; runs that
+    are finished are not started again.
 
     All must ask for the same ranks and device. Under a launcher such as torchrun this process is
     one rank; otherwise the ranks are started here, once for all runs, and RunFailedError is raised
@@ -48,9 +49,11 @@ def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
     ((ranks, _),) = wanted
     if launched() or ranks == 1:
         return _run_all(configs)
-    for config in configs:  # one clear line now, instead of one from every rank
-        open_data(config)
-        make_run_folder(check_run_folder(config))
+    # one clear line now, instead of one from every rank
+    finished = [prepare(config).summary for config in configs]
+    todo = [config for config, summary in zip(configs, finished, strict=True) if summary is None]
+    if not todo:
+        return list(finished)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -69,12 +72,13 @@ def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        results: dict[int, list[dict[str, Any] | None]] = elastic_launch(settings, _rank_main)(
-            configs
-        )
+        results: dict[int, list[dict[str, Any] | None]] = elastic_launch(settings, _rank_main)(todo)
+    except SignalException as error:
+        raise KeyboardInterrupt(error.sigval.name) from None
     except ChildFailedError as error:
         raise RunFailedError(_describe(*error.get_first_failure())) from None
-    return results[0]
+    new = iter(results[0])
+    return [next(new) if summary is None else summary for summary in finished]
 
 
 def number_of_ranks(config: Config) -> int:

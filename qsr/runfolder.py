@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,6 +27,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.data = path / "data.json"
         self.environment = path / "environment.json"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
@@ -39,8 +41,9 @@ class RunFolder:
         return summary
 
 
-def check_run_folder(config: Config) -> RunFolder:
-    """The run's folder, untouched. Raises ConfigError if another run lives there."""
+def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
+    """The run's folder, untouched. Raises ConfigError if another run lives there: one with other
+    settings, or on other `data` (what the caller knows of the data set and how it is read)."""
     folder = RunFolder(run_folder(config))
     if folder.config.exists():
         changed = differences(config, read_config(folder.config))
@@ -49,6 +52,14 @@ def check_run_folder(config: Config) -> RunFolder:
                 f"{folder.path} holds a run with other settings ({'; '.join(changed)}): delete it, "
                 f"or choose another runs_dir"
             )
+    if folder.data.exists():
+        stored = json.loads(folder.data.read_text())
+        changed = [f"{k}: {stored.get(k)} -> {v}" for k, v in data.items() if stored.get(k) != v]
+        if changed:
+            raise ConfigError(
+                f"{folder.path} holds a run on other data ({'; '.join(changed)}): delete it, or "
+                f"choose another runs_dir"
+            )
     return folder
 
 
@@ -56,8 +67,11 @@ def make_run_folder(folder: RunFolder) -> None:
     """Make the folder if need be, and see that this rank can write there. Raises ConfigError."""
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder.path):  # permissions alone do not tell (root, read-only disk)
-            pass
+        # permissions alone do not tell: root may do all, and the disk may be full
+        with TemporaryFile(dir=folder.path) as probe:
+            probe.write(b"\0" * 65536)
+            probe.flush()
+            os.fsync(probe.fileno())
     except OSError as error:
         raise ConfigError(
             f"{folder.path} cannot be written ({error}): choose another runs_dir"
@@ -75,8 +89,11 @@ def read_config(path: Path) -> Config:
         ) from None
 
 
-def write_records(folder: RunFolder, config: Config, topology: Topology, device: str) -> None:
-    """Write config.yaml and environment.json."""
+def write_records(
+    folder: RunFolder, config: Config, data: Mapping[str, Any], topology: Topology, device: str
+) -> None:
+    """Write config.yaml, data.json and environment.json."""
+    write_json(folder.data, data)
     _write(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
     write_json(folder.environment, environment(topology, device))
 

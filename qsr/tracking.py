@@ -286,6 +286,9 @@ def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
     if settings.wandb != "none":
         trackers.append(WandbTracker(config, folder))
     if settings.progress:
-        name = f"{config.experiment} seed {config.seed}"
-        trackers.append(ProgressTracker(name, total_steps))
+        # without the overrides, which would push all else from a terminal's line
+        name = config.experiment
+        if "=" in name:
+            name = name.partition("=")[0].rpartition("/")[0] + "/..."
+        trackers.append(ProgressTracker(f"{name} seed {config.seed}", total_steps))
     return RunTracker(*trackers)

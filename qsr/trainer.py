@@ -1,6 +1,7 @@
 """The algorithm: rounds of local steps, each ended by one average."""
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -108,7 +109,11 @@ class Trainer:
         total = self._plan.total_steps
         stop = min(self._due.stop_after or total, total)
         self._check_equal_start()
-        batches = self._loader.batches(self._requests(self.progress.step, stop))
+        batches = iter(self._loader.batches(self._requests(self.progress.step, stop)))
+        if self._gradients is not None and self.progress.step < stop:
+            batch = next(batches)
+            self._gradients.settle(batch.images[: self._micro_batch])
+            batches = itertools.chain([batch], batches)
         self._monitor.start(self.progress)
         for round_ in self._plan.rounds(from_step=self.progress.step):
             first, last = max(round_.start, self.progress.step), min(round_.end, stop)

@@ -20,7 +20,6 @@ from qsr.data.digits import prepare_digits
 from qsr.report.collect import ReportError, group_by_label, read_run
 from qsr.report.plots import accuracy_figure, save, schedule_figure
 from qsr.report.tables import rule_table, rule_table_markdown
-from qsr.runfolder import check_run_folder
 
 EXPERIMENTS = ("demo/parallel", "demo/constant", "demo/quadratic")
 SEEDS = (1, 2, 3)
@@ -38,18 +37,20 @@ def main(settings: list[str]) -> int:
             for seed in SEEDS
         ]
         prepare_digits(Path(configs[0].data.root))
-        todo = [c for c in configs if check_run_folder(c).summary_if_finished() is None]
+        finished = sum((run_folder(c) / "summary.json").exists() for c in configs)
         print(
             f"{len(configs)} runs: {len(EXPERIMENTS)} rules x {len(SEEDS)} seeds, "
-            f"{configs[0].workers} workers each; {len(configs) - len(todo)} finished before",
+            f"{configs[0].workers} workers each; {finished} finished before",
             flush=True,
         )
-        if todo:
-            launch.execute(todo)
+        launch.execute(configs)
         groups = group_by_label([read_run(run_folder(config)) for config in configs])
     except (ConfigError, DataError, ReportError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except launch.RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@
 
 Settings are those of configs/, described in qsr/config/schema.py. Without a launcher the ranks
 are started here. The run lives in runs/EXPERIMENT/seed_SEED; the same command goes on with it
-from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong settings.
+from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
 """
 
 import os
@@ -26,22 +26,25 @@ def main(arguments: list[str]) -> int:
         return _refuse(error)
 
     from qsr import launch  # after the settings are known to be right: torch takes seconds
+    from qsr.averaging import DisagreementError
     from qsr.checkpoint import CheckpointError
     from qsr.data import DataError
     from qsr.distributed import ClusterError
-    from qsr.runfolder import check_run_folder
+    from qsr.monitor import TrainingError
 
     try:
-        finished = check_run_folder(config).summary_if_finished()
-        if finished is None:
-            (finished,) = launch.execute([config])
+        (summary,) = launch.execute([config])
     except (ConfigError, DataError, ClusterError) as error:
         return _refuse(error)
-    except (launch.RunFailedError, CheckpointError) as error:
+    except (launch.RunFailedError, CheckpointError, DisagreementError, TrainingError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        again = "the same command goes on from the newest checkpoint"
+        print(f"interrupted; {again}: {run_folder(config)}", file=sys.stderr)
+        return 130
     if os.environ.get("RANK", "0") == "0":
-        print(_last_line(finished, str(run_folder(config))))
+        print(_last_line(summary, str(run_folder(config))))
     return 0
 
 

@@ -95,6 +95,10 @@ def check(config: Config) -> None:
         raise ConfigError("data.augmentation.min_aspect exceeds max_aspect")
     if min(config.data.std) <= 0:
         raise ConfigError(f"data.std must be positive, got {list(config.data.std)}")
+    if getattr(config.optimizer, "nesterov", False) and not getattr(
+        config.optimizer, "momentum", 0
+    ):
+        raise ConfigError("optimizer.nesterov=true needs optimizer.momentum above 0")
     if config.sync.average_second_moment and config.optimizer.name == "sgd":
         raise ConfigError("sync.average_second_moment=true: sgd has no second moment")
     if config.sync.average_momentum and getattr(config.optimizer, "momentum", 1.0) == 0.0:
@@ -227,7 +231,12 @@ def _experiment_name(parsed: Iterable[Override]) -> str:
         elif key != "seed" and not _is_execution(key):
             value = override.get_value_element_as_str() if not override.is_delete() else ""
             changes.append(f"{key}={value}".replace("/", "_"))
-    return "/".join([experiment, ",".join(sorted(changes))] if changes else [experiment])
+    if not changes:
+        return experiment
+    text = ",".join(sorted(changes))
+    if len(text) > 120:  # folders' names end at 255 bytes, tables' columns before
+        text = text[:100] + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{experiment}/{text}"
 
 
 def _is_execution(key: str) -> bool:

@@ -17,7 +17,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Channels = tuple[float, float, float]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Channels = tuple[Finite, Finite, Finite]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,9 +57,9 @@ class AdamWConfig:
 
     name: Literal["adamw"]
     """Kind of optimizer."""
-    beta1: Fraction
+    beta1: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the first moment."""
-    beta2: Fraction
+    beta2: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the second moment."""
     eps: Positive
     """Added to the root of the second moment."""
@@ -330,7 +331,7 @@ class ClusterConfig:
     """auto: CUDA where there is a GPU."""
     threads_per_rank: PositiveInt | None
     """CPU threads for torch in each rank; null: the cores of the machine over its ranks."""
-    timeout_seconds: Positive
+    timeout_seconds: Annotated[float, Field(gt=0, le=604_800)]
     """How long a collective waits for the other ranks before the run fails."""
 
 

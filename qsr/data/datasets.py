@@ -60,8 +60,8 @@ class ImageFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when a class is added, lost or renamed."""
-        return hashlib.sha256("\n".join(self.classes).encode()).hexdigest()[:16]
+        """16 hexadecimal digits that change when a file or class is added, lost or renamed."""
+        return hashlib.sha256("\n".join(self.files).encode()).hexdigest()[:16]
 
 
 def open_image_folders(

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from qsr import ConstantRule, ConstantSchedule, CosineSchedule, EveryStepRule, Plan, QuadraticRule
+from qsr import (
+    ConstantRule,
+    ConstantSchedule,
+    CosineSchedule,
+    EveryStepRule,
+    Plan,
+    PostLocalRule,
+    QuadraticRule,
+)
 from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerprint
 from qsr.batchnorm import reestimate
 from qsr.distributed import Communicator, Topology
@@ -146,6 +154,18 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
     whole, _ = on(1, setup)
     on(1, replace(setup, stop_after=11, folder=tmp_path))
     resumed, _ = on(2, replace(setup, folder=tmp_path))
+    assert resumed == whole
+
+
+@pytest.mark.parametrize(
+    "plan", [QSR, GRADIENTS, Plan(COSINE, PostLocalRule(13, 4))], ids=["local", "ddp", "post_local"]
+)
+def test_four_ranks_resume_bit_for_bit(plan: Plan, tmp_path: Path) -> None:
+    """With two ranks any order of addition gives the same sum; with four it does not."""
+    setup = replace(SETUP, plan=plan, workers=4, checkpoint_every=7)
+    whole, _ = on(4, setup)
+    on(4, replace(setup, stop_after=7, folder=tmp_path))
+    resumed, _ = on(4, replace(setup, folder=tmp_path))
     assert resumed == whole
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 from qsr import build
 from qsr.config.load import CONFIG_DIR, ConfigError, load_config, run_folder
 from qsr.data import DataError
-from qsr.runfolder import check_run_folder
 from qsr.tracking import read_metrics
 
 ROOT = CONFIG_DIR.parent
@@ -66,6 +66,7 @@ def test_the_run_folder_holds_what_it_promises(uninterrupted: Path) -> None:
     assert sorted(path.name for path in uninterrupted.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "data.json",
         "environment.json",
         "metrics.jsonl",
         "model.safetensors",
@@ -209,14 +210,30 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_made(
 def test_another_run_in_the_folder_is_refused(digits: Path, tmp_path: Path) -> None:
     first = load_config(command(digits, tmp_path, "cluster.ranks=1", "stop_after_steps=2")[2:])
     build.run(first)
-    folder = check_run_folder(first)  # how it is carried out may change
-    path = folder.config
+    path = build.prepare(first).folder.config
     path.write_text(path.read_text().replace("alpha: 0.4375", "alpha: 0.3"))
     with pytest.raises(ConfigError, match=r"other settings .sync.alpha: 0.3 -> 0.4375.: delete it"):
-        check_run_folder(first)
+        build.prepare(first)
     path.write_text("workers: [")
     with pytest.raises(ConfigError, match="cannot be read by this version"):
-        check_run_folder(first)
+        build.prepare(first)
+
+
+def test_other_data_under_the_same_name_are_refused(digits: Path, tmp_path: Path) -> None:
+    """The folder's name does not tell where the data are, or which loader reads them."""
+    counts = ("data.train_images=null", "data.val_images=null", "stop_after_steps=2")
+    one = command(digits, tmp_path / "runs", "cluster.ranks=1", "data.loader=auto", *counts)[2:]
+    build.run(load_config(one))
+    other = tmp_path / "other"
+    shutil.copytree(digits, other)
+    assert build.prepare(load_config([*one, f"data.root={other}"])).summary is None  # only moved
+    sorted((other / "train" / "7").iterdir())[0].unlink()
+    with pytest.raises(ConfigError, match=r"other data .train_images: 1442 -> 1441; train_files"):
+        build.prepare(load_config([*one, f"data.root={other}"]))
+    path = folder_in(tmp_path / "runs") / "data.json"
+    path.write_text(path.read_text().replace('"dali"', '"torchvision"'))
+    with pytest.raises(ConfigError, match="loader: torchvision -> dali"):
+        build.prepare(load_config(one))
 
 
 def test_torchrun_with_ranks_that_do_not_divide_the_workers(digits: Path, tmp_path: Path) -> None:
@@ -267,4 +284,4 @@ def test_every_experiment_takes_steps(name: str, loader: str, digits: Path, tmp_
 def test_missing_data_is_a_data_error(tmp_path: Path) -> None:
     config = load_config([*RUN, f"data.root={tmp_path}"])
     with pytest.raises(DataError, match="train"):
-        build.open_data(config)
+        build.prepare(config)

@@ -74,6 +74,10 @@ DEMO = "experiment=demo/quadratic"
         ([DEMO, "data.augmentation.min_area=0.9", "data.augmentation.max_area=0.5"], "exceeds"),
         ([DEMO, "data.decode=gpu", "cluster.device=cpu"], "data.decode=gpu goes with a GPU"),
         ([DEMO, "data.decode=gpu", "data.loader=torchvision"], "goes with DALI"),
+        ([DEMO, "data.mean=[.nan,0,0]"], "data.mean"),
+        ([DEMO, "optimizer.nesterov=true", "optimizer.momentum=0"], "nesterov=true needs"),
+        ([DEMO, "optimizer=adamw", "optimizer.beta1=1.0"], "optimizer.beta1=1.0"),
+        ([DEMO, "cluster.timeout_seconds=1e300"], "cluster.timeout_seconds"),
         ([DEMO, "data.std=[0,1,1]"], "data.std must be positive"),
     ],
 )  # fmt: skip
@@ -111,6 +115,15 @@ def test_the_folder_is_a_function_of_experiment_and_seed() -> None:
     # how a run is carried out is no part of its name
     execution = ("cluster.ranks=2", "tracking=none", "data.root=/mnt/digits", "stop_after_steps=9")
     assert folder(*execution) == "runs/demo/quadratic/seed_1"
+    long = folder(*(f"data.augmentation.{k}=0.9" for k in ("min_area", "max_area", "min_aspect")))
+    longer = folder(
+        *(
+            f"data.augmentation.{k}=0.9"
+            for k in ("min_area", "max_area", "min_aspect", "max_aspect", "flip_probability")
+        )
+    )
+    assert long != longer
+    assert max(len(part) for part in longer.split("/")) <= 120
     assert folder("runs_dir=/scratch") == "/scratch/demo/quadratic/seed_1"
 
 
