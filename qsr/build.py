@@ -1,6 +1,7 @@
 """Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
 
 import os
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from qsr.models import build_model, check_model
 from qsr.optim import averaged_state_keys, build_optimizer
 from qsr.precision import Precision
 from qsr.runfolder import RunFolder, check_run_folder, make_run_folder, write_json, write_records
+from qsr.stopping import StopFlag
 from qsr.tracking import NullTracker, Tracker, build_tracker
 from qsr.trainer import Due, Trainer
 from qsr.worker import Worker
@@ -72,10 +74,23 @@ def prepare(config: Config) -> Prepared:
     return Prepared(train, val, record, folder, folder.summary_if_finished())
 
 
-def run(config: Config) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Stopped:
+    """A session that ended before its run did, everything saved."""
+
+    step: int
+    """Steps of the run that are done."""
+    reason: str
+    """A signal's name, or stop_after_steps."""
+    by_signal: bool
+    """Whether no other run should be started either."""
+
+
+def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stopped:
     """Collective: carry out the run, or what is left of it, as one rank of a launch.
 
-    Returns the summary, or None if the session was to stop before the end. Whatever is wrong with
+    Returns the summary, or where the session stopped before the end: because it was to, or because
+    some rank's `flag` asked for it. Whatever is wrong with
     the settings, the data, the folder or the devices raises before a process group exists.
     """
     train, val, data, folder, finished = prepare(config)
@@ -92,12 +107,14 @@ def run(config: Config) -> dict[str, Any] | None:
     loaders: list[Loader] = []
     try:
         trainer, evaluator = _build(
-            config, train, val, plan, communicator, tracker, folder, loaders
+            config, train, val, plan, communicator, tracker, folder, loaders, flag or StopFlag()
         )
         trainer.restore()
         trainer.train()
         if not trainer.finished:
-            return None
+            received = (flag and flag.reason) or "a signal to another rank"
+            reason = received if trainer.stopping else "stop_after_steps"
+            return Stopped(trainer.progress.step, reason, by_signal=trainer.stopping)
         summary = _summary(config, plan, trainer, place, len(train))
         if place.is_main:
             state = {k: v.contiguous().clone() for k, v in evaluator.model.state_dict().items()}
@@ -130,6 +147,7 @@ def _build(
     tracker: Tracker,
     folder: RunFolder,
     loaders: list[Loader],
+    flag: StopFlag,
 ) -> tuple[Trainer, Evaluator]:
     """All parts; opened loaders are appended to `loaders` for the caller to close."""
     device = communicator.device
@@ -190,6 +208,7 @@ def _build(
             stop_after=config.stop_after_steps,
         ),
         config_hash=config_hash(config),
+        stop=flag,
     )
     return trainer, evaluator
 

@@ -149,9 +149,30 @@ class Communicator:
         """Collective: whether `flag` holds on any rank."""
         return any(row[0] for row in self.gather_floats([float(flag)]))
 
+    def begin_any(self, flag: bool) -> "PendingAny":
+        """Collective: ask whether `flag` holds on any rank, without waiting for the answer."""
+        own = torch.tensor([float(flag)])
+        if self.topology.ranks == 1:
+            return PendingAny(own, None)
+        return PendingAny(own, dist.all_reduce(own, async_op=True))
+
     def barrier(self) -> None:
         """Collective: wait until every rank is here."""
         self.any(False)
+
+
+@dataclass(frozen=True)
+class PendingAny:
+    """A question to all ranks whose answer is on its way."""
+
+    _sum: Tensor
+    _work: dist.Work | None
+
+    def wait(self) -> bool:
+        """Collective: whether the flag held on any rank."""
+        if self._work is not None:
+            self._work.wait()
+        return bool(self._sum.item() > 0.0)
 
 
 def leave_process_group() -> None:

@@ -1,7 +1,7 @@
 """Validation of the averaged model, every image exactly once."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,21 +85,31 @@ class Evaluator:
         """The model of the last evaluation, with its BatchNorm statistics."""
         return self._shadow.module
 
-    def evaluate(self, replicas: Sequence[FlatBuffers], step: int, *, averaged: bool) -> Evaluation:
+    def evaluate(
+        self,
+        replicas: Sequence[FlatBuffers],
+        step: int,
+        *,
+        averaged: bool,
+        between: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
         """Collective: validate the mean of the workers' parameters after `step` steps.
 
         `replicas` are the buffers of this rank's workers; `averaged` says that all workers hold
-        the mean already. Raises RuntimeError if the images counted are not all images.
+        the mean already. `between` is collective, called now and then by all ranks alike; what it
+        raises ends the evaluation. Raises RuntimeError if the images counted are not all images.
         """
         self._take_mean(replicas, averaged)
         model, topology = self.model, self._communicator.topology
         if batchnorm_layers(model):
             requests = self._batchnorm.requests(step, topology.workers)
             images = (batch.images for batch in self._batchnorm.loader.batches(requests))
+            between()
             with self._precision.autocast():
                 reestimate(model, images, self._communicator)
+        between()
         model.eval()
-        return self._validate(model, shadow=not averaged)
+        return self._validate(model, shadow=not averaged, between=between)
 
     def _take_mean(self, replicas: Sequence[FlatBuffers], averaged: bool) -> None:
         num_workers = self._communicator.topology.num_workers
@@ -113,7 +123,9 @@ class Evaluator:
                 mine.div_(num_workers)
 
     @torch.no_grad()
-    def _validate(self, model: nn.Module, *, shadow: bool) -> Evaluation:
+    def _validate(
+        self, model: nn.Module, *, shadow: bool, between: Callable[[], None]
+    ) -> Evaluation:
         topology = self._communicator.topology
         own = range(topology.rank, self._num_images, topology.ranks)
         starts = range(0, len(own), self._batch)
@@ -121,7 +133,10 @@ class Evaluator:
         # loss, top-1, top-5, images: on the device, read once at the end
         sums = torch.zeros(4, dtype=torch.float64, device=self._communicator.device)
         classes = 0
-        for batch in self._loader.batches(requests):
+        common = self._num_images // topology.ranks // self._batch  # batches that every rank has
+        for number, batch in enumerate(self._loader.batches(requests)):
+            if number < common:
+                between()
             with self._precision.autocast():
                 logits = model(batch.images).float()
             classes = logits.shape[1]

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +16,10 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from qsr.build import prepare, run
+from qsr.build import Stopped, prepare, run
 from qsr.config.schema import Config
 from qsr.distributed import launched, leave_process_group
+from qsr.stopping import StopFlag, passing_on
 
 Result = TypeVar("Result")
 
@@ -37,9 +39,16 @@ _EXPECTED = (
 """Errors whose message says everything; any other one is shown with its traceback."""
 
 
-def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
+START_METHOD = "forkserver"
+"""Ranks are forked from a server that has imported everything once, instead of importing it each by
+itself: half of the start-up time of four ranks on two cores."""
+
+Outcome = dict[str, Any] | Stopped
+
+
+def execute(configs: Sequence[Config]) -> list[Outcome]:
     """Carry out runs one after the other and return what build.run returned for each; runs that
-    are finished are not started again.
+    are finished are not started again, and after one that a signal stopped none is begun.
 
     All must ask for the same ranks and device. Under a launcher such as torchrun this process is
     one rank; otherwise the ranks are started here, once for all runs, and RunFailedError is raised
@@ -54,8 +63,11 @@ def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
     # one clear line now, instead of one from every rank
     finished = [prepare(config).summary for config in configs]
     todo = [config for config, summary in zip(configs, finished, strict=True) if summary is None]
-    new = iter(start_ranks(_run_all, ranks, todo) if todo else [])
-    return [next(new) if summary is None else summary for summary in finished]
+    stop = multiprocessing.get_context(START_METHOD).Event()
+    with passing_on(configs[0].checkpoint.stop_signals, stop):
+        new = iter(start_ranks(_run_all, ranks, todo, stop) if todo else [])
+    outcomes = (next(new, None) if summary is None else summary for summary in finished)
+    return [outcome for outcome in outcomes if outcome is not None]
 
 
 def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) -> Result:
@@ -76,10 +88,11 @@ def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) ->
         run_id=f"qsr-{os.getpid()}",
         max_restarts=0,
         monitor_interval=0.1,
-        # ranks are forked from a server that has imported everything once, instead of importing
-        # it each by itself: half of the start-up time of four ranks on two cores
-        start_method="forkserver",
+        start_method=START_METHOD,
     )
+    # ranks note SIGTERM and do not die of it: of ranks that are left when one has failed, those
+    # that do not notice by themselves are killed after so many seconds
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     multiprocessing.set_forkserver_preload(["qsr.build"])
     # its report of a failure is replaced by ours
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
@@ -117,8 +130,16 @@ def _call(function: Callable[..., Result], *arguments: Any) -> Result:
         leave_process_group()
 
 
-def _run_all(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
-    return [run(config) for config in configs]
+def _run_all(configs: Sequence[Config], stop: Event | None = None) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    flag = StopFlag(stop)
+    with flag.listening(configs[0].checkpoint.stop_signals):
+        for config in configs:
+            outcome = run(config, flag)
+            outcomes.append(outcome)
+            if isinstance(outcome, Stopped) and outcome.by_signal:
+                break
+    return outcomes
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:

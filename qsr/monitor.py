@@ -42,6 +42,8 @@ class Progress:
     """How many losses that sum holds."""
     best_top1: float | None = None
     """Percent, over the evaluations so far."""
+    evaluation_due: bool = False
+    """Whether a stop came before the evaluation of this step; the next session begins with it."""
 
 
 class Monitor:

@@ -24,6 +24,7 @@ from qsr.losses import TrainingLoss
 from qsr.monitor import Monitor, Progress, TrainingError
 from qsr.precision import Precision
 from qsr.step import Stepper
+from qsr.stopping import Agreement, StopFlag, StopRequestedError
 from qsr.tracking import Tracker
 from qsr.worker import Worker
 
@@ -64,8 +65,11 @@ class Trainer:
         tracker: Tracker,
         due: Due,
         config_hash: str,
+        stop: StopFlag,
     ) -> None:
         self.evaluation: Evaluation | None = None
+        self.stopping = False
+        """Whether the ranks agreed to stop because of a signal."""
         self._plan = plan
         self._sampler = sampler
         self._workers = workers
@@ -78,6 +82,7 @@ class Trainer:
         self._tracker = tracker
         self._due = due
         self._config_hash = config_hash
+        self._agreement = Agreement(communicator, stop)
         self._averager = Averager(communicator, communicator.topology.num_workers)
         self._gradients = GradientAverager(workers, communicator) if plan.gradient_rounds else None
         self._averaged_bytes = workers[0].model.flat.bytes
@@ -104,13 +109,18 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the plan's last step is done."""
+        """Whether the plan's last step is done, and evaluated."""
+        return self._at_the_end and not self.progress.evaluation_due
+
+    @property
+    def _at_the_end(self) -> bool:
         return self.progress.step == self._plan.total_steps
 
     # What happens in which order
 
     def train(self) -> None:
-        """Collective: run to the end of the plan, or to the step where the session is to stop."""
+        """Collective: run to the end of the plan, or to the step where the session is to stop, or
+        until the ranks agree that a signal asks for it; what is done is saved then."""
         total = self._plan.total_steps
         stop = min(self._due.stop_after or total, total)
         self._check_equal_start()
@@ -120,25 +130,42 @@ class Trainer:
             self._gradients.settle(batch.images[: self._micro_batch])
             batches = itertools.chain([batch], batches)
         self._monitor.start(self.progress)
-        for round_ in self._plan.rounds(from_step=self.progress.step):
-            first, last = max(round_.start, self.progress.step), min(round_.end, stop)
-            for step in range(first, last):
-                self._train_step(round_, step, batches)
-                if step + 1 == round_.end:
-                    self._end_round(round_)
-                self.progress.step = step + 1
-                self._do_what_is_due(round_, stop)
-            if self.progress.step == stop:
+        if self.progress.evaluation_due:
+            self._make_up_evaluation()
+        for round_, step in self._steps(self.progress.step, stop):
+            if self.stopping:
                 break
+            self._train_step(round_, step, batches)
+            if step + 1 == round_.end:
+                self._end_round(round_)
+            self.progress.step = step + 1
+            self._do_what_is_due(round_, stop)
+        self._agreement.settle()
+
+    def _steps(self, first: int, stop: int) -> Iterator[tuple[Round, int]]:
+        """The steps of this session, each with its round."""
+        for round_ in self._plan.rounds(from_step=first):
+            for step in range(max(round_.start, first), min(round_.end, stop)):
+                yield round_, step
+            if round_.end >= stop:
+                return
+
+    def _make_up_evaluation(self) -> None:
+        """The evaluation that a stop kept the session before from."""
+        round_ = self._plan.round_at(self.progress.step - 1)
+        self.stopping = not self._evaluate(round_)
+        self.progress.evaluation_due = self.stopping
+        self._monitor.lap("evaluation_seconds")
 
     def _do_what_is_due(self, round_: Round, stop: int) -> None:
         due, step = self._due, self.progress.step
-        final = step == self._plan.total_steps
+        self.stopping = self._agreement.asked()
+        final = self._at_the_end
         log = final or step % due.log_every == 0
         evaluate = final or step % due.evaluate_every == 0
         every = due.checkpoint_every
         checkpoint = step == stop or (every is not None and step % every == 0)
-        if not (log or evaluate or checkpoint):
+        if not (log or evaluate or checkpoint or self.stopping):
             return
         # first see that the run is healthy: a state that is not finite, or mixed from ranks that
         # disagree, is neither evaluated nor saved
@@ -149,9 +176,10 @@ class Trainer:
             measured = self.measures_communication
             self._tracker.log(self._monitor.train_row(round_, with_communication=measured))
         if evaluate:
-            self._evaluate(round_)
+            self.stopping = self.stopping or not self._evaluate(round_)
+            self.progress.evaluation_due = self.stopping
             self._monitor.lap("evaluation_seconds")
-        if checkpoint:
+        if checkpoint or self.stopping:
             self._save(round_)
             self._monitor.lap("checkpoint_seconds")
 
@@ -192,12 +220,18 @@ class Trainer:
 
     # What is due now and then
 
-    def _evaluate(self, round_: Round) -> None:
+    def _evaluate(self, round_: Round) -> bool:
+        """Collective: False if a stop was agreed before the evaluation's end."""
         step = self.progress.step
         averaged = step == round_.end or round_.averages == "gradients"
         replicas = [worker.model.flat for worker in self._workers]
         started = time.perf_counter()
-        result = self._evaluator.evaluate(replicas, step, averaged=averaged)
+        try:
+            result = self._evaluator.evaluate(
+                replicas, step, averaged=averaged, between=self._agreement.check
+            )
+        except StopRequestedError:
+            return False
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"the validation loss is {result.loss} at step {step}, lr "
@@ -219,6 +253,7 @@ class Trainer:
         if result.top5 is not None:
             row["top5"] = result.top5
         self._tracker.log(row)
+        return True
 
     def _save(self, round_: Round) -> None:
         finite = all(

@@ -316,6 +316,8 @@ class CheckpointConfig:
     """Steps between checkpoints; null: only at the end."""
     keep: PositiveInt
     """Newest checkpoints that stay on disk."""
+    stop_signals: tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2"], ...]
+    """Signals on which all ranks save after the same step and leave."""
 
 
 @dataclass(frozen=True, config=STRICT)
