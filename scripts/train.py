@@ -1,19 +1,21 @@
 #!/usr/bin/env python
-"""Train one run, or go on with it.
+"""Train one run, or several one after the other, or go on with them.
 
     python scripts/train.py experiment=demo/quadratic seed=2 sync.alpha=0.02
+    python scripts/train.py experiment=demo/quadratic seed=1,2,3
     torchrun --nproc-per-node 2 scripts/train.py experiment=demo/quadratic seed=2
 
-Settings are those of configs/, described in qsr/config/schema.py. Without a launcher the ranks
-are started here. The run lives in runs/EXPERIMENT/seed_SEED; the same command goes on with it
-from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
+Settings are those of configs/, described in qsr/config/schema.py; several values give a run each.
+Without a launcher the ranks are started here. A run lives in runs/EXPERIMENT/seed_SEED; the same
+command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong
+settings, 130 interrupted.
 """
 
 import os
 import sys
 from typing import Any
 
-from qsr.config.load import ConfigError, load_config, run_folder
+from qsr.config.load import ConfigError, load_configs, run_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +23,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        config = load_config(arguments)
+        configs = load_configs(arguments)
     except ConfigError as error:
         return _refuse(error)
 
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> int:
     from qsr.monitor import TrainingError
 
     try:
-        (summary,) = launch.execute([config])
+        summaries = launch.execute(configs)
     except (ConfigError, DataError, ClusterError) as error:
         return _refuse(error)
     except (launch.RunFailedError, CheckpointError, DisagreementError, TrainingError) as error:
@@ -41,10 +43,12 @@ def main(arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         again = "the same command goes on from the newest checkpoint"
-        print(f"interrupted; {again}: {run_folder(config)}", file=sys.stderr)
+        folders = ", ".join(str(run_folder(config)) for config in configs)
+        print(f"interrupted; {again}: {folders}", file=sys.stderr)
         return 130
     if os.environ.get("RANK", "0") == "0":
-        print(_last_line(summary, str(run_folder(config))))
+        for config, summary in zip(configs, summaries, strict=True):
+            print(_last_line(summary, str(run_folder(config))))
     return 0
 
 

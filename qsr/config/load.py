@@ -7,10 +7,11 @@ process group, GPU or folder is touched.
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,9 +20,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from qsr.config.planning import make_plan
-from qsr.config.schema import Config
+from qsr.config.rehearsal import Rehearsal, rehearse
+from qsr.config.schema import Config, DataConfig
 
 CONFIG_DIR = Path(__file__).parents[2] / "configs"
 
@@ -40,31 +43,62 @@ EXECUTION = (
 """Settings that say how a run is carried out and not what it computes. They are no part of a
 run's identity: not of its folder's name, not of its hash, and they may change at a resumption."""
 
-_ADAPTER = TypeAdapter(Config)
+T = TypeVar("T")
 
 
 class ConfigError(Exception):
     """One line: the setting, what is wrong with it, what would be right."""
 
 
+def load_configs(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> list[Config]:
+    """The runs that these command-line overrides ask for. Where an override lists values, as in
+    seed=1,2,3, there is a run for each; several lists give every combination."""
+    choices = [_sweep_values(override) for override in _parse_overrides(overrides)]
+    return [_load(list(choice), config_dir) for choice in itertools.product(*choices)]
+
+
 def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Config:
-    """The run that these command-line overrides ask for, for example
+    """The one run that these overrides ask for, for example
     ["experiment=demo/quadratic", "seed=2", "sync.alpha=0.02"]."""
+    configs = load_configs(overrides, config_dir)
+    if len(configs) > 1:
+        raise ConfigError(f"one run is wanted here, and these settings ask for {len(configs)}")
+    return configs[0]
+
+
+def _load(overrides: Sequence[str], config_dir: Path) -> Config:
     parsed = _parse_overrides(overrides)
     groups = _config_groups(config_dir)
     raw = _compose(parsed, groups, config_dir)
-    return parse_config({**raw, "experiment": _experiment_name(parsed)})
+    rehearsal = raw.pop("rehearsal", None)
+    config = parse_config({**raw, "experiment": _experiment_name(parsed)})
+    if rehearsal is None:
+        return config
+    settings = _parse(Rehearsal, rehearsal, prefix="rehearsal.")
+    data = _parse_overrides([f"data={settings.data}"])
+    small = _compose([*parsed, *data], groups, config_dir)["data"]
+    try:
+        config = rehearse(config, settings, _parse(DataConfig, small, prefix="data."))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    check(config)
+    return config
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """Parse and check plain nested dictionaries (what config.yaml of a run folder holds)."""
-    try:
-        # as JSON, because strict parsing of Python objects takes no dictionary for a dataclass
-        config = _ADAPTER.validate_json(json.dumps(raw))
-    except ValidationError as error:
-        raise ConfigError("; ".join(_describe(error, raw))) from None
+    config = _parse(Config, raw)
     check(config)
     return config
+
+
+def _parse(kind: type[T], raw: Mapping[str, Any], prefix: str = "") -> T:
+    try:
+        # as JSON, because strict parsing of Python objects takes no dictionary for a dataclass
+        return TypeAdapter(kind).validate_json(json.dumps(raw))
+    except ValidationError as error:
+        lines = (prefix + line for line in _describe(error, raw, kind))
+        raise ConfigError("; ".join(lines)) from None
 
 
 def check(config: Config) -> None:
@@ -175,10 +209,17 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{text!r} is not of the form setting=value ({reason})") from None
-        if override.is_sweep_override():
-            raise ConfigError(f"{text!r}: this command makes one run; give one value")
         parsed.append(override)
     return parsed
+
+
+def _sweep_values(override: Override) -> list[str]:
+    """The override as given, or, of one that lists values, one override for each."""
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{override.input_line!r}: list the values, as in seed=1,2,3")
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _compose(parsed: Sequence[Override], groups: frozenset[str], config_dir: Path) -> Any:
@@ -198,10 +239,12 @@ def _compose(parsed: Sequence[Override], groups: frozenset[str], config_dir: Pat
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(
-                f"{missing[0]} has no value: choose an experiment "
-                f"({', '.join(_options(config_dir, 'experiment'))}) or set it"
+                f"{missing[0]} has no value: set it, or choose an experiment, for example "
+                f"experiment=demo/quadratic; configs/experiment/ has all"
             )
         return OmegaConf.to_container(composed, resolve=True)
+    except YAMLError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_describe_hydra(error, parsed, groups, config_dir)) from None
 
@@ -253,7 +296,7 @@ def _options(config_dir: Path, group: str) -> list[str]:
     return sorted(name.as_posix() for name in names)
 
 
-def _describe(error: ValidationError, raw: Mapping[str, Any]) -> Iterable[str]:
+def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Iterable[str]:
     """One line for each thing that pydantic refused."""
     for item in error.errors(include_url=False, include_context=False):
         # a kind's own word stands in the location of its fields: ("sync", "quadratic", "alpha")
@@ -266,7 +309,7 @@ def _describe(error: ValidationError, raw: Mapping[str, Any]) -> Iterable[str]:
         name = ".".join(location)
         match item["type"]:
             case "unexpected_keyword_argument" | "dataclass_exact_type":
-                yield f"{name} is not a setting{kind}; {_suggest_setting(location, raw)}"
+                yield f"{name} is not a setting{kind}; {_suggest_setting(location, raw, root)}"
             case "missing":
                 yield f"{name} is missing{kind}"
             case "union_tag_invalid" | "union_tag_not_found":
@@ -275,9 +318,9 @@ def _describe(error: ValidationError, raw: Mapping[str, Any]) -> Iterable[str]:
                 yield f"{name}={item['input']!r}: {_lower(item['msg'])}"
 
 
-def _field_names(path: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
+def _field_names(path: Sequence[str], raw: Mapping[str, Any], root: type) -> list[str]:
     """The fields that exist at `path`, for the kind chosen there."""
-    node: Any = Config
+    node: Any = root
     for part in path:
         hint = {field.name: field.type for field in dataclasses.fields(node)}[part]
         candidates = list(_dataclasses_of(hint))
@@ -300,12 +343,12 @@ def _kind_of(cls: Any) -> str | None:
     return None
 
 
-def _suggest_setting(location: Sequence[str], raw: Mapping[str, Any]) -> str:
+def _suggest_setting(location: Sequence[str], raw: Mapping[str, Any], root: type) -> str:
     """The nearest setting beside the wrong one, or one of that name elsewhere."""
     *path, word = location
     wrong = ".".join(location)
     elsewhere = [n for n, _ in _flatten(raw) if n.rpartition(".")[2] == word and n != wrong]
-    names = _field_names(path, raw)
+    names = _field_names(path, raw, root)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close or not elsewhere:
         return _suggest(wrong, [".".join([*path, name]) for name in close or names])

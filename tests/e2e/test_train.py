@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -262,23 +263,44 @@ EXPERIMENTS = sorted(
     path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
 )
+DEMOS = [name for name in EXPERIMENTS if name.startswith("demo/")]
+SMALL = [
+    *((name, "", loader) for name in DEMOS for loader in ("dali", "torchvision")),
+    *((name, "rehearsal=digits", "dali") for name in EXPERIMENTS if name not in DEMOS),
+]
 
 
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_takes_steps(name: str, loader: str, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "rehearsal", "loader"), SMALL)
+def test_every_experiment_takes_steps(
+    name: str, rehearsal: str, loader: str, digits: Path, tmp_path: Path
+) -> None:
+    rows = steps(5, digits, tmp_path, f"experiment={name}", f"data.loader={loader}", rehearsal)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(0 < row["loss"] < 10 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["vit_b16_b4096/constant_h4", "resnet152_b4096/constant_h2"])
+def test_the_published_models_take_steps(name: str, digits: Path, tmp_path: Path) -> None:
+    """The recipe as it is, but for the images, their number, H, and fp16, which CPUs emulate."""
+    rows = steps(
+        2, digits, tmp_path, f"experiment={name}", "data=digits", "workers=2", "global_batch=8",
+        "micro_batch=2", "sync.h=2", "precision=fp32",
+    )  # fmt: skip
+    assert [row["averages"] for row in rows] == [0, 1]
+    assert all(0 < row["loss"] < 10 for row in rows)
+
+
+def steps(number: int, digits: Path, runs: Path, *settings: str) -> list[dict[str, Any]]:
+    """The rows of metrics of a session of so many steps, in this process."""
     config = load_config(
         [
-            f"experiment={name}",
-            *(f"data.root={digits}", f"data.loader={loader}", f"runs_dir={tmp_path}"),
+            *(f"data.root={digits}", f"runs_dir={runs}", *filter(None, settings)),
             *("cluster.ranks=1", "tracking=none", "tracking.progress=false"),
-            *("tracking.log_every_steps=1", "stop_after_steps=5"),
+            *("tracking.log_every_steps=1", f"stop_after_steps={number}"),
         ]
     )
     assert build.run(config) is None
-    rows = read_metrics(run_folder(config) / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert all(0 < row["loss"] < 10 for row in rows)
+    return read_metrics(run_folder(config) / "metrics.jsonl")
 
 
 def test_missing_data_is_a_data_error(tmp_path: Path) -> None:
