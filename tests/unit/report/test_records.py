@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qsr.config.load import CONFIG_DIR
 from qsr.report.collect import ReportError, read_run
 from qsr.report.records import RECORD_FILES, add_record, read_summaries
 from tests.unit.report.conftest import WriteRun
+
+RECORDS = CONFIG_DIR.parent / "results" / "runs"
 
 
 def test_a_record_is_the_run_without_weights_and_host(write_run: WriteRun, tmp_path: Path) -> None:
@@ -113,6 +116,31 @@ def test_a_record_that_this_version_cannot_read_is_named(
         file.write("setting_of_another_version: 1\n")
     with pytest.raises(ReportError, match="quadratic/seed_1 cannot be read by this version"):
         add_record(write_run("experiment=demo/quadratic", "seed=2"), records)
+
+
+@pytest.mark.parametrize(
+    "summary",
+    sorted(RECORDS.rglob("summary.json")),
+    ids=lambda path: str(path.parent.relative_to(RECORDS)),
+)
+def test_the_records_of_this_repository_are_read_and_followed_their_plan(summary: Path) -> None:
+    run = read_run(summary.parent)
+    assert (run.summary["steps"], run.summary["averages"]) == (
+        run.plan.total_steps,
+        run.plan.num_rounds,
+    )
+    last = run.evaluations()[-1]
+    assert (last["step"], last["top1"]) == (run.summary["steps"], run.summary["top1"])
+    assert "host" not in json.loads((summary.parent / "environment.json").read_text())
+
+
+def test_the_demo_was_recorded_with_three_seeds_per_rule() -> None:
+    demo = {
+        name: [run["seed"] for run in runs]
+        for name, runs in read_summaries(RECORDS).items()
+        if name.startswith("demo/")
+    }
+    assert demo == {f"demo/{rule}": [1, 2, 3] for rule in ("constant", "parallel", "quadratic")}
 
 
 def test_a_record_in_the_wrong_place_is_refused(write_run: WriteRun, tmp_path: Path) -> None:
