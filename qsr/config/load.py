@@ -4,6 +4,7 @@ Whatever is wrong raises ConfigError with one line that names the setting and th
 process group, GPU or folder is touched.
 """
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -90,6 +91,21 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     config = _parse(Config, raw)
     check(config)
     return config
+
+
+def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Config:
+    """Parse what config.yaml of a run folder holds, but with the execution settings of train.yaml
+    in place of its own: those may be of another version, and a report has no use for them."""
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        defaults: Any = OmegaConf.to_container(compose("train"))
+    settings = copy.deepcopy(dict(raw))
+    for name in EXECUTION:
+        *path, leaf = name.split(".")
+        target, source = settings, defaults
+        for part in path:
+            target, source = target[part], source[part]
+        target[leaf] = source[leaf]
+    return parse_config(settings)
 
 
 def _parse(kind: type[T], raw: Mapping[str, Any], prefix: str = "") -> T:
