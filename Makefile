@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint tables test-slow test-gpu golden clean
+.PHONY: demo test lint rehearse tables test-slow test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
@@ -19,6 +19,9 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/tables.py --check
+
+rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, less than 30 minutes on 2 cores
+	$(BIN)/python scripts/rehearse.py
 
 tables: $(INSTALLED)  ## write results/tables and the generated blocks of README.md and docs/
 	$(BIN)/python scripts/tables.py

@@ -23,8 +23,8 @@ _SOURCES = (
     "experiment in `configs/experiment/`."
 )
 _HERE = (
-    "Here: mean ± standard deviation over the seeds. Hours: training without evaluations and "
-    "checkpoints, on the machine of each run."
+    "Here: mean ± standard deviation over the seeds. Volume here: averages made / steps. Hours: "
+    "training without evaluations and checkpoints, on the machine of each run."
 )
 _DIFFERENCE = (
     "Difference: here minus paper, ± the standard error of the mean here (standard deviation / "
@@ -69,6 +69,8 @@ def _row(row: ReferenceRow, runs: Sequence[Mapping[str, Any]], plan: Plan) -> di
         "global_batch": row.global_batch,
         "gpus": row.gpus,
         "schedule": row.schedule,
+        "rule": row.rule,
+        "h_base": row.h_base,
         "method": row.method,
         "alpha": _NAN if row.alpha is None else row.alpha,
         "volume_percent_paper": _value(row.volume_percent),
@@ -76,6 +78,7 @@ def _row(row: ReferenceRow, runs: Sequence[Mapping[str, Any]], plan: Plan) -> di
         "volume_percent_plan": 100 * plan.volume,
         "top1_paper": _value(row.top1),
         "top1_tag": _tag(row.top1),
+        "volume_percent_mean": _mean_volume(runs),
         "seeds": len(runs),
         "top1_mean": mean,
         "top1_std": std,
@@ -96,6 +99,11 @@ def _check_plan(run: Mapping[str, Any], plan: Plan) -> None:
             f"experiment as it is now {planned[1]} in {planned[0]}: run it again, or remove its "
             f"record"
         )
+
+
+def _mean_volume(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Percent."""
+    return 100 * fmean(run["averages"] / run["steps"] for run in runs) if runs else _NAN
 
 
 def _value(reference: Reference | None) -> float:
@@ -134,6 +142,9 @@ def comparison_markdown(table: pd.DataFrame, *, title: str = "", marker: str = "
             "alpha": ["-" if pd.isna(value) else f"{value:g}" for value in table["alpha"]],
             "volume %, paper": [_reference(row, "volume_percent", ".1f") for row in rows],
             "volume %, plan": table["volume_percent_plan"].map("{:.1f}".format),
+            "volume %, here": [
+                f"{row['volume_percent_mean']:.1f}" if row["seeds"] else "not run" for row in rows
+            ],
             "top-1 %, paper": [_reference(row, "top1", ".2f") for row in rows],
             "top-1 %, here": [_here(row) for row in rows],
             "difference": [_difference(row) for row in rows],
@@ -145,6 +156,8 @@ def comparison_markdown(table: pd.DataFrame, *, title: str = "", marker: str = "
     compared, run = table["top1_difference"].notna().any(), table["seeds"].any()
     if not compared:
         text = text.drop(columns="difference")
+    if not run:
+        text = text.drop(columns="volume %, here")
     notes = [_SOURCES, *[_HERE] * bool(run), *[_DIFFERENCE] * bool(compared)]
     head = [f"# {title}"] * bool(title) + [f"**{marker}**"] * bool(marker)
     return "\n\n".join([*head, markdown_table(text).rstrip("\n"), " ".join(notes)]) + "\n"

@@ -100,6 +100,74 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
         return figure
 
 
+def communication_figure(table: pd.DataFrame, *, values: str, title: str = "") -> Figure:
+    """Top-1 over communication volume, a panel for each table of the paper.
+
+    `table` is a comparison_table; `values` says whose: "paper" (unverified values hollow) or
+    "here" (mean and standard deviation over the seeds). QSR's points are joined to the constant H
+    that has their H_base.
+    """
+    with mpl.rc_context(STYLE):
+        panels = table.groupby("table", sort=False)
+        figure = Figure(figsize=(3.1 * panels.ngroups + 0.4, 3.4), layout="constrained")
+        axes = figure.subplots(1, panels.ngroups, squeeze=False)[0]
+        for axis, (name, part) in zip(axes, panels, strict=True):
+            batch = f"{part['global_batch'].iloc[0]:,}".replace(",", " ")
+            axis.set_title(f"{name}: {part['model'].iloc[0]}, B = {batch}", fontsize=9)
+            _draw_rows(axis, part, values)
+            axis.set_xscale("log")
+            axis.set_xticks(ticks := [5, 10, 25, 50, 100], [str(tick) for tick in ticks])
+            axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+            axis.set_xlim(5, 130)
+            axis.set_xlabel("communication volume (%)")
+        axes[0].set_ylabel("top-1 (%)")
+        handles = {label: line for axis in axes for line, label in _handles(axis)}
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles)
+        )
+        figure.suptitle(title, fontsize=9)
+        return figure
+
+
+def _draw_rows(axes: Axes, rows: pd.DataFrame, values: str) -> None:
+    own = values == "here"
+    volume = "volume_percent_mean" if own else "volume_percent_plan"
+    top1 = "top1_mean" if own else "top1_paper"
+    for _, pair in rows[rows["rule"] != "parallel"].groupby("h_base"):
+        axes.plot(pair[volume], pair[top1], color="0.7", linewidth=1, zorder=1)
+    for color, (rule, (label, marker)) in zip(COLORS, _RULES.items(), strict=False):
+        for row in rows[rows["rule"] == rule].to_dict("records"):
+            hollow = not own and row["top1_tag"] == "R"
+            axes.errorbar(
+                row[volume],
+                row[top1],
+                yerr=row["top1_std"] if own else None,
+                color=color,
+                marker=marker,
+                markersize=6,
+                markerfacecolor="white" if hollow else color,
+                capsize=2,
+                linestyle="none",
+                label=label + (" (unverified)" if hollow else ""),
+            )
+            if rule != "parallel" and not pd.isna(row[top1]):
+                place: dict[str, Any] = {"textcoords": "offset points", "xytext": (5, 4)}
+                axes.annotate(
+                    str(row["h_base"]), (row[volume], row[top1]), **place, fontsize=7, color="0.35"
+                )
+
+
+_RULES = {
+    "parallel": ("data parallel", "s"),
+    "constant": ("constant H", "o"),
+    "quadratic": ("QSR", "D"),
+}
+
+
+def _handles(axes: Axes) -> list[tuple[Any, str]]:
+    return list(zip(*axes.get_legend_handles_labels(), strict=True))
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write PATH.png and PATH.svg."""
     with mpl.rc_context(STYLE):

@@ -10,12 +10,16 @@ from qsr.config.load import CONFIG_DIR, load_config
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
 from qsr.data.digits import DIGITS
+from qsr.report.paper import ReferenceRow, read_reference
 
 PUBLISHED = sorted(
     path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
     if path.parent.name != "demo"
 )
+
+
+REFERENCE = read_reference(CONFIG_DIR.parent / "results" / "paper" / "tables.csv")
 
 
 def plan_of(config: schema.Config) -> Plan:
@@ -29,6 +33,8 @@ def test_there_is_a_file_for_every_row() -> None:
         *("resnet152_b4096", "vit_b16_b4096", "resnet152_b16384", "vit_b16_b16384"),
         *("vit_b16_linear", "resnet152_step", "vit_b16_step"),
     }
+    rows = {row.experiment for row in REFERENCE}
+    assert rows < set(PUBLISHED)
     assert len(PUBLISHED) == 29 + 10  # rows of the tables, and rules that the paper compares with
 
 
@@ -93,6 +99,13 @@ def test_recipes(name: str) -> None:
             assert (momentum, nesterov) == (0.9, False)
         case schema.AdamWConfig(beta1=beta1, beta2=beta2, eps=eps):
             assert (beta1, beta2, eps) == (0.9, 0.999, 1e-8)
+
+
+@pytest.mark.parametrize("row", REFERENCE, ids=lambda row: row.experiment)
+def test_published_volumes_to_the_printed_digit(row: ReferenceRow) -> None:
+    plan = plan_of(load_config([f"experiment={row.experiment}"]))
+    if row.volume_percent is not None:
+        assert round(100 * plan.volume, 1) == row.volume_percent.value
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -19,8 +19,8 @@ NOTES = (
     "experiment in `configs/experiment/`."
 )
 NOTES_ON_RUNS = (
-    " Here: mean ± standard deviation over the seeds. Hours: training without evaluations and "
-    "checkpoints, on the machine of each run."
+    " Here: mean ± standard deviation over the seeds. Volume here: averages made / steps. Hours: "
+    "training without evaluations and checkpoints, on the machine of each run."
 )
 NOTE_ON_DIFFERENCES = (
     " Difference: here minus paper, ± the standard error of the mean here (standard deviation / "
@@ -47,6 +47,8 @@ def test_a_row_holds_numbers_tags_and_counts(
         "global_batch": 4096,
         "gpus": 16,
         "schedule": "cosine",
+        "rule": "quadratic",
+        "h_base": 4,
         "method": "QSR, H_base = 4",
         "alpha": 0.4375,
         "volume_percent_paper": 11.5,
@@ -54,6 +56,7 @@ def test_a_row_holds_numbers_tags_and_counts(
         "volume_percent_plan": pytest.approx(100 * 38 / 330),
         "top1_paper": 80.98,
         "top1_tag": "R",
+        "volume_percent_mean": pytest.approx(100 * 38 / 330),
         "seeds": 3,
         "top1_mean": pytest.approx(81.2),
         "top1_std": pytest.approx(0.2),
@@ -74,14 +77,18 @@ def test_markdown_to_the_letter(reference: Path, summaries: dict[str, list[Summa
     assert comparison_markdown(table, title=table_title(table)) == (
         "# Table 1b: ViT-B/16, global batch 4096, 16 GPUs, cosine schedule\n"
         "\n"
-        "| method          | alpha  | volume %, paper | volume %, plan | top-1 %, paper     "
-        "| top-1 %, here          | difference                | hours, paper | hours, here |\n"
-        "|-----------------|--------|-----------------|----------------|--------------------"
-        "|------------------------|---------------------------|--------------|-------------|\n"
-        "| data parallel   | -      | 100.0 [D]       | 100.0          | 79.86 [D]          "
-        "| not run                | -                         | 26.7 [A]     | not run     |\n"
-        "| QSR, H_base = 4 | 0.4375 | 11.5 [D]        | 11.5           | 80.98 (unverified) "
-        "| 81.20 ± 0.20 (3 seeds) | +0.22 ± 0.12 (unverified) | -            | 0.02        |\n"
+        "| method          | alpha  | volume %, paper | volume %, plan "
+        "| volume %, here | top-1 %, paper     | top-1 %, here          "
+        "| difference                | hours, paper | hours, here |\n"
+        "|-----------------|--------|-----------------|----------------"
+        "|----------------|--------------------|------------------------"
+        "|---------------------------|--------------|-------------|\n"
+        "| data parallel   | -      | 100.0 [D]       | 100.0          "
+        "| not run        | 79.86 [D]          | not run                "
+        "| -                         | 26.7 [A]     | not run     |\n"
+        "| QSR, H_base = 4 | 0.4375 | 11.5 [D]        | 11.5           "
+        "| 11.5           | 80.98 (unverified) | 81.20 ± 0.20 (3 seeds) "
+        "| +0.22 ± 0.12 (unverified) | -            | 0.02        |\n"
         "\n"
         f"{NOTES}{NOTES_ON_RUNS}{NOTE_ON_DIFFERENCES}\n"
     )
