@@ -153,8 +153,8 @@ def test_everything_is_made_checked_and_made_anew(
         "volume_percent_paper,volume_percent_tag,volume_percent_plan,top1_paper,top1_tag,"
         "volume_percent_mean,seeds,top1_mean,top1_std,"
         "top1_difference,top1_difference_error,hours_paper,hours_tag,hours_mean\n"
-        "1b,demo/parallel,ViT-B/16,4096,16,cosine,parallel,1,data parallel,,100,D,100,79.86,D,,0,,,,,"
-        "26.7,A,\n"
+        "1b,demo/parallel,ViT-B/16,4096,16,cosine,parallel,1,data parallel,,100,D,100,79.86,D,,0,,"
+        ",,,26.7,A,\n"
         '1b,demo/quadratic,ViT-B/16,4096,16,cosine,quadratic,4,"QSR, H_base = 4",0.4375,11.5,D,'
         "11.51515152,80.98,R,11.51515152,3,81.2,0.2,0.22,0.1154700538,,,0.02\n"
     )
