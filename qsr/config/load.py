@@ -7,6 +7,7 @@ process group, GPU or folder is touched.
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ EXECUTION = (
 """Settings that say how a run is carried out and not what it computes. They are no part of a
 run's identity: not of its folder's name, not of its hash, and they may change at a resumption."""
 
+GIVEN = "given on the command line"
+"""The source of a cluster's constant that an override replaced."""
+
 _ADAPTER = TypeAdapter(Config)
 
 
@@ -53,7 +57,32 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Conf
     parsed = _parse_overrides(overrides)
     groups = _config_groups(config_dir)
     raw = _compose(parsed, groups, config_dir)
+    _mark_given_speed(raw, parsed)
     return parse_config({**raw, "experiment": _experiment_name(parsed)})
+
+
+def load_configs(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> list[Config]:
+    """The runs that these overrides ask for: a sweep in Hydra's syntax, as in
+    "sync.alpha=0.01,0.0175", gives a run for each of its values, several sweeps all
+    combinations."""
+    return [load_config(choice, config_dir) for choice in expand_sweeps(overrides)]
+
+
+def expand_sweeps(overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides without sweeps, one list for each combination of the values of all sweeps; the
+    last sweep changes fastest."""
+    parser = OverridesParser.create()
+    choices = []
+    for text in overrides:
+        override = _parse_override(parser, text)
+        if not override.is_sweep_override():
+            choices.append([text])
+        elif override.is_discrete_sweep():
+            name = text.partition("=")[0]
+            choices.append([f"{name}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise ConfigError(f"{text!r}: name the values, separated by commas")
+    return [list(combination) for combination in itertools.product(*choices)]
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
@@ -170,15 +199,35 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{text!r} is not of the form setting=value ({reason})") from None
+        override = _parse_override(parser, text)
         if override.is_sweep_override():
             raise ConfigError(f"{text!r}: this command makes one run; give one value")
         parsed.append(override)
     return parsed
+
+
+def _parse_override(parser: OverridesParser, text: str) -> Override:
+    try:
+        return parser.parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{text!r} is not of the form setting=value ({reason})") from None
+
+
+def _mark_given_speed(raw: dict[str, Any], parsed: Iterable[Override]) -> None:
+    """What a profile says of its sources does not hold for constants of the command line."""
+    speed = raw["cluster"].get("speed")
+    if not isinstance(speed, dict) or "sources" not in speed:
+        return  # refused below
+    for override in parsed:
+        group, _, name = override.key_or_group.rpartition(".")
+        if group != "cluster.speed":
+            continue
+        value = override.value()
+        for constant in value if isinstance(value, dict) else [name]:
+            speed["sources"][str(constant)] = GIVEN
+        if name in ("link_gbit_per_second", "latency_seconds"):
+            speed["allreduce"] = None  # measured times would hide them
 
 
 def _compose(parsed: Sequence[Override], groups: frozenset[str], config_dir: Path) -> Any:
