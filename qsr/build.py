@@ -81,17 +81,13 @@ def run(config: Config) -> dict[str, Any] | None:
     train, val, data, folder, finished = prepare(config)
     if finished is not None:
         return finished
-    place = topology(config.cluster, config.workers)
-    device = choose_device(config.cluster.device, place.local_rank)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.cluster.threads_per_rank or max(1, cores))
-
     plan = make_plan(config, len(train))
-    communicator = Communicator(place, device, config.cluster.timeout_seconds)
+    communicator = join(config)
+    place = communicator.topology
     communicator.barrier()  # every rank has looked at the folder; now it may be written
     tracker: Tracker = NullTracker()
     if place.is_main:
-        write_records(folder, config, data, place, str(device))
+        write_records(folder, config, data, place, str(communicator.device))
         tracker = build_tracker(config, folder.path, plan.total_steps)
     loaders: list[Loader] = []
     try:
@@ -115,6 +111,16 @@ def run(config: Config) -> dict[str, Any] | None:
         tracker.close()
 
 
+def join(config: Config) -> Communicator:
+    """Collective: find this rank's place, device and threads, and join the others. Raises
+    ClusterError before a process group exists."""
+    place = topology(config.cluster, config.workers)
+    device = choose_device(config.cluster.device, place.local_rank)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(config.cluster.threads_per_rank or max(1, cores))
+    return Communicator(place, device, config.cluster.timeout_seconds)
+
+
 def _build(
     config: Config,
     train: ImageFolder,
@@ -130,10 +136,6 @@ def _build(
     precision = Precision(config.precision, device)
     num_classes = len(train.classes)
 
-    def make_model() -> torch.nn.Module:
-        torch.manual_seed(seed_for(config.seed, "weights"))  # the same on every worker
-        return build_model(config.model, num_classes, config.data.image_size).to(device)
-
     def open_loader(data: ImageFolder, transform: Any, batch: int) -> Loader:
         loader = make_loader(
             config.data.loader,
@@ -148,10 +150,7 @@ def _build(
         loaders.append(loader)
         return loader
 
-    workers = [
-        _make_worker(config, index, make_model(), precision)
-        for index in communicator.topology.workers
-    ]
+    workers = make_workers(config, num_classes, communicator)
     sampler = make_sampler(config, len(train))
     train_transform, eval_transform = transforms(config)
     batchnorm = BatchNormSource(
@@ -161,7 +160,7 @@ def _build(
         config.evaluation.batchnorm_micro_batches,
     )
     evaluator = Evaluator(
-        make_model(),
+        _make_model(config, num_classes, device),
         open_loader(val, eval_transform, config.evaluation.batch),
         len(val),
         config.evaluation.batch,
@@ -195,13 +194,23 @@ def _build(
     return trainer, evaluator
 
 
-def _make_worker(
-    config: Config, index: int, model: torch.nn.Module, precision: Precision
-) -> Worker:
-    flat = FlatModule(model, extra=FINGERPRINT_SIZE)
-    fused = precision.device.type == "cuda" or precision.name == "fp16"
-    optimizer = build_optimizer(config.optimizer, model.parameters(), fused=fused)
-    return Worker(index, flat, optimizer, precision.scaler())
+def make_workers(config: Config, num_classes: int, communicator: Communicator) -> list[Worker]:
+    """The workers of this rank, all with the same weights."""
+    device = communicator.device
+    precision = Precision(config.precision, device)
+    fused = device.type == "cuda" or precision.name == "fp16"
+    workers = []
+    for index in communicator.topology.workers:
+        model = _make_model(config, num_classes, device)
+        flat = FlatModule(model, extra=FINGERPRINT_SIZE)
+        optimizer = build_optimizer(config.optimizer, model.parameters(), fused=fused)
+        workers.append(Worker(index, flat, optimizer, precision.scaler()))
+    return workers
+
+
+def _make_model(config: Config, num_classes: int, device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(seed_for(config.seed, "weights"))  # the same on every worker
+    return build_model(config.model, num_classes, config.data.image_size).to(device)
 
 
 def transforms(config: Config) -> tuple[TrainTransform, EvalTransform]:

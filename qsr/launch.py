@@ -3,8 +3,8 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -19,6 +19,8 @@ from qsr.build import prepare, run
 from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.distributed import launched, leave_process_group
+
+Result = TypeVar("Result")
 
 
 class RunFailedError(RuntimeError):
@@ -46,12 +48,23 @@ def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
     """
     ranks = _common_ranks(configs)
     if launched() or ranks == 1:
-        return _run_all(configs)
+        return start_ranks(_run_all, ranks, configs)
     # one clear line now, instead of one from every rank
     finished = [prepare(config).summary for config in configs]
     todo = [config for config, summary in zip(configs, finished, strict=True) if summary is None]
-    if not todo:
-        return list(finished)
+    new = iter(start_ranks(_run_all, ranks, todo) if todo else [])
+    return [next(new) if summary is None else summary for summary in finished]
+
+
+def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) -> Result:
+    """Call `function(*arguments)`, a function of a module, in every rank, and return what it
+    returned: in this process if a launcher started it, or if there is one rank; otherwise in
+    `ranks` processes of this machine, of which the first one's result is returned.
+
+    Raises RunFailedError if one of those processes fails.
+    """
+    if launched() or ranks == 1:
+        return _call(function, *arguments)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -70,13 +83,13 @@ def execute(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        results: dict[int, list[dict[str, Any] | None]] = elastic_launch(settings, _rank_main)(todo)
+        launch = elastic_launch(settings, _rank_main)
+        results: dict[int, Result] = launch(function, *arguments)
     except SignalException as error:
         raise KeyboardInterrupt(error.sigval.name) from None
     except ChildFailedError as error:
         raise RunFailedError(_describe(*error.get_first_failure())) from None
-    new = iter(results[0])
-    return [next(new) if summary is None else summary for summary in finished]
+    return results[0]
 
 
 def _common_ranks(configs: Sequence[Config]) -> int:
@@ -102,15 +115,19 @@ def number_of_ranks(config: Config) -> int:
 
 
 @record
-def _rank_main(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
-    return _run_all(configs)
+def _rank_main(function: Callable[..., Result], *arguments: Any) -> Result:
+    return _call(function, *arguments)
+
+
+def _call(function: Callable[..., Result], *arguments: Any) -> Result:
+    try:
+        return function(*arguments)
+    finally:
+        leave_process_group()
 
 
 def _run_all(configs: Sequence[Config]) -> list[dict[str, Any] | None]:
-    try:
-        return [run(config) for config in configs]
-    finally:
-        leave_process_group()
+    return [run(config) for config in configs]
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:

@@ -94,7 +94,7 @@ def write_records(
 ) -> None:
     """Write config.yaml, data.json and environment.json."""
     write_json(folder.data, data)
-    _write(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
     write_json(folder.environment, environment(topology, device))
 
 
@@ -118,11 +118,11 @@ def environment(topology: Topology, device: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON."""
-    _write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    """Such that a reader finds the old file or the new one."""
+def write_text(path: Path, text: str) -> None:
+    """Write `text` such that a reader finds the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)

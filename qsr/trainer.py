@@ -5,12 +5,11 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsr.averaging import Averager, MomentBuffers
 from qsr.checkpoint import Checkpointer, WorkerState
@@ -23,8 +22,8 @@ from qsr.evaluation import Evaluation, Evaluator
 from qsr.gradients import GradientAverager
 from qsr.losses import TrainingLoss
 from qsr.monitor import Monitor, Progress, TrainingError
-from qsr.optim import set_lr
 from qsr.precision import Precision
+from qsr.step import Stepper
 from qsr.tracking import Tracker
 from qsr.worker import Worker
 
@@ -72,10 +71,7 @@ class Trainer:
         self._workers = workers
         self._moments = moments
         self._loader = loader
-        self._loss = loss
         self._micro_batch = micro_batch
-        self._clip_norm = clip_norm
-        self._precision = precision
         self._communicator = communicator
         self._evaluator = evaluator
         self._checkpointer = checkpointer
@@ -86,6 +82,15 @@ class Trainer:
         self._gradients = GradientAverager(workers, communicator) if plan.gradient_rounds else None
         self._averaged_bytes = workers[0].model.flat.bytes
         self._monitor = Monitor(plan, sampler, communicator, precision, config_hash)
+        self._stepper = Stepper(
+            loss=loss,
+            micro_batch=micro_batch,
+            clip_norm=clip_norm,
+            precision=precision,
+            monitor=self._monitor,
+            gradients=self._gradients,
+            seed=sampler.seed,
+        )
 
     @property
     def progress(self) -> Progress:
@@ -157,55 +162,21 @@ class Trainer:
         for step in range(first, stop):
             for worker in self._workers:
                 indices = self._sampler.indices(step, worker.index)
-                yield Request(indices, self._seed("augment", worker, step))
-
-    def _seed(self, name: str, worker: Worker, step: int, **more: int) -> int:
-        return seed_for(self._sampler.seed, name, worker=worker.index, step=step, **more)
+                seed = seed_for(self._sampler.seed, "augment", worker=worker.index, step=step)
+                yield Request(indices, seed)
 
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
         lr = self._plan.schedule(step)
         data_parallel = round_.averages == "gradients"
         for worker in self._workers:
-            self._forward_backward(worker, next(batches), step, data_parallel)
+            batch = next(batches)
+            self._stepper.forward_backward(worker, batch, step, data_parallel=data_parallel)
         if data_parallel and self._gradients is not None:
             self._gradients.finish()
             self.progress.averages += 1
             self.progress.averaged_bytes += self._averaged_bytes
         for worker in self._workers:
-            self._update(worker, lr)
-
-    def _forward_backward(
-        self, worker: Worker, batch: Batch, step: int, data_parallel: bool
-    ) -> None:
-        # a fresh seed a step: dropout draws the same in a resumed run, and whether a worker has
-        # a process of its own or not
-        torch.manual_seed(self._seed("model", worker, step))
-        worker.zero_gradients()
-        images = batch.images.split(self._micro_batch)
-        labels = batch.labels.split(self._micro_batch)
-        for number, (x, y) in enumerate(zip(images, labels, strict=True)):
-            last = number + 1 == len(images)
-            with self._gradient_context(average=last and data_parallel):
-                seed = self._seed("mixup", worker, step, micro_batch=number)
-                with self._precision.autocast():
-                    loss = self._loss(worker.forward, x, y, seed)
-                worker.scaler.scale(loss / len(images)).backward()
-            self._monitor.count_loss(loss.detach())
-
-    def _gradient_context(self, *, average: bool) -> AbstractContextManager[object]:
-        if self._gradients is None:
-            return nullcontext()
-        return self._gradients.backward_context(average=average)
-
-    def _update(self, worker: Worker, lr: float) -> None:
-        set_lr(worker.optimizer, lr)
-        if worker.scaler.is_enabled():
-            worker.scaler.unscale_(worker.optimizer)
-            self._monitor.count_skipped(worker)
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(worker.model.module.parameters(), self._clip_norm)
-        worker.scaler.step(worker.optimizer)
-        worker.scaler.update()
+            self._stepper.update(worker, lr)
 
     def _end_round(self, round_: Round) -> None:
         if round_.averages == "gradients":

@@ -1,0 +1,77 @@
+"""One step of one worker: forward and backward passes over its micro-batches, and the update."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from qsr.core.seeds import seed_for
+from qsr.data import Batch
+from qsr.gradients import GradientAverager
+from qsr.losses import TrainingLoss
+from qsr.monitor import Monitor
+from qsr.optim import set_lr
+from qsr.precision import Precision
+from qsr.worker import Worker
+
+
+class Stepper:
+    """Takes steps with the workers of this rank. `gradients` averages those of data parallel
+    steps, in runs that have such."""
+
+    def __init__(
+        self,
+        *,
+        loss: TrainingLoss,
+        micro_batch: int,
+        clip_norm: float | None,
+        precision: Precision,
+        monitor: Monitor,
+        gradients: GradientAverager | None,
+        seed: int,
+    ) -> None:
+        self._loss = loss
+        self._micro_batch = micro_batch
+        self._clip_norm = clip_norm
+        self._precision = precision
+        self._monitor = monitor
+        self._gradients = gradients
+        self._seed = seed
+
+    def forward_backward(
+        self, worker: Worker, batch: Batch, step: int, *, data_parallel: bool
+    ) -> None:
+        """Leave the mean gradient of the local batch on the worker's parameters. Collective in a
+        data parallel step, whose last backward pass may average."""
+        # a fresh seed a step: dropout draws the same in a resumed run, and whether a worker has
+        # a process of its own or not
+        torch.manual_seed(seed_for(self._seed, "model", worker=worker.index, step=step))
+        worker.zero_gradients()
+        images = batch.images.split(self._micro_batch)
+        labels = batch.labels.split(self._micro_batch)
+        for number, (x, y) in enumerate(zip(images, labels, strict=True)):
+            last = number + 1 == len(images)
+            with self._gradient_context(average=last and data_parallel):
+                seed = seed_for(
+                    self._seed, "mixup", worker=worker.index, step=step, micro_batch=number
+                )
+                with self._precision.autocast():
+                    loss = self._loss(worker.forward, x, y, seed)
+                worker.scaler.scale(loss / len(images)).backward()
+            self._monitor.count_loss(loss.detach())
+
+    def update(self, worker: Worker, lr: float) -> None:
+        """Change the worker's parameters by its gradients."""
+        set_lr(worker.optimizer, lr)
+        if worker.scaler.is_enabled():
+            worker.scaler.unscale_(worker.optimizer)
+            self._monitor.count_skipped(worker)
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(worker.model.module.parameters(), self._clip_norm)
+        worker.scaler.step(worker.optimizer)
+        worker.scaler.update()
+
+    def _gradient_context(self, *, average: bool) -> AbstractContextManager[object]:
+        if self._gradients is None:
+            return nullcontext()
+        return self._gradients.backward_context(average=average)
