@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ VIT = (
 QSR = ("sync.h_base=4", "sync.alpha=0.0175")
 
 
+@cache
 def of(*overrides: str) -> Forecast:
     return forecast(load_config(overrides))
 
