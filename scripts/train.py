@@ -57,8 +57,25 @@ def _last_line(summary: dict[str, Any] | None, folder: str) -> str:
         return f"stopped at stop_after_steps; the same command without it goes on: {folder}"
     return (
         f"top-1 {summary['top1']:.2f} %  {summary['averages']} averages in {summary['steps']} "
-        f"steps (volume {100 * summary['volume']:.1f} %)  {folder}"
+        f"steps (volume {100 * summary['volume']:.1f} %)  {folder}\n{_beside_the_plan(summary)}"
     )
+
+
+def _beside_the_plan(summary: dict[str, Any]) -> str:
+    """What was measured, and in brackets what the plan had said of it."""
+    planned = summary["planned"]
+    measures = {
+        "averages": ("averages", 1, ",.0f"),
+        "bytes_sent_per_worker": ("MB sent per worker", 1e6, ",.1f"),
+        "train_seconds": ("s of training", 1, ",.1f"),
+        "communication_seconds": ("s of it communication", 1, ",.2f"),
+    }
+    texts = []
+    for name, (words, unit, digits) in measures.items():
+        if name in summary:
+            plan = f" (plan {planned[name] / unit:{digits}})" if name in planned else ""
+            texts.append(f"{summary[name] / unit:{digits}} {words}{plan}")
+    return "measured: " + ", ".join(texts)
 
 
 def _refuse(error: Exception) -> int:
