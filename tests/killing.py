@@ -17,7 +17,7 @@ OPERATIONS = {
     "open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
     "os.truncate", "os.utime",
 }  # fmt: skip
-"""Audit events of Python that come before a file operation; their first argument is its path."""
+"""Audit events of Python that come before a file operation."""
 
 
 def start(command: list[str], before: Callable[..., None] | None = None, *by: Any) -> BaseProcess:
@@ -59,7 +59,7 @@ def _die_at(operation: int, folder: str) -> None:
 
     def count(event: str, details: tuple[Any, ...]) -> None:
         nonlocal done
-        if event in OPERATIONS and str(details[0]).startswith(folder):
+        if event in OPERATIONS and any(str(detail).startswith(folder) for detail in details):
             if done == operation:
                 os.kill(os.getpid(), signal.SIGKILL)
             done += 1

@@ -30,6 +30,7 @@ def check_images(splits: Sequence[ImageFolder], folder: Path, threads: int) -> I
         DataError: `folder` cannot be written, or another process checks into it.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with CheckRecord(folder / "check.jsonl") as record, Manifest(folder, splits) as manifest:
             broken = 0
             for split in splits:
