@@ -14,8 +14,7 @@ from typing import Any
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare.py"
 
 OPERATIONS = {
-    "open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
-    "os.truncate", "os.utime",
+    "open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate",
 }  # fmt: skip
 """Audit events of Python that come before a file operation."""
 

@@ -25,6 +25,7 @@ from qsr.data.lock import lock
 from qsr.data.progress import show_progress
 
 WORKSHOP = ".incomplete"
+"""Folder in the root where the splits are built."""
 
 
 class _Split(NamedTuple):
@@ -59,20 +60,19 @@ def prepare_imagenet(
             What is known from the archives' headers is refused before anything is written.
     """
     root = Path(root).absolute()
-    splits = [
-        _train_split(train_tar, expected),
-        _val_split(val_tar, val_labels, expected),
-    ]
-    if splits[0].classes.keys() != splits[1].classes.keys():
-        odd = min(splits[0].classes.keys() ^ splits[1].classes.keys())
+    train, val = _train_split(train_tar, expected), _val_split(val_tar, val_labels, expected)
+    if train.classes.keys() != val.classes.keys():
+        odd = min(train.classes.keys() ^ val.classes.keys())
         raise DataError(
             f"{train_tar} and the labels of {val_tar} have different classes, for example {odd}: "
             "one of them is not ImageNet's"
         )
-    for split in splits:
+    missing = []
+    for split in (train, val):
         if (root / split.name).exists():
             split.check(root / split.name)
-    missing = [split for split in splits if not (root / split.name).exists()]
+        else:
+            missing.append(split)
     if missing or (root / WORKSHOP).exists():
         _build(root, missing, threads)
     return open_image_folders(
