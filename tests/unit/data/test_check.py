@@ -169,6 +169,8 @@ def test_a_record_that_was_cut_short(
     assert prepare(*command) == 1
     assert capsys.readouterr().out.startswith(f"{last}: ")
     replace(last, sound)
+    second = tree / "train/a/20.jpg"  # that check recorded it
+    replace(second, b"x" * second.stat().st_size)
     assert prepare(*command) == 0
     assert written(tree).keys() == {"manifest.csv", "manifest.json"}
 
