@@ -1,6 +1,7 @@
 """The README's code runs, and its commands exist."""
 
 import re
+import runpy
 from pathlib import Path
 
 from qsr.config.load import load_config, run_folder
@@ -33,6 +34,15 @@ def test_the_demo_averages_as_often_as_the_readme_says() -> None:
         f"parallel training does so {counts['parallel']} times"
     )
     assert expected in text
+
+
+def test_every_preparing_command_is_accepted() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "prepare.py"))
+    commands = (README + (ROOT / "docs" / "data.md").read_text()).replace("\\\n", " ")
+    found = re.findall(r"^    python scripts/prepare\.py ([^#\n]+)", commands, re.MULTILINE)
+    assert len(found) == 6
+    for command in found:
+        script["_parser"]().parse_args(command.split())
 
 
 def test_every_training_command_is_accepted() -> None:
