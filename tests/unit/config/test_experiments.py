@@ -152,12 +152,12 @@ def test_a_rehearsal_by_hand() -> None:
     assert (config.model.name, config.data.name, config.data.image_size) == (
         "small_vit", "digits", 16,
     )  # fmt: skip
-    # 64 / 8 workers of 16 images; 256 / 128 micro-batches, as in the original
-    assert (config.workers, config.global_batch, config.micro_batch) == (8, 128, 8)
+    # 64 / 16 workers of 16 images; 256 / 128 micro-batches, as in the original
+    assert (config.workers, config.global_batch, config.micro_batch) == (4, 64, 8)
     assert (config.cluster.ranks, config.precision, config.seed) == (2, "fp32", 7)
-    # 1442 // 128 = 11 steps for each of 15 epochs; warm-up 2,500 of 23,400 steps: 17.6 of 165
+    # 1442 // 64 = 22 steps for each of 15 epochs; warm-up 2,500 of 23,400 steps: 35.3 of 330
     plan = plan_of(config)
-    assert (plan.total_steps, plan.schedule.warmup_steps) == (165, 18)
+    assert (plan.total_steps, plan.schedule.warmup_steps) == (330, 35)
     # a quarter of 0.016, of 0.0175 and of 1e-6
     schedule, sync = config.schedule, config.sync
     assert isinstance(schedule, schema.CosineConfig)
