@@ -10,6 +10,7 @@ from qsr.config.load import CONFIG_DIR, load_config
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
 from qsr.data.digits import DIGITS
+from qsr.report.forecast import forecast
 from qsr.report.paper import ReferenceRow, read_reference
 
 PUBLISHED = sorted(
@@ -109,11 +110,34 @@ def test_published_volumes_to_the_printed_digit(row: ReferenceRow) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_header_gives_the_command_and_the_volume(name: str) -> None:
-    text = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text()
-    assert f"#   python scripts/train.py experiment={name} seed=1,2,3\n" in text
-    plan = plan_of(load_config([f"experiment={name}"]))
-    assert f"volume {100 * plan.volume:.1f} %.\n" in text
+def test_the_header_gives_command_gpu_hours_and_volume(name: str) -> None:
+    header = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0]
+    assert f"#   python scripts/train.py experiment={name} seed=1,2,3\n" in header
+    cluster = "paper_8x8" if "_b16384/" in name else "paper_2x8"
+    found = forecast(load_config([f"experiment={name}", f"cluster={cluster}"]))
+    assert found.planned.cost is not None
+    assert found.model is not None
+    hours = f"{found.planned.cost.gpu_hours:.0f} GPU hours a seed"
+    if found.unverified(found.planned):
+        hours += " (compute unverified)"
+    assert f"# Predicted on {cluster}: {hours}, volume {100 * found.plan.volume:.1f} %.\n" in header
+    blocking = found.model.run(found.plan, overlapped=False).gpu_hours
+    text = f"# {blocking:.0f} GPU hours if its gradients' all-reduces do not overlap, as in the paper."
+    assert (text in header) == (found.plan.gradient_rounds > 0)
+
+
+@pytest.mark.parametrize("row", REFERENCE, ids=lambda row: row.experiment)
+def test_the_header_gives_the_published_values(row: ReferenceRow) -> None:
+    header = (CONFIG_DIR / "experiment" / f"{row.experiment}.yaml").read_text()
+    line = next(text for text in header.splitlines() if text.startswith("# Paper, table"))
+    for reference, text in (
+        (row.top1, "top-1 {:.2f}"),
+        (row.volume_percent, "volume {:g} %"),
+        (row.total_hours, "{:.1f} h"),
+    ):
+        if reference is not None:
+            tag = reference.tag if reference.verified else "R, unverified"
+            assert f"{text.format(reference.value)} [{tag}]" in line
 
 
 @pytest.mark.parametrize(
