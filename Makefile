@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint test-slow test-gpu golden clean
+.PHONY: demo test lint rehearse tables test-slow test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
 
-test: lint  ## the whole suite: ruff, mypy, import-linter, pytest
+test: lint  ## the whole suite: ruff, mypy, import-linter, generated tables, pytest
 	$(BIN)/python scripts/prepare.py digits
 	$(BIN)/pytest -n auto -m "not slow"
 
@@ -18,6 +18,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/tables.py --check
+
+rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, less than 30 minutes on 2 cores
+	$(BIN)/python scripts/rehearse.py
+
+tables: $(INSTALLED)  ## write results/tables and the generated blocks of README.md and docs/
+	$(BIN)/python scripts/tables.py
 
 test-slow: $(INSTALLED)  ## long proofs
 	$(BIN)/python scripts/prepare.py digits

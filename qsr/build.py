@@ -1,7 +1,7 @@
 """Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 
 from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
 from qsr.checkpoint import Checkpointer
-from qsr.config.load import check_plan, config_hash
+from qsr.config.costs import make_cost_model, moment_bytes, parameter_bytes
+from qsr.config.load import ConfigError, check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
 from qsr.config.schema import Config
+from qsr.core.cost import averaged_bytes, ring_bytes
 from qsr.core.plan import Plan
 from qsr.core.seeds import seed_for
 from qsr.data import (
@@ -260,8 +262,6 @@ def _summary(
     """What the run came to; what was not measured is absent."""
     progress, result = trainer.progress, trainer.evaluation
     assert result is not None  # the last step is always evaluated
-    # a ring all-reduce sends 2 (K - 1) / K of the data from each worker, each a machine of its own
-    sent = 2 * (config.workers - 1) / config.workers * progress.averaged_bytes
     summary = {
         "experiment": config.experiment,
         "seed": config.seed,
@@ -275,16 +275,16 @@ def _summary(
         "epochs": config.epochs,
         "train_images": train_images,
         "steps": plan.total_steps,
-        "planned_rounds": plan.num_rounds,
         "averages": progress.averages,
         "volume": progress.averages / plan.total_steps,
-        "bytes_sent_per_worker": round(sent),
+        "bytes_sent_per_worker": _sent(config, progress.averaged_bytes),
         "top1": result.top1,
         "val_loss": result.loss,
         "best_top1": progress.best_top1,
         "train_seconds": progress.train_seconds,
         "evaluation_seconds": progress.evaluation_seconds,
         "checkpoint_seconds": progress.checkpoint_seconds,
+        "planned": _planned(config, plan, trainer.num_parameters, place.ranks),
     }
     if result.top5 is not None:
         summary["top5"] = result.top5
@@ -293,3 +293,25 @@ def _summary(
     if config.precision == "fp16":
         summary["skipped_updates"] = progress.skipped_updates
     return summary
+
+
+def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[str, Any]:
+    """What the plan said of what the summary measures; seconds if the cluster's profile tells."""
+    given = averaged_bytes(plan, parameter_bytes(parameters), moment_bytes(config.sync, parameters))
+    planned: dict[str, Any] = {
+        "averages": plan.num_rounds,
+        "bytes_sent_per_worker": _sent(config, given),
+    }
+    here = replace(config, cluster=replace(config.cluster, ranks=ranks))
+    try:
+        cost = make_cost_model(here, parameters).run(plan, overlapped=ranks == config.workers)
+    except ConfigError:  # the profile is of other networks, or of a smaller cluster
+        return planned
+    planned["train_seconds"] = cost.total_seconds
+    planned["communication_seconds"] = cost.communication_seconds
+    return planned
+
+
+def _sent(config: Config, averaged: int) -> int:
+    """Bytes that a worker sends when it gives so many to averages, each worker a machine."""
+    return round(ring_bytes(config.workers, averaged))

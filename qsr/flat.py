@@ -39,8 +39,8 @@ class FlatBuffers:
 
     @property
     def bytes(self) -> int:
-        """Size of the buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+        """Size of the tensors, without the tail."""
+        return sum(view.numel() * view.element_size() for view in self.views)
 
 
 class FlatModule:

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qsr.build import Stopped, prepare, run
+from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.distributed import launched, leave_process_group
 from qsr.stopping import StopFlag, passing_on
@@ -50,14 +51,11 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
     """Carry out runs one after the other and return what build.run returned for each; runs that
     are finished are not started again, and after one that a signal stopped none is begun.
 
-    All must ask for the same ranks and device. Under a launcher such as torchrun this process is
-    one rank; otherwise the ranks are started here, once for all runs, and RunFailedError is raised
-    if one of them fails.
+    Under a launcher such as torchrun this process is one rank; otherwise the ranks are started
+    here, once for all runs, and RunFailedError is raised if one of them fails. Raises ConfigError
+    if the runs do not ask for the same ranks and device, or two of them are the same run.
     """
-    wanted = {(number_of_ranks(config), config.cluster.device) for config in configs}
-    if len(wanted) > 1:
-        raise ValueError(f"these runs cannot share one launch: {sorted(wanted)}")
-    ((ranks, _),) = wanted
+    ranks = _common_ranks(configs)
     if launched() or ranks == 1:
         return start_ranks(_run_all, ranks, configs)
     # one clear line now, instead of one from every rank
@@ -105,6 +103,17 @@ def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) ->
     except ChildFailedError as error:
         raise RunFailedError(_describe(*error.get_first_failure())) from None
     return results[0]
+
+
+def _common_ranks(configs: Sequence[Config]) -> int:
+    if len({run_folder(config) for config in configs}) < len(configs):
+        raise ConfigError("two of these runs are the same run: list other values")
+    wanted = {(number_of_ranks(config), config.cluster.device) for config in configs}
+    if len(wanted) > 1:
+        asked = " or ".join(f"{ranks} ranks on device {device}" for ranks, device in sorted(wanted))
+        raise ConfigError(f"these runs cannot share one launch ({asked}): start them one by one")
+    ((ranks, _),) = wanted
+    return ranks
 
 
 def number_of_ranks(config: Config) -> int:

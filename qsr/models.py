@@ -49,6 +49,13 @@ def check_model(settings: ModelConfig, image_size: int) -> None:
         )
 
 
+def count_parameters(settings: ModelConfig, num_classes: int, image_size: int) -> int:
+    """Parameters of the network, counted without memory for them."""
+    with torch.device("meta"):
+        model = build_model(settings, num_classes, image_size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 class SmallResNet(nn.Sequential):
     """Three residual blocks of 16, 32 and 64 channels with BatchNorm, 78,000 parameters, for
     images of about 32 pixels."""

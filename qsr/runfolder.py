@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from qsr.config.load import ConfigError, differences, parse_config, run_folder, to_dict
+from qsr.config.load import ConfigError, differences, parse_identity, run_folder, to_dict
 from qsr.config.schema import Config
 from qsr.distributed import Topology
 
@@ -81,7 +81,7 @@ def make_run_folder(folder: RunFolder) -> None:
 def read_config(path: Path) -> Config:
     """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
     try:
-        return parse_config(yaml.safe_load(path.read_text()))
+        return parse_identity(yaml.safe_load(path.read_text()))
     except (ConfigError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path} cannot be read by this version ({error}): delete {path.parent}, or use the "

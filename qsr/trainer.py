@@ -103,6 +103,11 @@ class Trainer:
         return self._monitor.progress
 
     @property
+    def num_parameters(self) -> int:
+        """Of the network."""
+        return sum(p.numel() for p in self._workers[0].model.module.parameters())
+
+    @property
     def measures_communication(self) -> bool:
         """Whether all averages are timed: not where DDP overlaps them with the backward pass."""
         return self._gradients is None or not self._gradients.overlaps

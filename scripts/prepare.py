@@ -1,8 +1,13 @@
-"""Make and check data sets.
+"""Make and check data sets; docs/data.md says more.
 
-python scripts/prepare.py digits                       write the small digits data set
-python scripts/prepare.py check --root PATH            decode every image of a data set
-python scripts/prepare.py check --root PATH --imagenet   and expect ImageNet's counts
+python scripts/prepare.py digits                        write the small digits data set
+python scripts/prepare.py imagenet --root PATH ...      unpack ImageNet's archives
+python scripts/prepare.py check --root PATH             decode every image, write a manifest
+python scripts/prepare.py check --root PATH --imagenet    and expect ImageNet's counts
+python scripts/prepare.py subset --root PATH --to PATH2 --classes 100    link some classes
+
+The same command goes on after a kill, and changes nothing where all is done. Exit status: 0 done,
+1 refused or a broken file found, 130 interrupted.
 """
 
 import argparse
@@ -10,61 +15,139 @@ import os
 import sys
 from pathlib import Path
 
-from qsr.data import DataError, ImageFolder, open_image_folders
+from qsr.data import DataError, open_image_folders
 from qsr.data.check import check_images
-from qsr.data.datasets import IMAGENET
+from qsr.data.datasets import IMAGENET, Counts
 from qsr.data.digits import DIGITS, prepare_digits
+from qsr.data.ground_truth import read_devkit, read_labels
+from qsr.data.imagenet import prepare_imagenet
+from qsr.data.subset import choose_classes, link_subset, read_classes
 
 DIGITS_ROOT = Path(__file__).resolve().parents[1] / "data" / "digits"
+CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> int:
     """Run one command; the exit status is 1 if a data set is refused or has a broken file."""
+    arguments = _parser().parse_args()
+    try:
+        status: int = arguments.run(arguments)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+
     digits = commands.add_parser("digits", help="write the small digits data set")
     digits.add_argument("--root", type=Path, default=DIGITS_ROOT)
-    check = commands.add_parser("check", help="decode every image of a data set")
+    digits.set_defaults(run=_digits)
+
+    imagenet = commands.add_parser("imagenet", help="unpack ImageNet's archives")
+    imagenet.add_argument("--root", type=Path, required=True, help="where train/ and val/ go")
+    imagenet.add_argument("--train-tar", type=Path, required=True)
+    imagenet.add_argument("--val-tar", type=Path, required=True)
+    labels = imagenet.add_mutually_exclusive_group(required=True)
+    labels.add_argument("--devkit-tar", type=Path, help="has the labels of the val images")
+    labels.add_argument("--val-labels", type=Path, help="or: a text file of lines FILE WNID")
+    imagenet.add_argument(
+        "--counts",
+        type=int,
+        nargs=3,
+        default=IMAGENET,
+        metavar=("CLASSES", "TRAIN", "VAL"),
+        help="of archives of the same shape that hold something else (default: ImageNet's)",
+    )
+    imagenet.add_argument("--threads", type=_positive, default=CORES)
+    imagenet.set_defaults(run=_imagenet)
+
+    check = commands.add_parser("check", help="decode every image, write a manifest")
     check.add_argument("--root", type=Path, required=True)
     check.add_argument("--imagenet", action="store_true", help="expect ImageNet's counts")
-    check.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    arguments = parser.parse_args()
-    try:
-        if arguments.command == "digits":
-            prepare_digits(arguments.root)
-            print(f"{arguments.root}: {DIGITS.train} training, {DIGITS.val} validation images")
-            return 0
-        return _check(arguments.root, arguments.imagenet, arguments.threads)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check.add_argument("--manifest", type=Path, help="folder of the manifest (default: the root)")
+    check.add_argument("--threads", type=_positive, default=CORES)
+    check.set_defaults(run=_check)
+
+    subset = commands.add_parser("subset", help="link some classes of a data set")
+    subset.add_argument("--root", type=Path, required=True)
+    subset.add_argument("--to", type=Path, required=True, help="the new data set")
+    which = subset.add_mutually_exclusive_group(required=True)
+    which.add_argument("--classes", type=_positive, help="draw this many")
+    which.add_argument("--list", type=Path, help="or: a text file of classes, one a line")
+    subset.add_argument("--seed", type=int, default=1, help="of the draw (default: 1)")
+    subset.set_defaults(run=_subset)
+    return parser
 
 
-def _check(root: Path, imagenet: bool, threads: int) -> int:
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _digits(arguments: argparse.Namespace) -> int:
+    prepare_digits(arguments.root)
+    print(f"{arguments.root}: {DIGITS.train} training, {DIGITS.val} validation images")
+    return 0
+
+
+def _imagenet(arguments: argparse.Namespace) -> int:
+    if arguments.devkit_tar:
+        labels = read_devkit(arguments.devkit_tar)
+    else:
+        labels = read_labels(arguments.val_labels)
+    train, val = prepare_imagenet(
+        arguments.root,
+        arguments.train_tar,
+        arguments.val_tar,
+        labels,
+        threads=arguments.threads,
+        expected=Counts(*arguments.counts),
+    )
+    print(f"{arguments.root}: {len(train):,} training, {len(val):,} validation images")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    root = arguments.root
     splits = open_image_folders(
         root,
-        expected_classes=IMAGENET.classes if imagenet else None,
-        expected_train=IMAGENET.train if imagenet else None,
-        expected_val=IMAGENET.val if imagenet else None,
+        expected_classes=IMAGENET.classes if arguments.imagenet else None,
+        expected_train=IMAGENET.train if arguments.imagenet else None,
+        expected_val=IMAGENET.val if arguments.imagenet else None,
     )
-    broken = sum(_check_split(split, threads) for split in splits)
+    broken = 0
+    for line in check_images(splits, arguments.manifest or root, arguments.threads):
+        broken += 1
+        print(line, flush=True)
     print(f"{root}: {sum(map(len, splits)):,} images, {broken} broken")
     return 1 if broken else 0
 
 
-def _check_split(dataset: ImageFolder, threads: int) -> int:
-    """Print each broken file on a line of its own; return how many there are."""
-    broken = 0
-    for done, (path, defect) in enumerate(check_images(dataset, threads), start=1):
-        if defect is not None:
-            broken += 1
-            print(f"{path}: {defect}", flush=True)
-        if sys.stderr.isatty() and (done % 100 == 0 or done == len(dataset)):
-            progress = f"{dataset.split}: {done:,} of {len(dataset):,}, {broken} broken"
-            print(progress, end="\n" if done == len(dataset) else "\r", file=sys.stderr)
-    return broken
+def _subset(arguments: argparse.Namespace) -> int:
+    source, _ = open_image_folders(arguments.root)
+    if arguments.list:
+        classes, seed = read_classes(arguments.list), None
+    else:
+        classes, seed = (
+            choose_classes(source.classes, arguments.classes, arguments.seed),
+            arguments.seed,
+        )
+    train, val = link_subset(source, arguments.to, classes, seed)
+    print(
+        f"{arguments.to}: {len(classes):,} classes, {len(train):,} training, {len(val):,} "
+        "validation images"
+    )
+    return 0
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
 from qsr.optim import averaged_state_keys, build_optimizer
 from qsr.precision import Precision
+from qsr.stopping import StopFlag
 from qsr.tracking import Row
 from qsr.trainer import Due, Trainer
 from qsr.worker import Worker
@@ -153,6 +154,7 @@ class Setup:
     evaluate_every: int = 1000
     checkpoint_every: int | None = None
     stop_after: int | None = None
+    stop: StopFlag = field(default_factory=StopFlag)
     folder: Path | None = None
     """Of the run; None: a new one for every trainer (ranks of one run need a common one)."""
     config_hash: str = "0123456789abcdef"
@@ -230,6 +232,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         tracker=tracker,
         due=Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
         config_hash=setup.config_hash,
+        stop=setup.stop,
     )
     return Rig(trainer, workers, tracker, evaluator, loader, communicator)
 

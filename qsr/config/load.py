@@ -4,26 +4,49 @@ Whatever is wrong raises ConfigError with one line that names the setting and th
 process group, GPU or folder is touched.
 """
 
+import copy
 import dataclasses
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 
+from qsr.config.compose import (
+    CONFIG_DIR,
+    GIVEN,
+    ConfigError,
+    compose_defaults,
+    compose_settings,
+    expand_sweeps,
+    mark_given_speed,
+    parse_overrides,
+)
+from qsr.config.parsing import flatten, parse
 from qsr.config.planning import make_plan
-from qsr.config.schema import Config
+from qsr.config.rehearsal import Rehearsal, rehearse
+from qsr.config.schema import Config, DataConfig
 
-CONFIG_DIR = Path(__file__).parents[2] / "configs"
+__all__ = [
+    "CONFIG_DIR",
+    "EXECUTION",
+    "GIVEN",
+    "ConfigError",
+    "check",
+    "check_plan",
+    "config_hash",
+    "differences",
+    "expand_sweeps",
+    "identity",
+    "load_config",
+    "load_configs",
+    "parse_config",
+    "parse_identity",
+    "run_folder",
+    "to_dict",
+]
 
 EXECUTION = (
     "checkpoint",
@@ -40,31 +63,60 @@ EXECUTION = (
 """Settings that say how a run is carried out and not what it computes. They are no part of a
 run's identity: not of its folder's name, not of its hash, and they may change at a resumption."""
 
-_ADAPTER = TypeAdapter(Config)
 
-
-class ConfigError(Exception):
-    """One line: the setting, what is wrong with it, what would be right."""
+def load_configs(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> list[Config]:
+    """The runs that these command-line overrides ask for. Where an override lists values, as in
+    seed=1,2,3, there is a run for each; several lists give every combination."""
+    return [_load(choice, config_dir) for choice in expand_sweeps(overrides)]
 
 
 def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Config:
-    """The run that these command-line overrides ask for, for example
+    """The one run that these overrides ask for, for example
     ["experiment=demo/quadratic", "seed=2", "sync.alpha=0.02"]."""
-    parsed = _parse_overrides(overrides)
-    groups = _config_groups(config_dir)
-    raw = _compose(parsed, groups, config_dir)
-    return parse_config({**raw, "experiment": _experiment_name(parsed)})
+    configs = load_configs(overrides, config_dir)
+    if len(configs) > 1:
+        raise ConfigError(f"one run is wanted here, and these settings ask for {len(configs)}")
+    return configs[0]
+
+
+def _load(overrides: Sequence[str], config_dir: Path) -> Config:
+    parsed = parse_overrides(overrides)
+    raw = compose_settings(parsed, config_dir)
+    mark_given_speed(raw, parsed)
+    rehearsal = raw.pop("rehearsal", None)
+    config = parse_config({**raw, "experiment": _experiment_name(parsed)})
+    if rehearsal is None:
+        return config
+    settings = parse(Rehearsal, rehearsal, prefix="rehearsal.")
+    data = parse_overrides([f"data={settings.data}"])
+    small = compose_settings([*parsed, *data], config_dir)["data"]
+    try:
+        config = rehearse(config, settings, parse(DataConfig, small, prefix="data."))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    check(config)
+    return config
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """Parse and check plain nested dictionaries (what config.yaml of a run folder holds)."""
-    try:
-        # as JSON, because strict parsing of Python objects takes no dictionary for a dataclass
-        config = _ADAPTER.validate_json(json.dumps(raw))
-    except ValidationError as error:
-        raise ConfigError("; ".join(_describe(error, raw))) from None
+    config = parse(Config, raw)
     check(config)
     return config
+
+
+def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Config:
+    """Parse what config.yaml of a run folder holds, but with the execution settings of train.yaml
+    in place of its own: those may be of another version, and a report has no use for them."""
+    defaults = compose_defaults(config_dir)
+    settings = copy.deepcopy(dict(raw))
+    for name in EXECUTION:
+        *path, leaf = name.split(".")
+        target, source = settings, defaults
+        for part in path:
+            target, source = target[part], source[part]
+        target[leaf] = source[leaf]
+    return parse_config(settings)
 
 
 def check(config: Config) -> None:
@@ -139,7 +191,7 @@ def identity(config: Config) -> dict[str, Any]:
     """The settings that decide what a run computes, by dotted name."""
     return {
         key: value
-        for key, value in _flatten(to_dict(config))
+        for key, value in flatten(to_dict(config))
         if key != "experiment" and not _is_execution(key)
     }
 
@@ -166,61 +218,6 @@ def run_folder(config: Config) -> Path:
     return Path(config.runs_dir) / config.experiment / f"seed_{config.seed}"
 
 
-def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{text!r} is not of the form setting=value ({reason})") from None
-        if override.is_sweep_override():
-            raise ConfigError(f"{text!r}: this command makes one run; give one value")
-        parsed.append(override)
-    return parsed
-
-
-def _compose(parsed: Sequence[Override], groups: frozenset[str], config_dir: Path) -> Any:
-    arguments = []
-    for override in parsed:
-        text = override.input_line or ""
-        if override.is_add() and override.key_or_group in groups:
-            text = text.lstrip("+")
-        elif override.key_or_group not in groups and not override.is_delete():
-            # forced, so that an unknown name reaches the schema: Hydra's own message for it would
-            # advise to append it with "+", and would then take it
-            text = "++" + text.lstrip("+")
-        arguments.append(text)
-    try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            composed = compose("train", arguments)
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise ConfigError(
-                f"{missing[0]} has no value: choose an experiment "
-                f"({', '.join(_options(config_dir, 'experiment'))}) or set it"
-            )
-        return OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_describe_hydra(error, parsed, groups, config_dir)) from None
-
-
-def _describe_hydra(
-    error: Exception, parsed: Sequence[Override], groups: frozenset[str], config_dir: Path
-) -> str:
-    for override in parsed:
-        if override.key_or_group in groups:
-            options = _options(config_dir, override.key_or_group)
-            value = override.value()
-            if value is not None and value not in options:
-                return (
-                    f"{override.key_or_group}={value}: no such file in configs; "
-                    f"{_suggest(str(value), options)}"
-                )
-    return " ".join(str(error).split())
-
-
 def _experiment_name(parsed: Iterable[Override]) -> str:
     """The experiment's file name and, sorted, the overrides that change what it computes."""
     experiment, changes = "custom", []
@@ -243,91 +240,5 @@ def _is_execution(key: str) -> bool:
     return any(key == name or key.startswith(name + ".") for name in EXECUTION)
 
 
-def _config_groups(config_dir: Path) -> frozenset[str]:
-    return frozenset(path.name for path in config_dir.iterdir() if path.is_dir())
-
-
-def _options(config_dir: Path, group: str) -> list[str]:
-    folder = config_dir / group
-    names = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
-    return sorted(name.as_posix() for name in names)
-
-
-def _describe(error: ValidationError, raw: Mapping[str, Any]) -> Iterable[str]:
-    """One line for each thing that pydantic refused."""
-    for item in error.errors(include_url=False, include_context=False):
-        # a kind's own word stands in the location of its fields: ("sync", "quadratic", "alpha")
-        kinds = {"optimizer": "name", "schedule": "name", "sync": "rule"}
-        location = [str(part) for part in item["loc"]]
-        kind = ""
-        if len(location) > 1 and location[0] in kinds:
-            word = location.pop(1)
-            kind = f" of {location[0]}.{kinds[location[0]]}={word}"
-        name = ".".join(location)
-        match item["type"]:
-            case "unexpected_keyword_argument" | "dataclass_exact_type":
-                yield f"{name} is not a setting{kind}; {_suggest_setting(location, raw)}"
-            case "missing":
-                yield f"{name} is missing{kind}"
-            case "union_tag_invalid" | "union_tag_not_found":
-                yield f"{name}.{kinds[location[0]]}: {_lower(item['msg'])}"
-            case _:
-                yield f"{name}={item['input']!r}: {_lower(item['msg'])}"
-
-
-def _field_names(path: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
-    """The fields that exist at `path`, for the kind chosen there."""
-    node: Any = Config
-    for part in path:
-        hint = {field.name: field.type for field in dataclasses.fields(node)}[part]
-        candidates = list(_dataclasses_of(hint))
-        chosen = raw.get(part)
-        word = chosen.get("name", chosen.get("rule")) if isinstance(chosen, Mapping) else None
-        node = next((c for c in candidates if _kind_of(c) == word), candidates[0])
-    return [field.name for field in dataclasses.fields(node)]
-
-
-def _dataclasses_of(hint: Any) -> list[Any]:
-    if dataclasses.is_dataclass(hint):
-        return [hint]
-    return [found for part in getattr(hint, "__args__", ()) for found in _dataclasses_of(part)]
-
-
-def _kind_of(cls: Any) -> str | None:
-    for field in dataclasses.fields(cls):
-        if field.name in ("name", "rule"):
-            return next(iter(getattr(field.type, "__args__", ())), None)
-    return None
-
-
-def _suggest_setting(location: Sequence[str], raw: Mapping[str, Any]) -> str:
-    """The nearest setting beside the wrong one, or one of that name elsewhere."""
-    *path, word = location
-    wrong = ".".join(location)
-    elsewhere = [n for n, _ in _flatten(raw) if n.rpartition(".")[2] == word and n != wrong]
-    names = _field_names(path, raw)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    if close or not elsewhere:
-        return _suggest(wrong, [".".join([*path, name]) for name in close or names])
-    return _suggest(wrong, elsewhere[:1])
-
-
-def _suggest(word: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(valid)}"
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
-
-
 def _divisors(number: int) -> str:
     return " or ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -74,3 +74,19 @@ def make_rule(settings: schema.SyncConfig, steps_per_epoch: int) -> Rule:
         case schema.SwapSync(switch_epoch=epoch):
             return SwapRule(epoch * steps_per_epoch)
     assert_never(settings)
+
+
+def parameter_count(model: schema.ModelConfig, classes: int) -> int:
+    """Parameters of a network, without building it. timm's are counted by models.py instead."""
+    match model.name:
+        case "resnet152":
+            return 58_143_808 + 2049 * classes
+        case "vit_b16":
+            return 85_646_592 + 769 * classes
+        case "small_resnet":
+            return 77_392 + 65 * classes
+        case "small_vit":
+            return 203_200 + 65 * classes
+        case "timm":
+            raise ValueError(f"only timm knows the parameters of {model.timm_name}")
+    assert_never(model.name)

@@ -321,6 +321,64 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class AllReduceTimes:
+    """Measured all-reduces."""
+
+    ranks: PositiveInt
+    """Ranks that took part."""
+    sizes_bytes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    """What was reduced, in rising order."""
+    seconds: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Time of each."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FittedRun:
+    """A published run whose time a profile was fitted to, so that it cannot be predicted by it."""
+
+    model: str
+    """Key of seconds_per_image."""
+    ranks: PositiveInt
+    """Ranks of the run, each one worker."""
+    global_batch: PositiveInt
+    """Samples per step over all workers."""
+    steps: PositiveInt
+    """Steps of the run."""
+    averages: PositiveInt
+    """All-reduces of the run, none of them overlapped."""
+    hours: Positive
+    """Published time."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SpeedConfig:
+    """How fast a cluster is, for plans. Measured by scripts/plan.py calibrate, or fitted."""
+
+    machines: PositiveInt
+    """Machines of the cluster."""
+    ranks_per_machine: PositiveInt
+    """Ranks, one per GPU, of each machine; they share its link."""
+    link_gbit_per_second: Positive | None
+    """Effective bandwidth of a machine's link per direction, in 10^9 bits per second; with one
+    machine, that between its ranks. null: unknown, which will do for one rank."""
+    latency_seconds: NonNegative
+    """Time of one message without its bytes."""
+    allreduce: AllReduceTimes | None
+    """Measured all-reduces, which come before link and latency where as many ranks take part."""
+    seconds_per_image: dict[str, Positive]
+    """Training time of one image on one rank while all ranks compute: forward, backward, update.
+    By "MODEL@IMAGE_SIZE/PRECISION", as in "vit_b16@224/fp16"; timm's models are "timm/NAME@...".
+    """
+    price_per_gpu_hour: Positive | None
+    """Price of an hour of one rank, in any currency."""
+    fitted_to: tuple[FittedRun, ...]
+    """Published runs that constants were fitted to."""
+    sources: dict[str, str]
+    """Where each constant comes from, by its name or its key of seconds_per_image. A text that
+    begins with "unverified" marks every number that the constant enters."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
     """Where a run is carried out. Execution: K workers are the same run on any of these."""
 
@@ -335,6 +393,8 @@ class ClusterConfig:
     """CPU threads for torch in each rank; null: the cores of the machine over its ranks."""
     timeout_seconds: Annotated[float, Field(gt=0, le=604_800)]
     """How long a collective waits for the other ranks before the run fails."""
+    speed: SpeedConfig | None
+    """How fast it is, for plans; null: not known."""
 
 
 @dataclass(frozen=True, config=STRICT)

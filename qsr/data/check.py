@@ -1,36 +1,97 @@
-"""Finding broken image files before a run meets them."""
+"""Finding broken image files before a run meets them, and recording what the sound ones are."""
 
-from collections.abc import Iterator
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from qsr.data.batch import DataError
 from qsr.data.datasets import ImageFolder
+from qsr.data.manifest import CheckRecord, Manifest, SoundFile
+from qsr.data.progress import show_progress
 
 FILES_PER_TASK = 64
 """Fewer would fill the memory with a million waiting tasks."""
 
 
-def check_images(dataset: ImageFolder, threads: int) -> Iterator[tuple[str, str | None]]:
-    """Decode every file; yield its path and what is wrong with it (None: nothing), in order."""
+def check_images(splits: Sequence[ImageFolder], folder: Path, threads: int) -> Iterator[str]:
+    """Read, hash and decode every file; yield a line for each broken one, in order.
+
+    At the end, if no file was broken, `folder` holds the manifest (see `Manifest`). Until then
+    `folder/check.jsonl` records what has been found sound, and a check that was killed, or that
+    found something broken, goes on from there: a file of the same path, size and time of change is
+    not read again.
+
+    Raises:
+        DataError: `folder` cannot be written, or another process checks into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with CheckRecord(folder / "check.jsonl") as record, Manifest(folder, splits) as manifest:
+            broken = 0
+            for split in splits:
+                for line in _check_split(split, threads, record, manifest):
+                    broken += 1
+                    yield line
+            if not broken:
+                manifest.complete()
+                record.remove()
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {folder} ({error.strerror or error}): choose another folder with "
+            "--manifest"
+        ) from error
+
+
+def _check_split(
+    split: ImageFolder, threads: int, record: CheckRecord, manifest: Manifest
+) -> Iterator[str]:
     tasks = [
-        range(start, min(start + FILES_PER_TASK, len(dataset)))
-        for start in range(0, len(dataset), FILES_PER_TASK)
+        split.files[start : start + FILES_PER_TASK]
+        for start in range(0, len(split), FILES_PER_TASK)
     ]
 
-    def check(indices: range) -> list[tuple[str, str | None]]:
-        return [(path, _defect(path)) for path in map(dataset.path, indices)]
+    def check(files: Sequence[str]) -> list[SoundFile | str]:
+        return [_check_file(split.root, file, record) for file in files]
 
-    # Threads suffice: Pillow decodes without holding Python's lock.
-    with ThreadPoolExecutor(threads) as pool:
+    done = 0
+    # Threads suffice: neither hashing nor Pillow's decoding holds Python's lock.
+    with (
+        show_progress(split.split, len(split), "images") as show,
+        ThreadPoolExecutor(threads) as pool,
+    ):
         for results in pool.map(check, tasks):
-            yield from results
+            sound = [result for result in results if isinstance(result, SoundFile)]
+            record.add(sound)
+            manifest.add(sound)
+            yield from (result for result in results if isinstance(result, str))
+            done += len(results)
+            show(done)
 
 
-def _defect(path: str) -> str | None:
+def _check_file(root: Path, file: str, record: CheckRecord) -> SoundFile | str:
+    """The file, or what is wrong with it."""
+    path = f"{root}/{file}"
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as stream:  # noqa: PTH123  (a Path takes longer to make)
+            status = os.fstat(stream.fileno())
+            known = record.find(file, status)
+            if known is not None:
+                return known
+            data = stream.read()
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    if not data:
+        return f"{path}: empty"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
+    except UnidentifiedImageError:
+        return f"{path}: not an image of a known format"
     except Exception as error:  # Pillow's decoders raise many types on a broken file
-        return f"{type(error).__name__}: {error}"
-    return None
+        return f"{path}: {type(error).__name__}: {error}"
+    return SoundFile(file, len(data), status.st_mtime_ns, hashlib.sha256(data).hexdigest())

@@ -75,7 +75,8 @@ def open_image_folders(
 
     Raises:
         DataError: `root`, `train` or `val` is missing or unreadable, a class folder is empty or
-            holds a folder, the splits have different classes, or a count is not the expected one.
+            holds a folder, a link points nowhere, the splits have different classes, or a count is
+            not the expected one.
     """
     root = Path(root).absolute()
     for folder in (root, root / "train", root / "val"):
@@ -147,8 +148,10 @@ def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
+        if entry.is_symlink():
+            entry.stat()  # is_dir takes a link to nothing for a file: a class would be missing
         return entry.is_dir()
-    except OSError as error:  # for example a symbolic link to itself
+    except OSError as error:  # a symbolic link to itself, or to nothing
         raise DataError(f"cannot follow {entry.path}: {error.strerror}") from error
 
 

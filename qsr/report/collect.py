@@ -9,7 +9,7 @@ from typing import Any, assert_never
 import yaml
 
 from qsr.config import schema
-from qsr.config.load import differences, parse_config
+from qsr.config.load import ConfigError, differences, parse_identity
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
 
@@ -24,6 +24,7 @@ class Run:
 
     folder: Path
     config: schema.Config
+    """With the execution settings of configs/train.yaml: a report is about what a run computes."""
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
 
@@ -43,12 +44,19 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A finished run. Raises ReportError if `folder` is none."""
+    """A finished run. Raises ReportError if `folder` is none, or none that this version reads."""
     if not (folder / "summary.json").exists():
         raise ReportError(f"{folder} holds no finished run: its training command goes on with it")
+    try:
+        config = parse_identity(yaml.safe_load((folder / "config.yaml").read_text()))
+    except ConfigError as error:
+        raise ReportError(
+            f"{folder} cannot be read by this version ({error}): remove it, or use the version "
+            f"that made it"
+        ) from None
     return Run(
         folder,
-        parse_config(yaml.safe_load((folder / "config.yaml").read_text())),
+        config,
         json.loads((folder / "summary.json").read_text()),
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
     )

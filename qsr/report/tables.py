@@ -51,6 +51,11 @@ def rule_table_markdown(table: pd.DataFrame) -> str:
             ],
         }
     )
+    return markdown_table(text)
+
+
+def markdown_table(text: pd.DataFrame) -> str:
+    """A table of strings as Markdown whose columns line up in the source too."""
     rows = [text.columns.tolist(), *text.to_numpy().tolist()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,8 +77,10 @@ def test_the_run_folder_holds_what_it_promises(uninterrupted: Path) -> None:
     assert environment["ranks"] == 2
     assert environment["packages"]["torch"]
     summary = json.loads((uninterrupted / "summary.json").read_text())
-    assert summary["averages"] == summary["planned_rounds"]
-    assert summary["volume"] == summary["planned_rounds"] / 44
+    assert summary["averages"] == summary["planned"]["averages"] == 9
+    assert summary["volume"] == 9 / 44
+    # 2 (K - 1) / K = 1, of 78,042 parameters in float32
+    assert summary["bytes_sent_per_worker"] == 9 * 4 * 78_042
     assert summary["top1"] > 50
     rows = read_metrics(uninterrupted / "metrics.jsonl")
     assert [(row["kind"], row["step"]) for row in rows] == [
@@ -91,6 +94,45 @@ def test_the_run_folder_holds_what_it_promises(uninterrupted: Path) -> None:
         "step_000000040",
         "step_000000044",
     ]
+
+
+LOCAL = ("experiment=demo/constant",)  # H = 4
+SWAP = ("experiment=demo/parallel", "sync=swap", "sync.switch_epoch=1")
+MOMENTS = ("sync.average_momentum=true", "sync.average_second_moment=true")
+
+
+@pytest.mark.parametrize(
+    ("settings", "averages", "megabytes"),
+    [
+        (("experiment=demo/parallel",), 44, 44 * 0.312_168),
+        (LOCAL, 11, 11 * 0.312_168),
+        ((*LOCAL, "sync.average_momentum=true"), 11, 2 * 11 * 0.312_168),
+        ((*LOCAL, "optimizer=adamw", *MOMENTS), 11, 3 * 11 * 0.312_168),
+        ((*SWAP, "sync.average_momentum=true"), 23, 24 * 0.312_168),  # one round at the end
+    ],
+)
+def test_a_run_averages_and_sends_what_its_plan_said(
+    settings: tuple[str, ...], averages: int, megabytes: float, digits: Path, tmp_path: Path
+) -> None:
+    """Two epochs of 22 steps; 78,042 parameters; each of two workers sends all that it gives."""
+    config = load_config(
+        [
+            *(*settings, "workers=2", "epochs=2", "schedule.warmup_epochs=1", "cluster.ranks=1"),
+            *("tracking=none", "tracking.progress=false", f"runs_dir={tmp_path}"),
+            f"data.root={digits}",
+            "+cluster.speed={machines: 1, ranks_per_machine: 1, link_gbit_per_second: null, "
+            "latency_seconds: 0, allreduce: null, seconds_per_image: "
+            "{small_resnet@32/fp32: 0.001}, price_per_gpu_hour: null, fitted_to: [], sources: {}}",
+        ]
+    )
+    summary = build.run(config)
+    assert summary is not None
+    assert summary["averages"] == summary["planned"]["averages"] == averages
+    sent = summary["bytes_sent_per_worker"]
+    assert sent == summary["planned"]["bytes_sent_per_worker"] == round(1e6 * megabytes)
+    # one rank computes 64 images a step, 1 ms each, and has nobody to send to
+    assert summary["planned"]["train_seconds"] == pytest.approx(44 * 0.064)
+    assert summary["planned"]["communication_seconds"] == 0.0
 
 
 @pytest.fixture
@@ -262,23 +304,44 @@ EXPERIMENTS = sorted(
     path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
 )
+DEMOS = [name for name in EXPERIMENTS if name.startswith("demo/")]
+SMALL = [
+    *((name, "", loader) for name in DEMOS for loader in ("dali", "torchvision")),
+    *((name, "rehearsal=digits", "dali") for name in EXPERIMENTS if name not in DEMOS),
+]
 
 
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_takes_steps(name: str, loader: str, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "rehearsal", "loader"), SMALL)
+def test_every_experiment_takes_steps(
+    name: str, rehearsal: str, loader: str, digits: Path, tmp_path: Path
+) -> None:
+    rows = steps(5, digits, tmp_path, f"experiment={name}", f"data.loader={loader}", rehearsal)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(0 < row["loss"] < 10 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["vit_b16_b4096/constant_h4", "resnet152_b4096/constant_h2"])
+def test_the_published_models_take_steps(name: str, digits: Path, tmp_path: Path) -> None:
+    """The recipe as it is, but for the images, their number, H, and fp16, which CPUs emulate."""
+    rows = steps(
+        2, digits, tmp_path, f"experiment={name}", "data=digits", "workers=2", "global_batch=8",
+        "micro_batch=2", "sync.h=2", "precision=fp32",
+    )  # fmt: skip
+    assert [row["averages"] for row in rows] == [0, 1]
+    assert all(0 < row["loss"] < 10 for row in rows)
+
+
+def steps(number: int, digits: Path, runs: Path, *settings: str) -> list[dict[str, Any]]:
+    """The rows of metrics of a session of so many steps, in this process."""
     config = load_config(
         [
-            f"experiment={name}",
-            *(f"data.root={digits}", f"data.loader={loader}", f"runs_dir={tmp_path}"),
+            *(f"data.root={digits}", f"runs_dir={runs}", *filter(None, settings)),
             *("cluster.ranks=1", "tracking=none", "tracking.progress=false"),
-            *("tracking.log_every_steps=1", "stop_after_steps=5"),
+            *("tracking.log_every_steps=1", f"stop_after_steps={number}"),
         ]
     )
     assert build.run(config) is None
-    rows = read_metrics(run_folder(config) / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert all(0 < row["loss"] < 10 for row in rows)
+    return read_metrics(run_folder(config) / "metrics.jsonl")
 
 
 def test_missing_data_is_a_data_error(tmp_path: Path) -> None:

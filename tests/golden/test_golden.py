@@ -1,8 +1,8 @@
 """The losses of one small run, as they were when somebody last looked at them and agreed.
 
-`make golden` records them anew. The tolerance is far above what another CPU's rounding does to
-these few steps at a low rate, and far below what any change of the algorithm does: another seed or
-another H moves losses by more than ten times as much.
+`make golden` records them anew. Another kind of CPU rounds otherwise, and may move a crop by a
+pixel: between the two that were tried losses differed by up to 0.6 %. Changes of the algorithm move
+some loss by more than 3 %: a test below sees to it. The tolerance lies between.
 """
 
 import json
@@ -14,7 +14,7 @@ from qsr import build
 from qsr.config.load import load_config
 
 GOLDEN = Path(__file__).with_name("losses.json")
-TOLERANCE = 2e-3
+TOLERANCE = 1.5e-2
 
 
 def losses(digits: Path, folder: Path, *overrides: str) -> dict[str, float]:
@@ -47,4 +47,4 @@ def test_losses_are_the_golden_ones(
 def test_the_tolerance_sees_a_change(digits: Path, tmp_path: Path, change: str) -> None:
     found, golden = losses(digits, tmp_path, change), json.loads(GOLDEN.read_text())
     assert found.keys() == golden.keys()
-    assert max(abs(found[key] / golden[key] - 1) for key in golden) > TOLERANCE
+    assert max(abs(found[key] / golden[key] - 1) for key in golden) > 2 * TOLERANCE

@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from qsr import ConstantRule, ConstantSchedule, CosineSchedule, EveryStepRule, Plan, QuadraticRule
 from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerprint
+from qsr.calibrate import measure
+from qsr.config.load import load_config
 from qsr.config.schema import ModelConfig
 from qsr.data import Batch, EvalTransform, ImageFolder, Request, make_loader, open_image_folders
 from qsr.distributed import Communicator, Topology, leave_process_group
@@ -430,3 +432,15 @@ def test_the_papers_networks_train(
     assert rows[0]["loss"] == pytest.approx(math.log(1000), abs=1.5)
     assert rows[-1]["loss"] < rows[0]["loss"]  # the same 64 images in every step
     assert rig.trainer.progress.skipped_updates <= (6 if precision == "fp16" else 0)
+
+
+def test_the_papers_vit_is_timed_for_plans(record: Record) -> None:
+    settings = ["model=vit_b16", "data=imagenet", "optimizer=adamw", "precision=fp16"]
+    run = ["workers=1", "global_batch=64", "micro_batch=32", "epochs=1", "schedule.peak_lr=0.1"]
+    config = load_config([*settings, *run, "sync=constant", "sync.h=4", "cluster.device=cuda"])
+    found = measure(config, 1000, 1_281_167, "a test")
+    record["calibrate"] = {found.key: found.seconds_per_image, "how": found.how}
+    assert found.key == "vit_b16@224/fp16"
+    assert torch.cuda.get_device_name() in found.how
+    # 3 x 17.6 GFLOPs (multiply-adds) an image: no GPU does 10^17 operations a second yet
+    assert found.seconds_per_image > 3 * 2 * 17.6e9 / 1e17

@@ -1,9 +1,13 @@
 """The README's code runs, and its commands exist."""
 
 import re
+import runpy
 from pathlib import Path
 
-from qsr.config.load import load_config, run_folder
+import pytest
+
+from qsr.config.load import load_config, load_configs, run_folder
+from qsr.report.forecast import forecast
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -35,11 +39,32 @@ def test_the_demo_averages_as_often_as_the_readme_says() -> None:
     assert expected in text
 
 
+def test_every_preparing_command_is_accepted() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "prepare.py"))
+    commands = (README + (ROOT / "docs" / "data.md").read_text()).replace("\\\n", " ")
+    found = re.findall(r"^    python scripts/prepare\.py ([^#\n]+)", commands, re.MULTILINE)
+    assert len(found) == 6
+    for command in found:
+        script["_parser"]().parse_args(command.split())
+
+
 def test_every_training_command_is_accepted() -> None:
     commands = README.replace("\\\n", " ")
     found = re.findall(r"scripts/train\.py (.+)", commands)
-    assert len(found) == 3
-    folders = {str(run_folder(load_config(command.split()))) for command in found}
-    assert len(folders) == 2  # ours and torchrun's are the same run
+    assert len(found) == 5
+    folders = {run_folder(c) for command in found for c in load_configs(command.split())}
+    assert len(folders) == 6  # ours and torchrun's are the same run, one command gives three
     for path in re.findall(r"\]\(([a-z][\w./-]+)\)", README):
         assert (ROOT / path.partition("#")[0]).exists(), path
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/planning.md", "docs/reproduction.md"])
+def test_every_command_with_an_experiment_is_accepted(page: str) -> None:
+    commands = (ROOT / page).read_text().replace("\\\n", " ")
+    found = re.findall(r"scripts/(train|plan)\.py (experiment=[a-z][^#\n`]*)", commands)
+    assert len(found) >= 3
+    for script, command in found:
+        # a calibration writes this profile
+        configs = load_configs(command.replace("cluster=mine", "").split())
+        if script == "plan":
+            assert all(forecast(config).plan.num_rounds > 0 for config in configs)

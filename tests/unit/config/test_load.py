@@ -15,6 +15,7 @@ from qsr.config.load import (
     differences,
     identity,
     load_config,
+    load_configs,
     parse_config,
     run_folder,
     to_dict,
@@ -52,8 +53,20 @@ DEMO = "experiment=demo/quadratic"
         ([DEMO, "optimizer.name=adam"], "optimizer.name"),
         ([DEMO, "~loss"], "loss is missing"),
         ([DEMO, "sync.alpha"], "'sync.alpha' is not of the form setting=value"),
-        ([DEMO, "seed=1,2"], "'seed=1,2': this command makes one run"),
-        ([], "epochs has no value: choose an experiment (demo/constant,"),
+        ([DEMO, "seed=1,2"], "one run is wanted here, and these settings ask for 2"),
+        ([DEMO, "sync.alpha=interval(1,2)"], "list the values, as in seed=1,2,3"),
+        ([], "epochs has no value: set it, or choose an experiment, for example experiment=demo"),
+        # rehearsals
+        ([DEMO, "rehearsal=digit"], "rehearsal=digit: no such file in configs; did you mean dig"),
+        ([DEMO, "rehearsal=digits", "rehearsal.epoch=2"], "rehearsal.epoch is not a setting; did "
+         "you mean epochs?"),
+        ([DEMO, "rehearsal=digits", "rehearsal.workers_divisor=0"], "rehearsal.workers_divisor=0:"),
+        ([DEMO, "rehearsal=digits", "rehearsal.data=ciphar"], "data=ciphar: no such file in conf"),
+        ([DEMO, "rehearsal=digits", "model=timm", "model.timm_name=resnet18"], "no rehearsal of "
+         "model=timm: rehearsal.models knows resnet152, vit_b16, small_resnet, small_vit"),
+        ([DEMO, "rehearsal=digits", "micro_batch=1", "rehearsal.local_batch=24"], "rehearsal.local_"
+         "batch=24 does not divide into the experiment's 16 micro-batches"),
+        ([DEMO, "rehearsal=digits", "data.train_images=null"], "a rehearsal needs data."),
         # settings that do not fit each other
         ([DEMO, "workers=3"], "global_batch=64 does not divide by workers=3"),
         ([DEMO, "micro_batch=5"], "micro_batch=5 does not divide the local batch 16"),
@@ -86,6 +99,15 @@ def test_wrong_command_lines_get_one_clear_line(overrides: list[str], message: s
         load_config(overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_lists_of_values_give_every_combination() -> None:
+    configs = load_configs([DEMO, "seed=1,2,3", "sync.alpha=choice(0.1,0.2)", "workers=2"])
+    assert [(c.seed, c.sync.alpha, c.workers) for c in configs] == [  # type: ignore[union-attr]
+        (1, 0.1, 2), (1, 0.2, 2), (2, 0.1, 2), (2, 0.2, 2), (3, 0.1, 2), (3, 0.2, 2),
+    ]  # fmt: skip
+    assert configs[4] == load_config([DEMO, "seed=3", "sync.alpha=0.1", "workers=2"])
+    assert [c.seed for c in load_configs([DEMO, "seed=range(4,6)"])] == [4, 5]
 
 
 def test_right_command_line() -> None:

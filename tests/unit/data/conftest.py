@@ -1,5 +1,7 @@
 """Small trees of real image files, and loaders over them."""
 
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from PIL import Image
 
 from qsr.data import ImageFolder, Loader, Request, make_loader, open_image_folders
 from qsr.data.transforms import EvalTransform, TrainTransform
+from tests.imagenet_archives import Archives
+from tests.killing import SCRIPT
 
 CPU = torch.device("cpu")
 
@@ -49,6 +53,28 @@ def own_photos(tmp_path: Path) -> Path:
     """Root of a tree that the test may damage."""
     write_tree(tmp_path / "photos", classes=2, train=6, val=2)
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs scripts/prepare.py in this process; returns its exit status."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code
+
+    return run
+
+
+@pytest.fixture
+def archives(tmp_path: Path) -> Archives:
+    """3 classes with 4 training images each, and 6 validation images."""
+    made = Archives(tmp_path)
+    made.write()
+    return made
 
 
 @pytest.fixture(params=["dali", "torchvision"])

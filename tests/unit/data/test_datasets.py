@@ -96,6 +96,15 @@ def link_to_itself(root: Path) -> None:
     (root / "train/c").symlink_to(root / "train/c")
 
 
+def class_link_to_nothing(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "c").symlink_to(root / "gone")
+
+
+def image_link_to_nothing(root: Path) -> None:
+    (root / "train/a/3.jpg").symlink_to(root / "gone")
+
+
 def link_to_root(root: Path) -> None:
     for split in ("train", "val"):
         (root / split / "c").symlink_to(root)
@@ -112,6 +121,8 @@ def link_to_root(root: Path) -> None:
         (extra_class_in_val, r"different classes \(2 and 3\).* train/None and val/c"),
         (renamed_class_in_val, "train/a and val/aa"),
         (link_to_itself, "cannot follow .*/train/c"),
+        (class_link_to_nothing, "cannot follow .*/train/c: No such file"),
+        (image_link_to_nothing, "cannot follow .*/train/a/3.jpg: No such file"),
         (link_to_root, "/train/c/.* is a folder inside a class"),
     ],
 )

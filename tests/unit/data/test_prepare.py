@@ -1,29 +1,11 @@
 """scripts/prepare.py: exit status and what it prints."""
 
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "prepare.py"
-
 Prepare = Callable[..., int]
-
-
-@pytest.fixture
-def prepare(monkeypatch: pytest.MonkeyPatch) -> Prepare:
-    """Runs the script in this process; returns its exit status."""
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code
-
-    return run
 
 
 def test_digits(prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,96 @@
+"""Plain dictionaries -> settings of the schema, with one line for whatever they refuse."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from qsr.config.compose import ConfigError, suggest
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], raw: Mapping[str, Any], prefix: str = "") -> T:
+    """A dataclass of the schema from what YAML holds. Raises ConfigError; `prefix` goes before the
+    names of settings there."""
+    try:
+        # as JSON, because strict parsing of Python objects takes no dictionary for a dataclass
+        return TypeAdapter(kind).validate_json(json.dumps(raw))
+    except ValidationError as error:
+        lines = (prefix + line for line in _describe(error, raw, kind))
+        raise ConfigError("; ".join(lines)) from None
+
+
+def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Iterable[str]:
+    """One line for each thing that pydantic refused."""
+    for item in error.errors(include_url=False, include_context=False):
+        # a kind's own word stands in the location of its fields: ("sync", "quadratic", "alpha")
+        kinds = {"optimizer": "name", "schedule": "name", "sync": "rule"}
+        location = [str(part) for part in item["loc"]]
+        kind = ""
+        if len(location) > 1 and location[0] in kinds:
+            word = location.pop(1)
+            kind = f" of {location[0]}.{kinds[location[0]]}={word}"
+        name = ".".join(location)
+        match item["type"]:
+            case "unexpected_keyword_argument" | "dataclass_exact_type":
+                yield f"{name} is not a setting{kind}; {_nearest_setting(location, raw, root)}"
+            case "missing":
+                yield f"{name} is missing{kind}"
+            case "union_tag_invalid" | "union_tag_not_found":
+                yield f"{name}.{kinds[location[0]]}: {_lower(item['msg'])}"
+            case _:
+                yield f"{name}={item['input']!r}: {_lower(item['msg'])}"
+
+
+def _field_names(path: Sequence[str], raw: Mapping[str, Any], root: type) -> list[str]:
+    """The fields that exist at `path`, for the kind chosen there."""
+    node: Any = root
+    for part in path:
+        hint = {field.name: field.type for field in dataclasses.fields(node)}[part]
+        candidates = list(_dataclasses_of(hint))
+        chosen = raw.get(part)
+        word = chosen.get("name", chosen.get("rule")) if isinstance(chosen, Mapping) else None
+        node = next((c for c in candidates if _kind_of(c) == word), candidates[0])
+    return [field.name for field in dataclasses.fields(node)]
+
+
+def _dataclasses_of(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for part in getattr(hint, "__args__", ()) for found in _dataclasses_of(part)]
+
+
+def _kind_of(cls: Any) -> str | None:
+    for field in dataclasses.fields(cls):
+        if field.name in ("name", "rule"):
+            return next(iter(getattr(field.type, "__args__", ())), None)
+    return None
+
+
+def _nearest_setting(location: Sequence[str], raw: Mapping[str, Any], root: type) -> str:
+    """The nearest setting beside the wrong one, or one of that name elsewhere."""
+    *path, word = location
+    wrong = ".".join(location)
+    elsewhere = [n for n, _ in flatten(raw) if n.rpartition(".")[2] == word and n != wrong]
+    names = _field_names(path, raw, root)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    if close or not elsewhere:
+        return suggest(wrong, [".".join([*path, name]) for name in close or names])
+    return suggest(wrong, elsewhere[:1])
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The leaves of nested dictionaries, by dotted name."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,134 @@
+"""Any experiment as a run of minutes on two cores, in the same shape.
+
+What stays: the rule and H_base, the schedule's form, the warm-up's fraction of the run, alpha and
+every other coefficient relative to the peak rate, the number of micro-batches, the optimizer, the
+loss, RandAugment, and whatever else one row of a table does differently from the next. So the
+communication volume stays too, but for rounds being whole steps of a shorter run. What a rehearsal
+proves is that the machinery runs; its accuracies are those of another task.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from qsr.config import schema
+from qsr.config.planning import make_sampler
+
+
+@dataclass(frozen=True, config=schema.STRICT)
+class Rehearsal:
+    """How an experiment is made small (configs/rehearsal/*.yaml)."""
+
+    data: str
+    """Data set, a name in configs/data/."""
+    image_size: schema.PositiveInt
+    """Side of its images, in pixels."""
+    models: dict[str, Literal["small_resnet", "small_vit"]]
+    """The small counterpart of each model."""
+    workers_divisor: schema.PositiveInt
+    """The experiment's workers over this, and at least two."""
+    local_batch: schema.PositiveInt
+    """Samples per worker and step."""
+    epochs: schema.PositiveInt
+    """Passes over the small data set."""
+    lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Of the peak and final rate and of the rule's coefficient. A power of two keeps the shape of
+    the schedule that rounds to powers of two."""
+    evaluate_every_epochs: schema.PositiveInt
+    """Epochs between evaluations."""
+    batchnorm_micro_batches: schema.PositiveInt
+    """Micro-batches of the BatchNorm re-estimation, over all workers."""
+    ranks: schema.PositiveInt
+    """Processes, where the command line does not say how many."""
+
+
+def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfig) -> schema.Config:
+    """The small counterpart of `config` on `data`.
+
+    Raises ValueError in one line if there is none: a model without counterpart, a number of
+    micro-batches that does not divide the local batch, a data set of unknown size.
+    """
+    if config.model.name not in rehearsal.models:
+        raise ValueError(
+            f"no rehearsal of model={config.model.name}: rehearsal.models knows "
+            f"{', '.join(rehearsal.models)}"
+        )
+    if config.data.train_images is None or data.train_images is None:
+        raise ValueError("a rehearsal needs data.train_images, to keep the fraction of the warm-up")
+    micro_batches = config.local_batch // config.micro_batch_size
+    if rehearsal.local_batch % micro_batches:
+        raise ValueError(
+            f"rehearsal.local_batch={rehearsal.local_batch} does not divide into the experiment's "
+            f"{micro_batches} micro-batches"
+        )
+    workers = max(2, config.workers // rehearsal.workers_divisor)
+    small = replace(
+        config,
+        workers=workers,
+        epochs=rehearsal.epochs,
+        global_batch=workers * rehearsal.local_batch,
+        micro_batch=rehearsal.local_batch // micro_batches,
+        precision="fp32",
+        model=schema.ModelConfig(rehearsal.models[config.model.name], None, channels_last=False),
+        data=replace(data, image_size=rehearsal.image_size),
+        evaluation=schema.EvaluationConfig(
+            rehearsal.evaluate_every_epochs, 128, rehearsal.batchnorm_micro_batches
+        ),
+        cluster=replace(config.cluster, ranks=config.cluster.ranks or rehearsal.ranks),
+    )
+    steps = config.epochs * make_sampler(config, config.data.train_images).steps_per_epoch
+    small_steps = small.epochs * make_sampler(small, data.train_images).steps_per_epoch
+    warmup = config.schedule.warmup_steps
+    if warmup is None:
+        warmup = (config.schedule.warmup_epochs or 0) * (steps // config.epochs)
+    return replace(
+        small,
+        schedule=_small_schedule(
+            config.schedule,
+            epochs=rehearsal.epochs / config.epochs,
+            warmup_steps=round(warmup / steps * small_steps),
+            lr=rehearsal.lr_factor,
+        ),
+        sync=_small_sync(
+            config.sync, epochs=rehearsal.epochs / config.epochs, lr=rehearsal.lr_factor
+        ),
+    )
+
+
+def _small_schedule(
+    schedule: schema.ScheduleConfig, *, epochs: float, warmup_steps: int, lr: float
+) -> schema.ScheduleConfig:
+    """With rates times `lr` and epochs times `epochs`."""
+    small = replace(
+        schedule,
+        peak_lr=schedule.peak_lr * lr,
+        warmup_steps=warmup_steps,
+        warmup_epochs=None,
+    )
+    match small:
+        case schema.CosineConfig(final_lr=final, stop_epoch=stop):
+            stop = None if stop is None else round(stop * epochs)
+            return replace(small, final_lr=final * lr, stop_epoch=stop)
+        case schema.LinearConfig(final_lr=final) | schema.PowerOfTwoConfig(final_lr=final):
+            return replace(small, final_lr=final * lr)
+        case schema.StepConfig(milestone_epochs=milestones):
+            return replace(
+                small, milestone_epochs=tuple(round(epoch * epochs) for epoch in milestones)
+            )
+        case schema.ConstantConfig():
+            return small
+
+
+def _small_sync(sync: schema.SyncConfig, *, epochs: float, lr: float) -> schema.SyncConfig:
+    """With coefficients times `lr` and epochs times `epochs`."""
+    match sync:
+        case schema.QuadraticSync(alpha=alpha):
+            return replace(sync, alpha=alpha * lr)
+        case schema.PowerSync(coefficient=coefficient):
+            return replace(sync, coefficient=coefficient * lr)
+        case schema.PostLocalSync(switch_epoch=epoch) | schema.SwapSync(switch_epoch=epoch):
+            return replace(sync, switch_epoch=round(epoch * epochs))
+        case schema.EveryStepSync() | schema.ConstantSync():
+            return sync

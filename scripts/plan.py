@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""What a run would take, before it starts.
+
+    python scripts/plan.py experiment=vit_b16_b4096/quadratic_h4 cluster=paper_2x8
+    python scripts/plan.py experiment=... sync.alpha=0.01,0.0175,0.03      a row for each value
+    python scripts/plan.py calibrate experiment=... name=NAME              measure these machines
+    python scripts/plan.py what-if                 where QSR pays, by link, workers and GPU
+
+Settings are those of scripts/train.py. --json prints one JSON object instead; --figure FILE draws
+FILE.png and FILE.svg. calibrate writes configs/cluster/NAME.yaml, for cluster=NAME; torchrun
+starts it on several machines. What is predicted, and from what: docs/planning.md.
+Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qsr.config import profiles
+from qsr.config.load import ConfigError, expand_sweeps, load_config, load_configs
+from qsr.config.schema import Config
+from qsr.report import planner_json, planner_text
+from qsr.report.forecast import forecast, known_classes, known_images
+from qsr.report.what_if import all_cases
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    commands = {"calibrate": calibrate, "what-if": what_if}
+    try:
+        if arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
+        return plan(arguments)
+    except ConfigError as error:
+        return _refuse(error)
+
+
+def plan(arguments: list[str]) -> int:
+    """Predict a run, or each run of a sweep."""
+    options = _options(arguments)
+    swept = _swept_settings(options.settings)
+    configs = load_configs(options.settings)
+    forecasts = [forecast(config, _parameters(config)) for config in configs]
+    if options.json:
+        records = [planner_json.forecast_record(found) for found in forecasts]
+        rows = [{"settings": s, **record} for s, record in zip(swept, records, strict=True)]
+        _print_json({"sweep": rows} if swept[0] else records[0])
+    elif swept[0]:
+        planner_text.print_sweep(swept, forecasts)
+    else:
+        planner_text.print_forecast(forecasts[0])
+    if options.figure:
+        plans = forecasts[0].plans()
+        if swept[0]:
+            labels = (", ".join(f"{k}={v}" for k, v in values.items()) for values in swept)
+            plans = {label: found.plan for label, found in zip(labels, forecasts, strict=True)}
+        epochs = {found.steps_per_epoch for found in forecasts}
+        _draw(options.figure, "plan_figure", plans, epochs.pop() if len(epochs) == 1 else None)
+    return 0
+
+
+def what_if(arguments: list[str]) -> int:
+    """Compare QSR with data parallel training over links, workers, GPUs and networks."""
+    options = _options(arguments)
+    if options.settings:
+        raise ConfigError(f"what-if takes no settings, got {options.settings[0]}")
+    cases = list(all_cases())
+    if options.json:
+        _print_json(planner_json.what_if_record(cases))
+    else:
+        planner_text.print_what_if(cases)
+    if options.figure:
+        _draw(options.figure, "what_if_figure")
+    return 0
+
+
+def calibrate(arguments: list[str]) -> int:
+    """Measure these machines and write, or renew, a cluster's profile."""
+    names = [text.partition("=")[2] for text in arguments if text.startswith("name=")]
+    if len(names) != 1:
+        raise ConfigError("calibrate needs name=NAME: it writes configs/cluster/NAME.yaml")
+    path = profiles.profile_path(names[0])
+    stored = profiles.read_profile(path) if path.exists() else None
+    config = load_config([text for text in arguments if not text.startswith("name=")])
+    images, classes = known_images(config), known_classes(config)
+
+    from qsr import launch  # after the settings are known to be right: torch takes seconds
+    from qsr.calibrate import measure
+    from qsr.distributed import ClusterError
+    from qsr.models import check_model
+    from qsr.runfolder import write_text
+
+    check_model(config.model, config.data.image_size)
+    command = " ".join(["plan.py calibrate", *arguments])
+    ranks = launch.number_of_ranks(config)
+    try:
+        found = launch.start_ranks(measure, ranks, config, classes, images, command)
+    except ClusterError as error:
+        return _refuse(error)
+    except launch.RunFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    if os.environ.get("RANK", "0") == "0":
+        cluster = dataclasses.replace(config.cluster, name=names[0])
+        profile = profiles.updated_profile(cluster, stored, found)
+        write_text(path, profiles.profile_text(profile))
+        planner_text.print_calibration(profile, found)
+        print(f"wrote {path}: plan with cluster={names[0]}")
+    return 0
+
+
+def _swept_settings(settings: Sequence[str]) -> list[dict[str, str]]:
+    """For each run of a sweep what distinguishes it; one empty dictionary if nothing is swept."""
+    return [
+        dict(new.split("=", 1) for new, given in zip(choice, settings, strict=True) if new != given)
+        for choice in expand_sweeps(settings)
+    ]
+
+
+def _parameters(config: Config) -> int | None:
+    """Of timm's networks, which have to be built to be counted."""
+    if config.model.name != "timm":
+        return None
+
+    from qsr.models import check_model, count_parameters
+
+    check_model(config.model, config.data.image_size)
+    return count_parameters(config.model, known_classes(config), config.data.image_size)
+
+
+def _draw(path: Path, figure: str, *arguments: Any) -> None:
+    from qsr.report import plots  # matplotlib takes a second
+
+    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    plots.save(getattr(plots, figure)(*arguments), stem)
+    print(f"drew {stem}.png and {stem}.svg", file=sys.stderr)
+
+
+def _print_json(record: Any) -> None:
+    print(json.dumps(record, indent=2, allow_nan=False))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("settings", nargs="*")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _refuse(error: Exception) -> int:
+    print(f"refused: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

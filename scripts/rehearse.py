@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""The paper's main tables, rehearsed on digits: every row, three seeds.
+
+    python scripts/rehearse.py [SETTING=VALUE ...]
+
+Trains every row of tables 1 and 2 with rehearsal=digits (docs/reproduction.md), prints the tables
+and writes them and a picture to results/rehearsal/. Runs that are finished are not trained again;
+remove runs/*_b4096 and runs/*_b16384 to do so. Extra settings, for example rehearsal.epochs=5, go
+to every run.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from qsr import launch
+from qsr.config.load import ConfigError, load_config, load_configs, run_folder
+from qsr.config.planning import make_plan
+from qsr.core.plan import Plan
+from qsr.data import DataError
+from qsr.data.digits import prepare_digits
+from qsr.report.collect import ReportError, read_run
+from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
+from qsr.report.paper import read_reference
+from qsr.report.plots import communication_figure, save
+
+TABLES = ("1a", "1b", "2a", "2b")
+SEEDS = "seed=1,2,3"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "rehearsal"
+
+
+def main(settings: list[str]) -> int:
+    os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
+    started = time.perf_counter()
+    try:
+        rows = [
+            row
+            for row in read_reference(ROOT / "results" / "paper" / "tables.csv")
+            if row.table in TABLES
+        ]
+        common = ["rehearsal=digits", SEEDS, "tracking=none", *settings]
+        configs = {
+            row.experiment: load_configs([f"experiment={row.experiment}", *common]) for row in rows
+        }
+        runs = [config for seeds in configs.values() for config in seeds]
+        prepare_digits(Path(runs[0].data.root))
+        finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
+        print(f"{len(runs)} runs of {len(rows)} rows; {finished} finished before", flush=True)
+        launch.execute(runs)
+        summaries = {
+            experiment: [read_run(run_folder(config)).summary for config in seeds]
+            for experiment, seeds in configs.items()
+        }
+        table = comparison_table(rows, summaries, _plan)
+    except (ConfigError, DataError, ReportError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except launch.RunFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    table.to_csv(RESULTS / "tables.csv", index=False, float_format="%.10g")
+    parts = [
+        comparison_markdown(part, title=table_title(part), marker=REHEARSAL)
+        for _, part in table.groupby("table", sort=False)
+    ]
+    markdown = "\n".join(parts)
+    (RESULTS / "tables.md").write_text(markdown)
+    save(communication_figure(table, values="here", title=REHEARSAL), RESULTS / "communication")
+    print(f"\n{markdown}")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"{minutes:.0f} min; tables and picture: {RESULTS.relative_to(ROOT)}/")
+    return 0
+
+
+def _plan(experiment: str) -> Plan:
+    """The original's, at full size."""
+    config = load_config([f"experiment={experiment}"])
+    assert config.data.train_images is not None
+    return make_plan(config, config.data.train_images)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

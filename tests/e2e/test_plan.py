@@ -1,0 +1,195 @@
+"""scripts/plan.py as a user gives it."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from qsr.config.load import CONFIG_DIR
+from qsr.config.profiles import MARK
+
+ROOT = CONFIG_DIR.parent
+SCRIPT = ROOT / "scripts" / "plan.py"
+DEMO = "experiment=demo/quadratic"
+SPEED = "cluster.speed.seconds_per_image={small_resnet@32/fp32:0.001}"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("plan_script", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([DEMO, "sync.alpah=1"], "sync.alpah is not a setting of sync.rule=quadratic; did you"),
+        ([DEMO, "sync.alpha=0.1,fast"], "sync.alpha='fast': input should be a valid number"),
+        ([DEMO, "sync.alpha=interval(0,1)"], "list the values, as in seed=1,2,3"),
+        ([DEMO, "--jsn"], "unrecognized arguments: --jsn"),
+        ([DEMO, "--figure"], "argument --figure: expected one argument"),
+        ([DEMO, "data=folder", "data.root=x"], "data=folder: a plan needs the number of training "
+         "images; give data.train_images=N"),
+        ([DEMO, "data=folder", "data.root=x", "data.train_images=5000"], "give data.classes=N"),
+        ([DEMO, "cluster=paper_2x8", "workers=64", "cluster.ranks=64", "global_batch=128"],
+         "cluster.ranks=64, but paper_2x8 has 2 x 8"),
+        ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; near: resnet18"),
+        (["what-if", DEMO], "what-if takes no settings, got experiment=demo/quadratic"),
+        (["calibrate", DEMO], "calibrate needs name=NAME"),
+        (["calibrate", DEMO, "name=local"], "local.yaml was not written by a calibration"),
+        (["calibrate", DEMO, "name=a/b"], "name=a/b: letters, digits and underscores only"),
+        (["calibrate", DEMO, "name=x", "data.classes=null"], "give data.classes=N"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_line(
+    script: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("refused: ")
+    assert message in line
+
+
+def record(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert script.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_sweep_has_a_record_for_each_combination(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = record(script, capsys, DEMO, "sync.alpha=0.3,0.6", "sync.h_base=2,4", "seed=1")["sweep"]
+    assert [run["settings"] for run in sweep] == [
+        {"sync.alpha": alpha, "sync.h_base": h} for alpha in ("0.3", "0.6") for h in ("2", "4")
+    ]
+    alone = record(script, capsys, DEMO, "sync.alpha=0.6", "sync.h_base=2")
+    assert sweep[2] == {"settings": {"sync.alpha": "0.6", "sync.h_base": "2"}} | alone
+    clusters = record(script, capsys, DEMO, "cluster=local,paper_2x8")
+    assert [run["cluster"] for run in clusters["sweep"]] == ["local", "paper_2x8"]
+
+
+def test_a_network_of_timm_is_counted(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm = ("model=timm", "model.timm_name=resnet18")
+    assert record(script, capsys, DEMO, *timm)["parameters"] == 11_689_512 - 990 * 513
+
+
+def test_pictures_are_written(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([DEMO, "sync.alpha=0.2,0.3", "--figure", str(tmp_path / "a_0.3")]) == 0
+    assert script.main(["what-if", "--figure", str(tmp_path / "b.png")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("a_0.3.png", "a_0.3.svg", "b.png", "b.svg"),
+    ]
+    assert "sync.alpha=0.3: " in (tmp_path / "a_0.3.svg").read_text()
+    assert "overlapped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[DEMO, "cluster=paper_2x8", SPEED], ["what-if"]])
+def test_a_plan_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as done: status = done.code\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'pandas', 'timm'} & set(sys.modules)\n"
+        "sys.exit(f'{status} {heavy}')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SCRIPT), *arguments], capture_output=True, text=True
+    )
+    assert done.stderr.strip() == "0 set()"
+    assert "data parallel" in done.stdout
+
+
+def test_help_without_arguments(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main([]) == script.main(["--help"]) == 0
+    assert "calibrate experiment=" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, where profiles may be written."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("qsr", "scripts", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+def call(project: Path, *command: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Path) -> None:
+    plan = "scripts/plan.py"
+    text = call(project, plan, "calibrate", DEMO, "name=mine", "cluster.ranks=2")
+    assert "small_resnet@32/fp32: " in text
+    path = project / "configs" / "cluster" / "mine.yaml"
+    assert path.read_text().startswith(MARK)
+    first = yaml.safe_load(path.read_text())
+    speed = first["speed"]
+    assert (first["name"], first["ranks"]) == ("mine", 2)
+    assert (speed["machines"], speed["ranks_per_machine"]) == (1, 2)
+    # 78,042 float32, and quarters of them in whole numbers
+    assert speed["allreduce"]["sizes_bytes"] == [4876, 19_508, 78_040, 312_168]
+    assert all(seconds > 0 for seconds in speed["allreduce"]["seconds"])
+    assert speed["seconds_per_image"].keys() == {"small_resnet@32/fp32"}
+    command = "measured by plan.py calibrate experiment=demo/quadratic name=mine cluster.ranks=2 on"
+    assert speed["sources"]["small_resnet@32/fp32"].startswith(command)
+
+    planned = json.loads(call(project, plan, DEMO, "cluster=mine", "--json"))
+    own, blocking, *_ = planned["methods"]
+    # two ranks of two workers with 16 images each, 330 steps; 38 averages of 312,168 bytes
+    seconds = 330 * 32 * speed["seconds_per_image"]["small_resnet@32/fp32"]
+    assert own["compute_hours"] == pytest.approx(seconds / 3600)
+    each = speed["allreduce"]["seconds"][-1]
+    assert own["communication_hours"] == pytest.approx(38 * each / 3600)
+    assert blocking["communication_hours"] == pytest.approx(330 * each / 3600)
+
+    # another network, by another launcher, is added
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    vit = "experiment=demo/vit_quadratic"
+    text = call(project, *torchrun, plan, "calibrate", vit, "name=mine", "cluster.ranks=2")
+    assert text.count("wrote ") == 1  # one rank speaks
+    second = yaml.safe_load(path.read_text())["speed"]
+    assert second["seconds_per_image"].keys() == {"small_resnet@32/fp32", "small_vit@32/fp32"}
+    assert second["sources"]["small_resnet@32/fp32"] == speed["sources"]["small_resnet@32/fp32"]
+    assert second["allreduce"]["sizes_bytes"][-1] == 4 * 203_850
+    assert [p.name for p in path.parent.iterdir() if p.suffix != ".yaml"] == []
+
+
+def test_one_rank_has_no_link_to_measure(project: Path) -> None:
+    one = ("cluster.ranks=1", "cluster.threads_per_rank=1")
+    text = call(project, "scripts/plan.py", "calibrate", DEMO, "name=one", *one)
+    assert "one rank: no all-reduce to measure" in text
+    speed = yaml.safe_load((project / "configs" / "cluster" / "one.yaml").read_text())["speed"]
+    assert speed["link_gbit_per_second"] is None
+    planned = call(project, "scripts/plan.py", DEMO, "cluster=one", "--json")
+    own = json.loads(planned)["methods"][0]
+    assert own["communication_hours"] == 0
+    assert own["compute_hours"] > 0
