@@ -87,6 +87,8 @@ def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) ->
         max_restarts=0,
         monitor_interval=0.1,
         start_method=START_METHOD,
+        # of these it dies, with the ranks; what stop_signals names is passed on to them instead
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     # ranks note SIGTERM and do not die of it: of ranks that are left when one has failed, those
     # that do not notice by themselves are killed after so many seconds

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def test_a_run_averages_and_sends_what_its_plan_said(
         ]
     )
     summary = build.run(config)
-    assert summary is not None
+    assert isinstance(summary, dict)
     assert summary["averages"] == summary["planned"]["averages"] == averages
     sent = summary["bytes_sent_per_worker"]
     assert sent == summary["planned"]["bytes_sent_per_worker"] == round(1e6 * megabytes)
@@ -202,6 +203,33 @@ def test_ten_kills_at_random_moments_leave_the_same_bits(
     last = call(arguments)
     assert last.returncode == 0, last.stderr
     assert same_weights(folder_in(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_to_the_command_saves_and_the_same_command_goes_on(
+    name: str, ranks: int, digits: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    one = ("cluster.ranks=1", "cluster.threads_per_rank=1") if ranks == 1 else ()
+    arguments = command(digits, tmp_path, "checkpoint.every_steps=10", *one)
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.rglob("step_000000010")):
+        assert process.poll() is None, "ended before it could be signalled"
+        time.sleep(0.01)
+    process.send_signal(signal.Signals[name])
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == os.EX_TEMPFAIL, errors
+    assert errors == ""
+    stopped = re.search(r"stopped after step (\d+) by (.+), everything saved; the same", output)
+    assert stopped is not None
+    assert stopped[2] == (name if ranks == 1 else "a signal to the launcher")
+    newest = max(path.name for path in (folder_in(tmp_path) / "checkpoints").iterdir())
+    assert newest == f"step_{int(stopped[1]):09d}"
+    assert call(arguments).returncode == 0
+    if ranks == 2:
+        assert same_weights(folder_in(tmp_path), uninterrupted)
 
 
 def test_torchrun_makes_the_same_run(digits: Path, tmp_path: Path, uninterrupted: Path) -> None:
@@ -340,7 +368,7 @@ def steps(number: int, digits: Path, runs: Path, *settings: str) -> list[dict[st
             *("tracking.log_every_steps=1", f"stop_after_steps={number}"),
         ]
     )
-    assert build.run(config) is None
+    assert build.run(config) == build.Stopped(number, "stop_after_steps", by_signal=False)
     return read_metrics(run_folder(config) / "metrics.jsonl")
 
 

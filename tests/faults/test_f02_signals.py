@@ -1,0 +1,127 @@
+"""F2: a signal asks for the machines. All ranks save after the same step, whichever of them got it;
+the run goes on as if nothing had happened."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
+from qsr.distributed import Topology
+from qsr.stopping import StopFlag
+from tests.support import Setup, batchnorm_net, build, new_folder, run_ranks
+
+# rounds of 5 of 24 steps; an evaluation every 8
+LOCAL = Plan(CosineSchedule(0.1, 1e-4, 4, 24), ConstantRule(5))
+GRADIENTS = Plan(CosineSchedule(0.1, 1e-4, 4, 24), EveryStepRule("gradients"))
+SETUP = Setup(LOCAL, net=batchnorm_net, evaluate_every=8, log_every=4)
+
+
+class SignallingNet(nn.Module):
+    """A net that sends its own process a signal in its n-th forward pass in training or
+    evaluation mode, on one rank."""
+
+    def __init__(self, net: nn.Module, rank: int, mode: str, at: int, name: str) -> None:
+        super().__init__()
+        self.net = net
+        self.due = int(os.environ["RANK"]) == rank
+        self.mode, self.at, self.name, self.calls = mode, at, name, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.due and self.training == (self.mode == "train"):
+            self.calls += 1
+            if self.calls == self.at:
+                os.kill(os.getpid(), signal.Signals[self.name])
+        result: Tensor = self.net(images)
+        return result
+
+
+class Signalling:
+    """Makes such nets; a class, because processes get it pickled."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __call__(self) -> nn.Module:
+        return SignallingNet(batchnorm_net(), *self.arguments)
+
+
+def session(rank: int, ranks: int, setup: Setup) -> dict[str, Any]:
+    """One session of the run; what a test wants to know of it."""
+    flag = StopFlag()
+    with flag.listening(["SIGTERM", "SIGUSR1", "SIGUSR2"]):
+        rig = build(replace(setup, stop=flag), Topology(rank, ranks, rank, setup.workers))
+        rig.trainer.restore()
+        first = rig.trainer.progress.step
+        rig.trainer.train()
+    weights = torch.cat([rig.parameters(i) for i in range(len(rig.workers))]).tolist()
+    evaluations = [(row["step"], row["loss"]) for row in rig.tracker.rows if row["kind"] == "eval"]
+    return {
+        "first": first,
+        "last": rig.trainer.progress.step,
+        "stopping": rig.trainer.stopping,
+        "finished": rig.trainer.finished,
+        "weights": weights,
+        "evaluations": evaluations,
+    }
+
+
+def run(setup: Setup) -> list[dict[str, Any]]:
+    results = run_ranks(session, 2, setup)
+    assert all(isinstance(result, dict) for result in results), results
+    return results
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, list[dict[str, Any]]]:
+    plans = {"local": LOCAL, "gradients": GRADIENTS}
+    return {
+        name: run(replace(SETUP, plan=plan, net=Signalling(0, "train", 0, ""), folder=new_folder()))
+        for name, plan in plans.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("plan", "rank", "mode", "at", "name", "stopped_at"),
+    [
+        # a worker's n-th step; the others learn of it one step later
+        ("local", 1, "train", 1, "SIGUSR2", 2),  # the first step
+        ("local", 1, "train", 7, "SIGUSR1", 8),  # inside a round; an evaluation is due at 8
+        ("local", 0, "train", 9, "SIGTERM", 10),  # the last step before an average
+        ("gradients", 1, "train", 12, "SIGTERM", 12),  # DDP begins with a pass for nothing
+        ("local", 0, "eval", 2, "SIGUSR1", 8),  # in the evaluation after step 8
+        ("local", 1, "train", 23, "SIGTERM", 24),  # before the last evaluation
+        ("local", 1, "eval", 24, "SIGTERM", 24),  # in the last evaluation
+    ],
+)
+def test_all_ranks_save_after_the_same_step_and_go_on_from_there(
+    plan: str,
+    rank: int,
+    mode: str,
+    at: int,
+    name: str,
+    stopped_at: int,
+    undisturbed: dict[str, list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    base = replace(SETUP, plan={"local": LOCAL, "gradients": GRADIENTS}[plan], folder=tmp_path)
+    stopped = run(replace(base, net=Signalling(rank, mode, at, name)))
+    assert [(r["last"], r["stopping"], r["finished"]) for r in stopped] == [
+        (stopped_at, True, False)
+    ] * 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [
+        f"step_{stopped_at:09d}"
+    ]
+    resumed = run(replace(base, net=Signalling(rank, mode, 0, "")))
+    assert [r["first"] for r in resumed] == [stopped_at] * 2  # no step is lost
+    for mine, other in zip(resumed, undisturbed[plan], strict=True):
+        assert (mine["last"], mine["finished"]) == (24, True)
+        assert mine["weights"] == other["weights"]
+    # each evaluation once, those that the stop put off too
+    done = stopped[0]["evaluations"] + resumed[0]["evaluations"]
+    assert done == undisturbed[plan][0]["evaluations"]
