@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint rehearse tables test-slow test-gpu golden clean
+.PHONY: demo test lint rehearse tables notebooks test-slow test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
@@ -25,6 +25,9 @@ rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, l
 
 tables: $(INSTALLED)  ## write results/tables and the generated blocks of README.md and docs/
 	$(BIN)/python scripts/tables.py
+
+notebooks: $(INSTALLED)  ## execute notebooks/ in place
+	$(BIN)/python scripts/notebooks.py
 
 test-slow: $(INSTALLED)  ## long proofs
 	$(BIN)/python scripts/prepare.py digits

@@ -18,7 +18,8 @@ from qsr.config.load import ConfigError, load_config, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
 from qsr.report.collect import ReportError, group_by_label, read_run
-from qsr.report.plots import accuracy_figure, save, schedule_figure
+from qsr.report.plots import accuracy_figure, schedule_figure
+from qsr.report.style import save
 from qsr.report.tables import rule_table, rule_table_markdown
 
 EXPERIMENTS = ("demo/parallel", "demo/constant", "demo/quadratic")

@@ -57,12 +57,14 @@ def plan(arguments: list[str]) -> int:
     else:
         planner_text.print_forecast(forecasts[0])
     if options.figure:
+        from qsr.report.plan_plots import plan_figure  # matplotlib takes a second
+
         plans = forecasts[0].plans()
         if swept[0]:
             labels = (", ".join(f"{k}={v}" for k, v in values.items()) for values in swept)
             plans = {label: found.plan for label, found in zip(labels, forecasts, strict=True)}
         epochs = {found.steps_per_epoch for found in forecasts}
-        _draw(options.figure, "plan_figure", plans, epochs.pop() if len(epochs) == 1 else None)
+        _save(plan_figure(plans, epochs.pop() if len(epochs) == 1 else None), options.figure)
     return 0
 
 
@@ -77,7 +79,9 @@ def what_if(arguments: list[str]) -> int:
     else:
         planner_text.print_what_if(cases)
     if options.figure:
-        _draw(options.figure, "what_if_figure")
+        from qsr.report.cost_plots import what_if_figure  # matplotlib takes a second
+
+        _save(what_if_figure(), options.figure)
     return 0
 
 
@@ -138,11 +142,12 @@ def _parameters(config: Config) -> int | None:
     return count_parameters(config.model, known_classes(config), config.data.image_size)
 
 
-def _draw(path: Path, figure: str, *arguments: Any) -> None:
-    from qsr.report import plots  # matplotlib takes a second
+def _save(figure: Any, path: Path) -> None:
+    """`figure` is matplotlib's, which is not imported where nothing is drawn."""
+    from qsr.report.style import save
 
     stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
-    plots.save(getattr(plots, figure)(*arguments), stem)
+    save(figure, stem)
     print(f"drew {stem}.png and {stem}.svg", file=sys.stderr)
 
 

@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 
 from qsr import launch
-from qsr.config.load import ConfigError, load_config, load_configs, run_folder
-from qsr.config.planning import make_plan
-from qsr.core.plan import Plan
+from qsr.config.load import ConfigError, load_configs, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
 from qsr.report.collect import ReportError, read_run
 from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
 from qsr.report.paper import read_reference
-from qsr.report.plots import communication_figure, save
+from qsr.report.plans import experiment_plan
+from qsr.report.plots import communication_figure
+from qsr.report.style import save
 
 TABLES = ("1a", "1b", "2a", "2b")
 SEEDS = "seed=1,2,3"
@@ -53,7 +53,7 @@ def main(settings: list[str]) -> int:
             experiment: [read_run(run_folder(config)).summary for config in seeds]
             for experiment, seeds in configs.items()
         }
-        table = comparison_table(rows, summaries, _plan)
+        table = comparison_table(rows, summaries, experiment_plan)
     except (ConfigError, DataError, ReportError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
@@ -76,13 +76,6 @@ def main(settings: list[str]) -> int:
     minutes = (time.perf_counter() - started) / 60
     print(f"{minutes:.0f} min; tables and picture: {RESULTS.relative_to(ROOT)}/")
     return 0
-
-
-def _plan(experiment: str) -> Plan:
-    """The original's, at full size."""
-    config = load_config([f"experiment={experiment}"])
-    assert config.data.train_images is not None
-    return make_plan(config, config.data.train_images)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ Exit status: 0 done, 1 something is not current (--check), 2 refused.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from qsr.config.load import ConfigError, load_config
-from qsr.config.planning import make_plan
-from qsr.core.plan import Plan
+from qsr.config.load import ConfigError
 from qsr.report.collect import ReportError
 from qsr.report.generated import generate, stale, write
 from qsr.report.paper import read_reference
+from qsr.report.plans import experiment_plan
 from qsr.report.records import add_record, read_summaries
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
 
 def _tables(*, check: bool) -> int:
     rows = read_reference(ROOT / "results" / "paper" / "tables.csv")
-    files = generate(ROOT, rows, read_summaries(RECORDS), _plan)
+    plan_of = partial(experiment_plan, config_dir=ROOT / "configs")
+    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of)
     paths = stale(files)
     if not check:
         write(files, paths)
@@ -60,13 +61,6 @@ def _tables(*, check: bool) -> int:
         else:
             print(f"written: {name}")
     return 1 if check and paths else 0
-
-
-def _plan(experiment: str) -> Plan:
-    config = load_config([f"experiment={experiment}"], ROOT / "configs")
-    if config.data.train_images is None:
-        raise ReportError(f"{experiment} has no plan without its data: set data.train_images")
-    return make_plan(config, config.data.train_images)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,18 @@ def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def label_runs(runs: Sequence[Run]) -> dict[str, Run]:
+    """Any runs by what tells them apart: their rules, where that is not enough with their seeds,
+    or else their folders."""
+    rules = [run.label for run in runs]
+    seeds = [f"{run.label}, seed {run.config.seed}" for run in runs]
+    labels = next(
+        (labels for labels in (rules, seeds) if len(set(labels)) == len(runs)),
+        [str(run.folder) for run in runs],
+    )
+    return dict(zip(labels, runs, strict=True))
+
+
 def rule_label(sync: schema.SyncConfig) -> str:
     """A rule in words, for tables and legends."""
     match sync:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from qsr.core.plan import Plan
 from qsr.report.collect import ReportError
-from qsr.report.paper import Reference, ReferenceRow
+from qsr.report.paper import Reference, ReferenceRow, reference_text
 from qsr.report.tables import markdown_table
 
 REHEARSAL = "REHEARSAL on digits: proves that the machinery runs, not the paper's claim"
@@ -126,7 +127,14 @@ def table_title(table: pd.DataFrame) -> str:
     )
 
 
-def comparison_markdown(table: pd.DataFrame, *, title: str = "", marker: str = "") -> str:
+def read_comparison(paths: Iterable[Path]) -> pd.DataFrame:
+    """A comparison_table from the CSV files that hold it, table for table."""
+    return pd.concat([pd.read_csv(path, dtype={"table": str}) for path in paths], ignore_index=True)
+
+
+def comparison_markdown(
+    table: pd.DataFrame, *, title: str = "", marker: str = "", notes: bool = True
+) -> str:
     """A comparison_table for people, with notes on what its signs mean.
 
     `title` becomes a heading, and `marker`, such as REHEARSAL, a line in bold above the table.
@@ -153,21 +161,24 @@ def comparison_markdown(table: pd.DataFrame, *, title: str = "", marker: str = "
         }
     )
     text = text.drop(columns=[c for c in ("model", "global batch") if text[c].nunique() == 1])
-    compared, run = table["top1_difference"].notna().any(), table["seeds"].any()
-    if not compared:
+    if not table["top1_difference"].notna().any():
         text = text.drop(columns="difference")
-    if not run:
+    if not table["seeds"].any():
         text = text.drop(columns="volume %, here")
-    notes = [_SOURCES, *[_HERE] * bool(run), *[_DIFFERENCE] * bool(compared)]
     head = [f"# {title}"] * bool(title) + [f"**{marker}**"] * bool(marker)
-    return "\n\n".join([*head, markdown_table(text).rstrip("\n"), " ".join(notes)]) + "\n"
+    foot = [comparison_notes(table)] * notes
+    return "\n\n".join([*head, markdown_table(text).rstrip("\n"), *foot]) + "\n"
+
+
+def comparison_notes(table: pd.DataFrame) -> str:
+    """What the signs in its Markdown mean."""
+    compared, run = table["top1_difference"].notna().any(), table["seeds"].any()
+    return " ".join([_SOURCES, *[_HERE] * bool(run), *[_DIFFERENCE] * bool(compared)])
 
 
 def _reference(row: _Row, name: str, digits: str) -> str:
     value, tag = row[f"{name}_paper"], row[f"{name}_tag"]
-    if pd.isna(value):
-        return "-"
-    return f"{value:{digits}} (unverified)" if tag == "R" else f"{value:{digits}} [{tag}]"
+    return reference_text(None if pd.isna(value) else Reference(value, tag), digits)
 
 
 def _here(row: _Row) -> str:

@@ -73,6 +73,10 @@ class Forecast:
         """The run itself."""
         return next(method for method in self.methods if method.planned)
 
+    def by_volume(self) -> list[Method]:
+        """The methods, the one that communicates most first."""
+        return sorted(self.methods, key=lambda m: (-m.plan.num_rounds, m.overlapped is True))
+
     def data_parallel(self, *, overlapped: bool) -> Method:
         """Data parallel training over the same steps. Where there are times."""
         return next(

@@ -80,6 +80,15 @@ _PLAIN = [name for name in ReferenceRow.__dataclass_fields__ if name not in _VAL
 _COLUMNS = {*_PLAIN, *(column for pair in _VALUES.values() for column in pair)}
 
 
+def reference_text(reference: Reference | None, digits: str) -> str:
+    """A value with its tag, an R said in words; a dash where none is known. `digits` is its format,
+    such as ".1f"."""
+    if reference is None:
+        return "-"
+    source = f"[{reference.tag}]" if reference.verified else "(unverified)"
+    return f"{reference.value:{digits}} {source}"
+
+
 def read_reference(path: Path) -> tuple[ReferenceRow, ...]:
     """The rows of a tables.csv, in its order. Raises ReportError: one line that names the file, the
     line and the column."""

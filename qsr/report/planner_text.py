@@ -64,8 +64,8 @@ def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forec
             f"{100 * plan.volume:.1f}",
             f"{longest:,}",
             f"{longest / forecast.steps_per_epoch:.1f}",
-            _hours(forecast, own, "total"),
-            _basis(own),
+            hours_text(forecast, own, "total"),
+            basis_text(own),
             *(_ratio(forecast.speedup(overlapped=flag)) for flag in (False, True)),
         )
     console.print(table)
@@ -158,16 +158,21 @@ def _method_table(forecast: Forecast) -> Table:
         if method.cost is not None:
             cells += [
                 _gigabytes(method.bytes_per_link or 0),
-                *(_hours(forecast, method, name) for name in ("compute", "communication", "total")),
+                *(
+                    hours_text(forecast, method, name)
+                    for name in ("compute", "communication", "total")
+                ),
                 _number(method.cost.gpu_hours),
                 *([f"{price * method.cost.gpu_hours:,.2f}"] if price else []),
-                _basis(method),
+                basis_text(method),
             ]
         table.add_row(*cells, style="bold" if method.planned else None)
     return table
 
 
-def _hours(forecast: Forecast, method: Method, name: str) -> str:
+def hours_text(forecast: Forecast, method: Method, name: str) -> str:
+    """Hours of "compute", "communication" or "total"; with a question mark where an unverified
+    constant enters them, a dash where they are not known."""
     if method.cost is None:
         return "-"
     hours = getattr(method.cost, f"{name}_seconds") / 3600
@@ -180,7 +185,8 @@ def _number(hours: float) -> str:
     return f"{hours:,.{2 if hours < 100 else 1}f}"
 
 
-def _basis(method: Method) -> str:
+def basis_text(method: Method) -> str:
+    """Whether the profile was fitted to the method's time or predicts it."""
     if method.cost is None:
         return ""
     return "fitted" if method.fitted_hours else "predicted"

@@ -1,77 +1,26 @@
 """Records -> pictures."""
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
-from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-from qsr.core.plan import Plan
-from qsr.report import what_if
 from qsr.report.collect import Run
+from qsr.report.plan_plots import plan_figure
+from qsr.report.style import COLORS, STYLE, label_log_ticks, legend_once, rule_colors
 
-# Okabe and Ito's palette: told apart by colour-blind readers too
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-STYLE: dict[Any, Any] = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "font.size": 9,
-    "legend.frameon": False,
-    "svg.hashsalt": "qsr",  # the same picture gives the same file
-}
+_VOLUMES = (5, 10, 25, 50, 100)
+"""Percent, on the axis of the communication."""
 
 
 def schedule_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
     """Learning rate, and H under each rule, over the steps of the runs."""
     return plan_figure({label: runs[0].plan for label, runs in groups.items()})
-
-
-def plan_figure(plans: Mapping[str, Plan], steps_per_epoch: int | None = None) -> Figure:
-    """Learning rate and H of each plan over the steps, and over the epochs where their length is
-    given. A schedule that all plans share is drawn once, in grey."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 5.0), layout="constrained")
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
-        shared = len({plan.schedule for plan in plans.values()}) == 1
-        for color, (label, plan) in zip(cycle(COLORS), plans.items(), strict=False):
-            if not (shared and top.lines):
-                rates = [plan.schedule(step) for step in range(plan.total_steps)]
-                top.plot(rates, color="0.25" if shared else color)
-            _draw_h(bottom, plan, label, color)
-        if steps_per_epoch is not None:
-            epochs = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
-            top.secondary_xaxis("top", functions=epochs).set_xlabel("epoch")
-        top.set_ylabel("learning rate")
-        bottom.set_ylabel("H (local steps)")
-        bottom.set_xlabel("step")
-        bottom.set_yscale("log", base=2)
-        bottom.yaxis.set_major_formatter(lambda h, _: f"{h:g}")
-        figure.legend(loc="outside lower center")
-        return figure
-
-
-def _draw_h(axes: Axes, plan: Plan, label: str, color: str) -> None:
-    rounds = list(plan.rounds())
-    edges = [round_.start for round_ in rounds] + [plan.total_steps]
-    axes.stairs([round_.length for round_ in rounds], edges, baseline=None, color=color)
-    # a mark at every average, so that the thinning is seen
-    axes.plot(
-        edges[1:],
-        [round_.length for round_ in rounds],
-        linestyle="none",
-        marker=".",
-        markersize=3,
-        color=color,
-        rasterized=plan.num_rounds > 1000,  # as points of an SVG they would take megabytes
-        label=f"{label}: {plan.num_rounds} rounds, volume {100 * plan.volume:.1f} %",
-    )
 
 
 def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
@@ -80,7 +29,8 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        for color, (label, runs) in zip(cycle(COLORS), groups.items(), strict=False):
+        colors = rule_colors([runs[0].plan.rule for runs in groups.values()])
+        for color, (label, runs) in zip(colors, groups.items(), strict=True):
             error = 100 - pd.DataFrame(
                 {
                     run.summary["seed"]: {row["step"]: row["top1"] for row in run.evaluations()}
@@ -100,12 +50,10 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
         left.set_xlabel("step")
         left.set_ylabel("top-1 error (%)")
         left.set_yscale("log")
-        left.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-        left.set_yticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
+        label_log_ticks(left.yaxis, (1, 2, 5, 10, 20, 50))
         left.legend()
         right.set_xscale("log")
-        right.set_xticks(ticks := [5, 10, 25, 50, 100], [str(tick) for tick in ticks])
-        right.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        label_log_ticks(right.xaxis, _VOLUMES)
         right.set_xlabel("communication volume (% of data parallel)")
         right.set_ylabel("final top-1 (%)")
         return figure
@@ -120,23 +68,24 @@ def communication_figure(table: pd.DataFrame, *, values: str, title: str = "") -
     """
     with mpl.rc_context(STYLE):
         panels = table.groupby("table", sort=False)
-        figure = Figure(figsize=(3.1 * panels.ngroups + 0.4, 3.4), layout="constrained")
-        axes = figure.subplots(1, panels.ngroups, squeeze=False)[0]
-        for axis, (name, part) in zip(axes, panels, strict=True):
-            batch = f"{part['global_batch'].iloc[0]:,}".replace(",", " ")
-            axis.set_title(f"{name}: {part['model'].iloc[0]}, B = {batch}", fontsize=9)
-            _draw_rows(axis, part, values)
-            axis.set_xscale("log")
-            axis.set_xticks(ticks := [5, 10, 25, 50, 100], [str(tick) for tick in ticks])
-            axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-            axis.set_xlim(5, 130)
-            axis.set_xlabel("communication volume (%)")
-        axes[0].set_ylabel("top-1 (%)")
-        handles = {label: line for axis in axes for line, label in _handles(axis)}
-        figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles)
-        )
-        figure.suptitle(title, fontsize=9)
+        columns = min(2, panels.ngroups)
+        rows = math.ceil(panels.ngroups / columns)
+        figure = Figure(figsize=(4.3 * columns, 3.0 * rows + 0.4), layout="constrained")
+        for place, (name, part) in enumerate(panels, start=1):
+            axes = figure.add_subplot(rows, columns, place)
+            batch = f"{part['global_batch'].iloc[0]:,}"
+            axes.set_title(f"{name}: {part['model'].iloc[0]}, B = {batch}", fontsize=9)
+            _draw_rows(axes, part, values)
+            axes.set_xscale("log")
+            label_log_ticks(axes.xaxis, _VOLUMES)
+            axes.set_xlim(3.5, 130)
+            axes.margins(y=0.15)
+            if place > panels.ngroups - columns:
+                axes.set_xlabel("communication volume (% of data parallel)")
+            if place % columns == 1 % columns:
+                axes.set_ylabel("top-1 (%)")
+        legend_once(figure, ncols=3, by_label=True)
+        figure.suptitle(title, fontsize=9, weight="bold")
         return figure
 
 
@@ -158,13 +107,24 @@ def _draw_rows(axes: Axes, rows: pd.DataFrame, values: str) -> None:
                 markersize=6,
                 markerfacecolor="white" if hollow else color,
                 capsize=2,
+                elinewidth=1,
                 linestyle="none",
                 label=label + (" (unverified)" if hollow else ""),
             )
             if rule != "parallel" and not pd.isna(row[top1]):
-                place: dict[str, Any] = {"textcoords": "offset points", "xytext": (5, 4)}
+                # QSR lies left of the constant H that it is joined to; apart, labels do not meet
+                constant = rule == "constant"
+                h = "H" if constant else "H_\\mathrm{base}"
                 axes.annotate(
-                    str(row["h_base"]), (row[volume], row[top1]), **place, fontsize=7, color="0.35"
+                    f"${h} = {row['h_base']}$",
+                    (row[volume], row[top1]),
+                    xytext=(6, 1) if constant else (-6, -1),
+                    textcoords="offset points",
+                    horizontalalignment="left" if constant else "right",
+                    verticalalignment="bottom" if constant else "top",
+                    fontsize=7,
+                    color="0.35",
+                    path_effects=[withStroke(linewidth=2, foreground="white")],
                 )
 
 
@@ -173,48 +133,3 @@ _RULES = {
     "constant": ("constant H", "o"),
     "quadratic": ("QSR", "D"),
 }
-
-
-def _handles(axes: Axes) -> list[tuple[Any, str]]:
-    return list(zip(*axes.get_legend_handles_labels(), strict=True))
-
-
-def what_if_figure() -> Figure:
-    """Time that QSR saves of overlapped data parallel training over the link of a machine, for
-    the fewest and the most workers, a panel for each GPU."""
-    links = np.geomspace(what_if.LINKS_GBIT_PER_SECOND[0], what_if.LINKS_GBIT_PER_SECOND[-1], 400)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
-        panels = figure.subplots(1, len(what_if.GPUS), sharey=True)
-        for axes, gpu in zip(panels, what_if.GPUS, strict=True):
-            for number, network in enumerate(what_if.networks()):
-                name = network.name + (" (speed unverified)" if network.unverified else "")
-                for workers, style in ((what_if.WORKERS[0], "-"), (what_if.WORKERS[-1], ":")):
-                    cases = [what_if.case(network, gpu, workers, float(link)) for link in links]
-                    saved = [100 * case.saved_of_overlapped for case in cases]
-                    axes.plot(
-                        links,
-                        saved,
-                        style,
-                        color=COLORS[number],
-                        linewidth=1.5 if number else 3.2,  # another coincides with the first
-                        label=name if style == "-" else None,
-                    )
-            axes.axhline(0, color="0.25", linewidth=0.8)
-            axes.set_title(gpu, fontsize=9)
-            axes.set_xscale("log")
-            axes.set_xticks(ticks := [1, 3, 10, 30, 100, 300], [str(tick) for tick in ticks])
-            axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-            axes.set_xlabel("effective link of a machine (Gbit/s)")
-        panels[0].set_ylabel("time saved by QSR (%)\nof overlapped data parallel training")
-        panels[0].legend(
-            title=f"solid: {what_if.WORKERS[0]} workers, dotted: {what_if.WORKERS[-1]:,}"
-        )
-        return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write PATH.png and PATH.svg."""
-    with mpl.rc_context(STYLE):
-        figure.savefig(path.with_name(path.name + ".png"), dpi=160)
-        figure.savefig(path.with_name(path.name + ".svg"), dpi=160, metadata={"Date": None})

@@ -54,6 +54,25 @@ def rule_table_markdown(table: pd.DataFrame) -> str:
     return markdown_table(text)
 
 
+def averages_table_markdown(runs: Mapping[str, Run]) -> str:
+    """Averages and bytes of each run, as planned and as counted while it trained."""
+    rows = []
+    for label, run in runs.items():
+        planned = run.summary["planned"]
+        rows.append(
+            {
+                "run": label,
+                "steps": f"{run.plan.total_steps:,}",
+                "averages planned": f"{planned['averages']:,}",
+                "averages made": f"{run.summary['averages']:,}",
+                "volume %": f"{100 * run.summary['volume']:.1f}",
+                "MB per worker, planned": f"{planned['bytes_sent_per_worker'] / 1e6:,.3f}",
+                "MB per worker, sent": f"{run.summary['bytes_sent_per_worker'] / 1e6:,.3f}",
+            }
+        )
+    return markdown_table(pd.DataFrame(rows))
+
+
 def markdown_table(text: pd.DataFrame) -> str:
     """A table of strings as Markdown whose columns line up in the source too."""
     rows = [text.columns.tolist(), *text.to_numpy().tolist()]

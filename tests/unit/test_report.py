@@ -21,9 +21,17 @@ from qsr.config.load import load_config, to_dict
 from qsr.core.plan import Plan
 from qsr.core.rules import ConstantRule, QuadraticRule
 from qsr.core.schedules import CosineSchedule
-from qsr.report.collect import ReportError, Run, group_by_label, read_run, rule_label
-from qsr.report.plots import accuracy_figure, save, schedule_figure
-from qsr.report.tables import rule_table, rule_table_markdown
+from qsr.report.collect import (
+    ReportError,
+    Run,
+    group_by_label,
+    label_runs,
+    read_run,
+    rule_label,
+)
+from qsr.report.plots import accuracy_figure, schedule_figure
+from qsr.report.style import save
+from qsr.report.tables import averages_table_markdown, rule_table, rule_table_markdown
 
 # 1,442 images in batches of 64: 22 steps an epoch, 4 epochs
 STEPS = 88
@@ -117,6 +125,16 @@ def test_seeds_are_grouped_in_order_of_first_appearance(groups: dict[str, list[R
     ]
 
 
+def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    constant, quadratic = PLANS
+    one, two = (read_run(write_run(tmp_path, constant, seed, 90.0)) for seed in (1, 2))
+    other = read_run(write_run(tmp_path, quadratic, 1, 90.0))
+    assert label_runs([one, other]) == {constant: one, quadratic: other}
+    assert label_runs([one, two]) == {f"{constant}, seed 1": one, f"{constant}, seed 2": two}
+    wider = replace(one, folder=tmp_path / "wider", config=replace(one.config, epochs=8))
+    assert label_runs([one, wider]) == {str(one.folder): one, str(wider.folder): wider}
+
+
 @pytest.mark.parametrize(
     ("settings", "label"),
     [
@@ -171,6 +189,20 @@ def table_of_two_rows() -> pd.DataFrame:
     )
 
 
+def test_averages_and_bytes_beside_the_plan(tmp_path: Path) -> None:
+    label = "constant H = 4"
+    run = read_run(write_run(tmp_path, label, 1, 90.0, bytes_sent_per_worker=10_303_656))
+    planned = {"averages": 23, "bytes_sent_per_worker": 10_301_544_000}
+    run = replace(run, summary=run.summary | {"planned": planned})
+    text = averages_table_markdown({label: run})
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines()]
+    assert rows[0] == [
+        *("run", "steps", "averages planned", "averages made", "volume %"),
+        *("MB per worker, planned", "MB per worker, sent"),
+    ]
+    assert rows[2:] == [[label, "88", "23", "22", "25.0", "10,301.544", "10.304"]]
+
+
 def test_markdown_to_the_letter() -> None:
     assert rule_table_markdown(table_of_two_rows()) == (
         "| rule          | seeds | top-1 %      | rounds | volume % | MB sent per worker "
@@ -213,7 +245,7 @@ def test_the_schedule_is_drawn_as_planned(groups: dict[str, list[Run]]) -> None:
         assert list(edges) == [0, *ends]
         assert line_data(marks) == (ends, lengths)
         volume = 100 * len(lengths) / STEPS
-        assert marks.get_label() == f"{label}: {len(lengths)} rounds, volume {volume:.1f} %"
+        assert patch.get_label() == f"{label}: {len(lengths)} rounds, volume {volume:.1f} %"
         assert patch.get_edgecolor() == pytest.approx(line_rgba(marks))
     assert rounds.get_yscale() == "log"
 

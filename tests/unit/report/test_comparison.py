@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 
 from qsr.report.collect import ReportError, read_run
-from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
+from qsr.report.comparison import (
+    REHEARSAL,
+    comparison_markdown,
+    comparison_notes,
+    comparison_table,
+    read_comparison,
+    table_title,
+)
 from qsr.report.paper import read_reference
 from qsr.report.records import Summary, add_record, read_summaries
 from tests.unit.report.conftest import WriteRun, plan_of
@@ -92,6 +99,22 @@ def test_markdown_to_the_letter(reference: Path, summaries: dict[str, list[Summa
         "\n"
         f"{NOTES}{NOTES_ON_RUNS}{NOTE_ON_DIFFERENCES}\n"
     )
+
+
+def test_a_table_comes_back_from_its_file(
+    reference: Path, summaries: dict[str, list[Summary]], tmp_path: Path
+) -> None:
+    table = comparison_table(read_reference(reference), summaries, plan_of)
+    halves = [tmp_path / "first.csv", tmp_path / "second.csv"]
+    for path, name in zip(halves, ("3", "4"), strict=True):
+        table.assign(table=name).to_csv(path, index=False, float_format="%.10g")
+    both = read_comparison(halves)
+    assert both["table"].tolist() == ["3", "3", "4", "4"]
+    text = comparison_markdown(both[both["table"] == "4"])
+    assert text == comparison_markdown(table)
+    # the notes on their own
+    assert comparison_notes(both) == NOTES + NOTES_ON_RUNS + NOTE_ON_DIFFERENCES
+    assert comparison_markdown(both[:2], notes=False) + f"\n{comparison_notes(both)}\n" == text
 
 
 def test_where_nothing_was_run_every_row_says_so(reference: Path) -> None:

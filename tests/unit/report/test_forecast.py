@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
+from matplotlib.patches import StepPatch
 
 from qsr.config.load import CONFIG_DIR, load_config
 from qsr.models import count_parameters
+from qsr.report.cost_plots import what_if_figure
 from qsr.report.forecast import Forecast, forecast
+from qsr.report.plan_plots import plan_figure
 from qsr.report.planner_json import forecast_record, what_if_record
 from qsr.report.planner_text import print_forecast, print_sweep, print_what_if
-from qsr.report.plots import plan_figure, what_if_figure
 from qsr.report.what_if import GPUS, LINKS_GBIT_PER_SECOND, WORKERS, all_cases, case, networks
 
 VIT = (
@@ -236,17 +238,22 @@ def test_a_sweep_is_printed_in_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(line[:1] == ["link_gbit_per_second"] for line in lines) == 1
 
 
-def test_plans_are_drawn_over_steps_and_epochs() -> None:
+def test_plans_are_drawn_over_epochs_and_steps() -> None:
     found = of(*VIT, *QSR)
     figure = plan_figure(found.plans(), found.steps_per_epoch)
     top, bottom = figure.axes
-    assert len(bottom.lines) == 2
-    lengths = [round_.length for round_ in found.plan.rounds()]
-    assert np.asarray(bottom.lines[0].get_ydata()).tolist() == lengths
-    (epochs,) = top.child_axes
-    assert epochs.get_xlabel() == "epoch"
+    assert len(top.lines) == 1
+    assert len(bottom.patches) == 2
+    stairs = bottom.patches[0]
+    assert isinstance(stairs, StepPatch)
+    lengths, edges, _ = stairs.get_data()
+    rounds = list(found.plan.rounds())
+    assert lengths.tolist() == [round_.length for round_ in rounds]
+    assert edges.tolist() == [*(round_.start / 312 for round_ in rounds), 300]
+    (steps,) = top.child_axes
+    assert (steps.get_xlabel(), bottom.get_xlabel()) == ("step", "epoch")
     figure.draw_without_rendering()
-    assert epochs.get_xlim() == pytest.approx([x / 312 for x in top.get_xlim()])
+    assert steps.get_xlim() == pytest.approx((0, 93_600))
     # two schedules, two curves
     other = of(*VIT, *QSR, "schedule=linear")
     assert len(plan_figure({"a": found.plan, "b": other.plan}).axes[0].lines) == 2

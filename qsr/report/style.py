@@ -1,0 +1,111 @@
+"""What all pictures share: colours, type, axes, and how they become files."""
+
+import io
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+
+from qsr.core.rules import ConstantRule, EveryStepRule, PowerRule, QuadraticRule, Rule
+
+# Okabe and Ito's palette: told apart by colour-blind readers too
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+STYLE: dict[Any, Any] = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.hashsalt": "qsr",  # the same picture gives the same file
+}
+# the parts of a run's time, told apart in grey as well
+COMPUTING, COMMUNICATION = "computing", "communication"
+COMPUTING_AND_COMMUNICATION = "computing and communication, overlapped"
+PART_STYLES: dict[str, dict[str, Any]] = {
+    COMPUTING: {"color": "0.8"},
+    COMPUTING_AND_COMMUNICATION: {"facecolor": "0.8", "edgecolor": COLORS[3], "hatch": "////"},
+    COMMUNICATION: {"color": COLORS[3]},
+    "evaluations": {"color": COLORS[5]},
+    "checkpoints": {"color": "0.3"},
+}
+NOTEBOOK_DPI = 200
+"""Dots per inch in notebooks, which show two of them as one pixel."""
+
+
+def rule_colors(rules: Sequence[Rule]) -> list[str]:
+    """A colour for each: every kind of rule has its own in all pictures, and where two would share
+    one they are taken in turn."""
+    own = [_rule_color(rule) for rule in rules]
+    return own if len(set(own)) == len(own) else list(islice(cycle(COLORS), len(own)))
+
+
+def _rule_color(rule: Rule) -> str:
+    match rule:
+        case EveryStepRule():
+            return COLORS[0]
+        case ConstantRule():
+            return COLORS[1]
+        case QuadraticRule():
+            return COLORS[2]
+        case PowerRule(exponent=exponent) if exponent < 2:
+            return COLORS[3]
+        case PowerRule():
+            return COLORS[4]
+    return COLORS[5]  # data parallel first, local later
+
+
+def nested_widths(count: int) -> list[float]:
+    """Line widths, in points, that fall from the first line to the last, so that all of them are
+    seen where they coincide."""
+    return [float(width) for width in np.linspace(2.8, 1.2, count)]
+
+
+def label_log_ticks(axis: Axis, ticks: Sequence[float]) -> None:
+    """Plain numbers at these places of a logarithmic axis, and none between them."""
+    axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.set_minor_locator(NullLocator())
+
+
+def label_log_decades(axis: Axis) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def legend_once(figure: Figure, *, ncols: int, by_label: bool = False) -> None:
+    """A legend below the figure, each label of its axes in it once: in the order in which they
+    were drawn, or in that of the alphabet, which puts what a word marks below what it does not."""
+    found = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
+    handles = {label: handle for pairs in found for handle, label in pairs}
+    labels = sorted(handles) if by_label else list(handles)
+    figure.legend(
+        [handles[label] for label in labels], labels, loc="outside lower center", ncols=ncols
+    )
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write PATH.png and PATH.svg."""
+    with mpl.rc_context(STYLE):
+        figure.savefig(path.with_name(path.name + ".png"), dpi=160)
+        figure.savefig(path.with_name(path.name + ".svg"), dpi=160, metadata={"Date": None})
+
+
+def png(figure: Figure) -> bytes:
+    """A picture for a notebook: NOTEBOOK_DPI, and small, for it is kept in the notebook's text."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(drawn, format="png", dpi=NOTEBOOK_DPI)
+    # few colours are enough for lines and text, and take a third of the bytes
+    picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    picture.save(small, format="png", optimize=True)
+    return small.getvalue()

@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Execute the notebooks.
+
+    python scripts/notebooks.py [NOTEBOOK...]            write what they give into them
+    python scripts/notebooks.py --check [NOTEBOOK...]    write nothing; name what is not current
+
+All of notebooks/ if none is named. A notebook is current if it gives the texts that it holds, to
+the letter, and its pictures: pixel by pixel where the same matplotlib, FreeType and kind of
+processor drew them, of the same size elsewhere.
+Exit status: 0 done, 1 a notebook is not current (--check) or fails.
+"""
+
+import argparse
+import base64
+import copy
+import io
+import os
+import platform
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib as mpl
+import nbformat
+from matplotlib import ft2font
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from nbformat.reader import NotJSONError
+from PIL import Image
+from traitlets.config import Config
+
+ROOT = Path(__file__).parents[1]
+DRAWN_BY = (
+    f"matplotlib {mpl.__version__}, FreeType {ft2font.__freetype_version__} "
+    f"({ft2font.__freetype_build_type__}), {platform.machine()}"
+)
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+    "pictures": DRAWN_BY,
+}
+"""Of every executed notebook. Nothing in it tells when it was executed, or by which Python."""
+
+
+class NotebookError(Exception):
+    """One line: what is wrong with a notebook."""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="name what is not current")
+    parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
+    options = parser.parse_args(arguments)
+    status = 0
+    for path in options.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        try:
+            stored = nbformat.read(path, as_version=4)
+            executed = execute(stored, path.parent)
+        except (OSError, NotJSONError, NotebookError) as error:
+            print(f"{name} fails: {error}", file=sys.stderr)
+            status = 1
+            continue
+        if not options.check:
+            nbformat.write(executed, path)
+            print(f"executed: {name}")
+        elif stale := differences(stored, executed):
+            print(
+                f"{name} is not current ({', '.join(stale)}): python scripts/notebooks.py {name}",
+                file=sys.stderr,
+            )
+            status = 1
+    return status
+
+
+def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """The notebook as a kernel of its own, started in `folder`, leaves it.
+
+    Raises NotebookError if a cell fails or warns: a warning names paths of this machine.
+    """
+    done = copy.deepcopy(notebook)
+    with TemporaryDirectory() as scratch:
+        # sockets in a folder of its own: no port that another kernel takes at the same moment
+        sockets = {"transport": "ipc", "ip": f"{scratch}/kernel"}
+        client = NotebookClient(
+            done,
+            kernel_name="python3",
+            config=Config({"KernelManager": sockets}),
+            timeout=300,
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(folder)}},
+        )
+        try:
+            # IPython's settings: none, not the user's
+            client.execute(env=os.environ | {"IPYTHONDIR": f"{scratch}/ipython"})
+        except CellExecutionError as error:
+            failed = next(cell.id for cell in done.cells if "error" in _kinds(cell))
+            raise NotebookError(f"cell {failed}: {error.ename}: {error.evalue}") from None
+    for cell in done.cells:
+        if "stderr" in _kinds(cell):
+            raise NotebookError(f"cell {cell.id} writes to stderr")
+    done.metadata = nbformat.from_dict(METADATA)
+    return done
+
+
+def _kinds(cell: NotebookNode) -> set[str]:
+    """Of a cell's outputs; a stream's is its name."""
+    return {output.get("name", output.output_type) for output in cell.get("outputs", [])}
+
+
+def differences(stored: NotebookNode, executed: NotebookNode) -> list[str]:
+    """The cells, by their names, that do not hold what execution gives."""
+    pixels = stored.metadata.get("pictures") == DRAWN_BY
+    before, now = (_comparable(notebook, pixels=pixels) for notebook in (stored, executed))
+    names = [one.id for one, other in zip(before.cells, now.cells, strict=True) if one != other]
+    settings = {key: value for key, value in METADATA.items() if key != "pictures"}
+    if {key: stored.metadata.get(key) for key in settings} != settings:
+        names.append("metadata")
+    return names
+
+
+def _comparable(notebook: NotebookNode, *, pixels: bool) -> NotebookNode:
+    """With what is compared of pictures in their place."""
+    result = copy.deepcopy(notebook)
+    for cell in result.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+                data["image/png"] = (picture.size, picture.tobytes() if pixels else b"")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
