@@ -20,7 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/tables.py --check
 
-rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, less than 30 minutes on 2 cores
+rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, about half an hour on 2 cores
 	$(BIN)/python scripts/rehearse.py
 
 tables: $(INSTALLED)  ## write results/tables and the generated blocks of README.md and docs/
