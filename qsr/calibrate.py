@@ -24,6 +24,8 @@ WARMUP = 3
 """Repetitions before those that count: kernels are chosen, buffers made, loss scales found."""
 REPETITIONS = 10
 """Of which the median counts."""
+ALLREDUCE_REPETITIONS = 50
+"""Of an all-reduce, which is short, so that one of them says little on a busy machine."""
 
 
 def measure(config: Config, num_classes: int, train_images: int, command: str) -> Measurement:
@@ -95,14 +97,16 @@ def _allreduce_seconds(communicator: Communicator, num_bytes: int) -> float:
         communicator.sum_(buffer)
         return communicator.seconds() - before
 
-    return _slowest_median(communicator, timed)
+    return _slowest_median(communicator, timed, ALLREDUCE_REPETITIONS)
 
 
-def _slowest_median(communicator: Communicator, timed: Callable[[], float]) -> float:
+def _slowest_median(
+    communicator: Communicator, timed: Callable[[], float], repetitions: int = REPETITIONS
+) -> float:
     """Collective: the median of what `timed` returns, on the rank where it is largest. All ranks
     begin each repetition together."""
     seconds = []
-    for _ in range(WARMUP + REPETITIONS):
+    for _ in range(WARMUP + repetitions):
         communicator.barrier()
         seconds.append(timed())
     medians = communicator.gather_floats([statistics.median(seconds[WARMUP:])])
