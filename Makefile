@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint rehearse tables notebooks test-slow test-gpu golden clean
+.PHONY: demo test lint rehearse tables notebooks test-faults test-slurm test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
 
 test: lint  ## the whole suite: ruff, mypy, import-linter, generated tables, pytest
 	$(BIN)/python scripts/prepare.py digits
-	$(BIN)/pytest -n auto -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow and not slurm"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -29,9 +29,11 @@ tables: $(INSTALLED)  ## write results/tables and the generated blocks of README
 notebooks: $(INSTALLED)  ## execute notebooks/ in place
 	$(BIN)/python scripts/notebooks.py
 
-test-slow: $(INSTALLED)  ## long proofs
-	$(BIN)/python scripts/prepare.py digits
-	$(BIN)/pytest -m slow
+test-faults: $(INSTALLED)  ## all faults, with the long loops of kills, crashes and starts; writes results/faults.json
+	$(BIN)/pytest -n auto tests/faults --record-faults
+
+test-slurm: $(INSTALLED)  ## jobs on a real Slurm of two nodes, installed where root may; writes results/faults.json
+	$(BIN)/pytest tests/slurm --record-faults
 
 test-gpu: $(INSTALLED)  ## on a machine with a GPU; writes results/bench/gpu_*.json
 	$(BIN)/pytest tests/gpu

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsr.core.sampling import Sampler
 from qsr.distributed import Communicator
 from qsr.flat import FlatBuffers
 
@@ -16,15 +17,17 @@ exact in float32, and so is their division by the number of workers."""
 
 
 class DisagreementError(RuntimeError):
-    """Ranks averaged different things: another step, round, H or configuration."""
+    """Ranks do not do the same: another step, round, H, learning rate, sampler or configuration."""
 
 
 class Fingerprint(NamedTuple):
-    """What must be equal on all workers whenever they average."""
+    """What must be equal on all workers in every step."""
 
     step: int
     round: int
     h: int
+    lr: float
+    sampler: Sampler
     config: str
 
     def encode(self) -> list[float]:
@@ -37,6 +40,22 @@ class Fingerprint(NamedTuple):
                 for i in range(0, 2 * _DIGITS, 2)
             ]
         return numbers
+
+    def disagreement(self, rank: int, wrong: Sequence[bool]) -> DisagreementError:
+        """The error of a `rank` that has this fingerprint while others have another; `wrong`: which
+        of its numbers differ."""
+        digits = range(_DIGITS)
+        fields = [
+            name
+            for number, name in enumerate(self._fields)
+            if any(wrong[_DIGITS * number + digit] for digit in digits)
+        ]
+        here = ", ".join(f"{name}={value}" for name, value in self._asdict().items())
+        return DisagreementError(
+            f"rank {rank}: the ranks disagree on {', '.join(fields)} (here {here}); the run cannot "
+            f"go on from here: start all ranks from the same code, settings and data, and it "
+            f"resumes from the last checkpoint"
+        )
 
 
 FINGERPRINT_SIZE = _DIGITS * len(Fingerprint._fields)
@@ -83,14 +102,8 @@ class Averager:
         """
         if self._last is None or not self._disagreement.any():
             return
-        digits = self._disagreement.view(len(Fingerprint._fields), _DIGITS).any(dim=1).tolist()
-        fields = [f for f, wrong in zip(Fingerprint._fields, digits, strict=True) if wrong]
-        here = ", ".join(f"{name}={value}" for name, value in self._last._asdict().items())
-        raise DisagreementError(
-            f"rank {self._communicator.topology.rank}: the ranks averaged while they disagree on "
-            f"{', '.join(fields)} (here {here}); the run cannot go on from here: restart it, it "
-            f"resumes from the last checkpoint"
-        )
+        rank = self._communicator.topology.rank
+        raise self._last.disagreement(rank, self._disagreement.tolist())
 
 
 def mean_(

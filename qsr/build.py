@@ -1,14 +1,15 @@
 """Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
 
-import os
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
-from qsr.checkpoint import Checkpointer
+from qsr.checkpoint import Checkpointer, CheckpointError
 from qsr.config.costs import make_cost_model, moment_bytes, parameter_bytes
 from qsr.config.load import ConfigError, check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
@@ -17,6 +18,7 @@ from qsr.core.cost import averaged_bytes, ring_bytes
 from qsr.core.plan import Plan
 from qsr.core.seeds import seed_for
 from qsr.data import (
+    DataError,
     EvalTransform,
     ImageFolder,
     Loader,
@@ -31,8 +33,19 @@ from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
 from qsr.models import build_model, check_model
 from qsr.optim import averaged_state_keys, build_optimizer
+from qsr.place import find_place
 from qsr.precision import Precision
-from qsr.runfolder import RunFolder, check_run_folder, make_run_folder, write_json, write_records
+from qsr.runfolder import (
+    RunFolder,
+    check_run_folder,
+    make_run_folder,
+    missing_room,
+    other_code,
+    reserve_results,
+    write_records,
+    write_results,
+)
+from qsr.runlock import check_free, claim
 from qsr.stopping import StopFlag
 from qsr.tracking import NullTracker, Tracker, build_tracker
 from qsr.trainer import Due, Trainer
@@ -73,7 +86,10 @@ def prepare(config: Config) -> Prepared:
     }
     folder = check_run_folder(config, record)
     make_run_folder(folder)
-    return Prepared(train, val, record, folder, folder.summary_if_finished())
+    summary = folder.summary_if_finished()
+    if summary is None:
+        check_free(folder.path)
+    return Prepared(train, val, record, folder, summary)
 
 
 @dataclass(frozen=True)
@@ -92,8 +108,9 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     """Collective: carry out the run, or what is left of it, as one rank of a launch.
 
     Returns the summary, or where the session stopped before the end: because it was to, or because
-    some rank's `flag` asked for it. Whatever is wrong with
-    the settings, the data, the folder or the devices raises before a process group exists.
+    some rank's `flag` asked for it. Whatever is wrong with the settings, the data, the folder or
+    the devices raises before a process group exists. Raises CheckpointError at the end, on every
+    rank, if the session's last checkpoint, or the results, could not be written.
     """
     train, val, data, folder, finished = prepare(config)
     if finished is not None:
@@ -101,33 +118,67 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     plan = make_plan(config, len(train))
     communicator = join(config)
     place = communicator.topology
+    _check_same_data(communicator, data)
     communicator.barrier()  # every rank has looked at the folder; now it may be written
+    lock = claim(folder.path, communicator)
     tracker: Tracker = NullTracker()
-    if place.is_main:
-        write_records(folder, config, data, place, str(communicator.device))
-        tracker = build_tracker(config, folder.path, plan.total_steps)
     loaders: list[Loader] = []
     try:
+        if place.is_main:
+            warning = other_code(folder)
+            if warning is not None:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            write_records(folder, config, data, place, str(communicator.device))
+            tracker = build_tracker(config, folder.path, plan.total_steps)
         trainer, evaluator = _build(
             config, train, val, plan, communicator, tracker, folder, loaders, flag or StopFlag()
         )
+        model = evaluator.model.state_dict()
+        trainer.check_space(missing_room(folder, model))
+        _on_main(communicator, folder, lambda: reserve_results(folder, model))
         trainer.restore()
         trainer.train()
+        unsaved = trainer.checkpoint_failure
         if not trainer.finished:
+            if unsaved is not None:
+                raise CheckpointError(f"{unsaved}; the same command goes on from there")
             received = (flag and flag.reason) or "a signal to another rank"
             reason = received if trainer.stopping else "stop_after_steps"
             return Stopped(trainer.progress.step, reason, by_signal=trainer.stopping)
         summary = _summary(config, plan, trainer, place, len(train))
-        if place.is_main:
-            state = {k: v.contiguous().clone() for k, v in evaluator.model.state_dict().items()}
-            save_file(state, folder.model)
-            write_json(folder.summary, summary)
-        communicator.barrier()
+        results = evaluator.model.state_dict()
+        _on_main(communicator, folder, lambda: write_results(folder, results, summary))
+        if unsaved is not None:
+            raise CheckpointError(f"{unsaved}; but training is done, and the results are written")
         return summary
     finally:
         for loader in loaders:
             loader.close()
         tracker.close()
+        lock.release()
+
+
+def _check_same_data(communicator: Communicator, data: dict[str, Any]) -> None:
+    """Collective: machines may have copies of their own. Raises DataError, on every rank."""
+    main, *others = map(json.loads, communicator.gather_texts(json.dumps(data)))
+    for rank, other in enumerate(others, start=1):
+        changed = [f"{k}: {main[k]} -> {v}" for k, v in other.items() if v != main[k]]
+        if changed:
+            raise DataError(
+                f"rank {rank} has other data than rank 0 ({'; '.join(changed)}): give all machines "
+                f"the same files and packages"
+            )
+
+
+def _on_main(communicator: Communicator, folder: RunFolder, write: Callable[[], None]) -> None:
+    """Collective: let rank 0 write to the run folder. Raises CheckpointError on every rank."""
+    try:
+        communicator.try_on_all(lambda: write() if communicator.topology.is_main else None)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.path}: no room for the results ({error}); make some, and the same command "
+            f"goes on from the newest checkpoint"
+        ) from None
 
 
 def join(config: Config) -> Communicator:
@@ -135,8 +186,7 @@ def join(config: Config) -> Communicator:
     ClusterError before a process group exists."""
     place = topology(config.cluster, config.workers)
     device = choose_device(config.cluster.device, place.local_rank)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.cluster.threads_per_rank or max(1, cores))
+    torch.set_num_threads(config.cluster.threads_per_rank or find_place().cores)
     return Communicator(place, device, config.cluster.timeout_seconds)
 
 

@@ -1,26 +1,38 @@
-"""Save and restore the whole state of a run.
+"""Save and restore the whole state of a run, on all its ranks together.
 
-A checkpoint is a folder step_NNNNNNNNN of safetensors and JSON files: `state.json` (the run),
-`worker_NNN.safetensors` and `.json` (what is a worker's own), `shared.safetensors` (what all
-workers hold alike at that step, once), `manifest.json` (every file with its size). It is written
-under another name and renamed when complete, so that a folder of this name is whole. Nothing that
-is opened here can run code.
+Checkpoints are folders step_NNNNNNNNN; checkpoint_files.py says what is in one. A checkpoint is
+written under another name, gets its name when all of it is on the disk, and counts only if its
+checksums are right. docs/reliability.md has the order of the file operations and what follows.
 """
 
+import contextlib
 import json
-import os
+import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qsr.distributed import Communicator
-
-_PREFIX = "step_"
+from qsr.checkpoint_files import (
+    SHARED,
+    STATE,
+    DamageError,
+    folder_name,
+    read_tensors,
+    read_values,
+    tensors_of,
+    values_of,
+    verify,
+    verify_sizes,
+    write_manifest,
+    write_tensors,
+    write_values,
+)
+from qsr.distributed import Communicator, first_text
+from qsr.durable import Written, remove_folder, sync_folder
 
 
 class CheckpointError(RuntimeError):
@@ -36,12 +48,16 @@ class WorkerState:
 
 
 class Checkpointer:
-    """Keeps the newest `keep` checkpoints of a run in `folder`, which all ranks can reach."""
+    """Keeps the newest `keep` checkpoints of a run in `folder`, which all ranks can reach, and
+    which no other session writes to."""
 
     def __init__(self, folder: Path, keep: int, communicator: Communicator) -> None:
         self._folder = folder
         self._keep = keep
         self._communicator = communicator
+        self._is_main = communicator.topology.is_main
+        self._newest: int | None = None  # of this session: resumed from, or saved
+        self._damaged: set[int] = set()  # found by `latest`
 
     def save(
         self,
@@ -50,111 +66,195 @@ class Checkpointer:
         shared: Mapping[str, Tensor],
         workers: Mapping[int, WorkerState],
     ) -> None:
-        """Collective: write the checkpoint after `step` steps.
+        """Collective: write the checkpoint after `step` steps, then remove those that are too old.
 
         `run` and `shared` are rank 0's; `workers` holds those of this rank. Raises CheckpointError
-        on every rank if any of them could not write; earlier checkpoints are still there then.
+        on every rank if the files of any could not be written; earlier checkpoints are untouched
+        then. A step that this session has saved or resumed from is not written again: its state is
+        the same, bit for bit.
         """
-        final = self._folder / f"{_PREFIX}{step:09d}"
-        partial = final.with_suffix(".partial")
-        main = self._communicator.topology.is_main
-        self._try_on_all(lambda: _make_empty(partial) if main else None)
-        self._try_on_all(lambda: _write_workers(partial, workers))
-        self._try_on_all(lambda: self._commit(partial, final, run, shared) if main else None)
+        if step == self._newest:
+            return
+        # a name of its own: a rank that an earlier session left behind cannot write into it
+        token = self._communicator.gather_texts(secrets.token_hex(4) if self._is_main else "")[0]
+        partial = self._folder / f"{folder_name(step)}.{token}.partial"
+        everywhere, main = self._communicator.try_on_all, self._is_main
+        written: dict[str, Written] = {}
+        files: dict[str, Written] = {}
+        try:
+            everywhere(lambda: self._make_empty(partial) if main else None)
+            everywhere(lambda: written.update(_write_workers(partial, step, workers)))
+            for text in self._communicator.gather_texts(json.dumps(written)):
+                files |= {name: Written(*about) for name, about in json.loads(text).items()}
+            everywhere(lambda: self._commit(partial, step, run, shared, files) if main else None)
+        except OSError as error:
+            if main:  # half a checkpoint takes the room that the next one needs
+                shutil.rmtree(partial, ignore_errors=True)
+            there = "there is none yet"
+            if self._newest is not None:
+                there = f"the newest there is that after step {self._newest}"
+            raise CheckpointError(
+                f"the checkpoint after step {step} could not be written to {self._folder} "
+                f"({error}); {there}"
+            ) from None
+        self._newest = step
+        self._damaged.discard(step)
+        if main:
+            self._remove_old(step)
 
     def latest(self) -> int | None:
-        """Collective: the step of the newest checkpoint, as rank 0 sees it; None without one."""
-        steps = self._steps() if self._communicator.topology.is_main else []
-        newest = self._communicator.gather_floats([float(max(steps, default=-1))])[0][0]
-        return None if newest < 0 else int(newest)
+        """Collective: the step of the newest checkpoint that verifies; None if there is none at
+        all.
+
+        Every rank reads what it is going to use, its workers' files and the shared ones, to the
+        last byte, and all agree. Checkpoints that are passed over are named on stderr, with the
+        reason. Raises CheckpointError on every rank if there are checkpoints and none verifies.
+        """
+        seen = json.dumps(self._steps()) if self._is_main else ""
+        steps: list[int] = json.loads(self._communicator.gather_texts(seen)[0])
+        problems: dict[int, str] = {}
+        for step in reversed(steps):
+            problem = self._problem(step)
+            if problem is None:
+                for name, reason in problems.items():
+                    self._communicator.say(
+                        f"{self._folder / folder_name(name)} is passed over ({reason}); the run "
+                        f"goes on from step {step}"
+                    )
+                self._newest, self._damaged = step, set(problems)
+                return step
+            problems[step] = problem
+        if problems:
+            named = "; ".join(f"{folder_name(step)}: {why}" for step, why in problems.items())
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} is whole ({named}); bring one back, or delete "
+                f"this folder to train from the first step"
+            )
+        return None
 
     def read_run(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `run`."""
-        return _read_json(self._folder / f"{_PREFIX}{step:09d}" / "state.json")
+        """What `save` was given as `run`. Raises CheckpointError."""
+        try:
+            return read_values(self._folder / folder_name(step), STATE)
+        except DamageError as error:
+            raise self._unreadable(step, error) from None
 
     def read_worker(self, step: int, worker: int) -> WorkerState:
-        """What belongs to one worker, the shared tensors included."""
-        folder = self._folder / f"{_PREFIX}{step:09d}"
+        """What belongs to one worker, the shared tensors included. Raises CheckpointError."""
+        folder = self._folder / folder_name(step)
         try:
-            tensors = load_file(folder / "shared.safetensors")
-            tensors |= load_file(folder / f"worker_{worker:03d}.safetensors")
-        except Exception as error:  # safetensors raises its own type beside OSError
-            raise CheckpointError(
-                f"{folder} cannot be read ({error}); delete this folder to resume from the one "
-                f"before"
-            ) from None
-        return WorkerState(tensors, _read_json(folder / f"worker_{worker:03d}.json"))
+            tensors = read_tensors(folder, SHARED) | read_tensors(folder, tensors_of(worker))
+            return WorkerState(tensors, read_values(folder, values_of(worker)))
+        except DamageError as error:
+            raise self._unreadable(step, error) from None
+
+    def check_space(self, checkpoint_bytes: int, more_bytes: int) -> None:
+        """Collective: see that there is room, as room_for_checkpoints does. Raises CheckpointError
+        on every rank."""
+        problem = ""
+        try:
+            room_for_checkpoints(self._folder, self._keep, checkpoint_bytes, more_bytes)
+        except CheckpointError as error:
+            problem = str(error)
+        reason = first_text(self._communicator.gather_texts(problem))
+        if reason:
+            raise CheckpointError(reason)
+
+    def _problem(self, step: int) -> str | None:
+        """Collective: why a checkpoint cannot be used, None if it can."""
+        problem = ""
+        try:
+            workers = self._communicator.topology.workers
+            verify(self._folder / folder_name(step), step, workers)
+        except DamageError as error:
+            problem = str(error)
+        return first_text(self._communicator.gather_texts(problem))
 
     def _steps(self) -> list[int]:
-        names = (path.name.removeprefix(_PREFIX) for path in self._folder.glob(f"{_PREFIX}*"))
+        names = (path.name.removeprefix("step_") for path in self._folder.glob("step_*"))
         return sorted(int(name) for name in names if name.isdigit())
 
-    def _try_on_all(self, action: Callable[[], None]) -> None:
-        """Collective: do `action`; if it fails on any rank, raise on every rank."""
-        problem: Exception | None = None
-        try:
-            action()
-        except Exception as error:  # not OSError alone: safetensors wraps a full disk
-            problem = error
-        if self._communicator.any(problem is not None):
-            reason = str(problem) if problem else "another rank failed to write"
-            raise CheckpointError(
-                f"no checkpoint could be written to {self._folder}: {reason}; the ones before are "
-                f"untouched"
-            ) from problem
+    def _make_empty(self, partial: Path) -> None:
+        if not self._folder.exists():
+            self._folder.mkdir(parents=True)
+            sync_folder(self._folder.parent)
+        for left in self._folder.glob("*.partial"):  # by a session that was killed
+            remove_folder(left)
+        partial.mkdir()
 
     def _commit(
-        self, partial: Path, final: Path, run: Mapping[str, Any], shared: Mapping[str, Tensor]
+        self,
+        partial: Path,
+        step: int,
+        run: Mapping[str, Any],
+        shared: Mapping[str, Tensor],
+        workers: Mapping[str, Written],
     ) -> None:
-        _save_tensors(partial / "shared.safetensors", shared)
-        _write_json(partial / "state.json", run)
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        _write_json(partial / "manifest.json", {"bytes": files})
-        _sync(partial)
-        if final.exists():  # the same step again: its state is the same, bit for bit
-            shutil.rmtree(partial)
-        else:
-            partial.rename(final)
-        _sync(self._folder)
-        for step in self._steps()[: -self._keep]:
-            shutil.rmtree(self._folder / f"{_PREFIX}{step:09d}")
+        files = dict(workers)
+        files[SHARED] = write_tensors(partial, SHARED, step, shared)
+        files[STATE] = write_values(partial, STATE, step, run)
+        write_manifest(partial, step, self._communicator.topology.num_workers, files)
+        sync_folder(partial)
+        try:
+            verify_sizes(partial, step)  # other ranks' files too, as this one sees them
+        except DamageError as error:
+            raise OSError(str(error)) from None
+        final = self._folder / folder_name(step)
+        if final.exists():  # it did not verify, or `latest` would have taken it
+            remove_folder(final)
+        partial.rename(final)
+        sync_folder(self._folder)
+
+    def _remove_old(self, newest: int) -> None:
+        """Steps after `newest` are of before a fallback: the run has left them behind."""
+        steps = self._steps()
+        whole = [step for step in steps if step <= newest and step not in self._damaged]
+        with contextlib.suppress(OSError):  # they are in nobody's way; tried again next time
+            for step in set(steps) - set(whole[-self._keep :]):
+                remove_folder(self._folder / folder_name(step))
+
+    def _unreadable(self, step: int, error: DamageError) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder / folder_name(step)} cannot be read ({error}); start again to resume "
+            f"from the one before"
+        )
 
 
-def _make_empty(folder: Path) -> None:
-    for left in folder.parent.glob("*.partial"):  # by a run that was killed, or met a full disk
-        shutil.rmtree(left)
-    folder.mkdir(parents=True)
+def room_for_checkpoints(
+    folder: Path, keep: int, checkpoint_bytes: int, more_bytes: int
+) -> tuple[int, int]:
+    """What `keep` checkpoints of this size, the next one, and `more_bytes` will take of the disk,
+    and what is free there. What checkpoints in `folder` take already counts as room, but not for
+    the next one. Raises CheckpointError if it is too little."""
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    wanted = max(checkpoint_bytes, (keep + 1) * checkpoint_bytes - present) + more_bytes
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < wanted:
+        raise CheckpointError(
+            f"{folder.parent}: {readable(free)} are free and {readable(wanted)} needed for "
+            f"checkpoints of up to {readable(checkpoint_bytes)} (checkpoint.keep={keep} stay while "
+            f"the next is written) and for the results; lower checkpoint.keep, or choose a "
+            f"runs_dir with more room"
+        )
+    return wanted, free
 
 
-def _write_workers(folder: Path, workers: Mapping[int, WorkerState]) -> None:
+def _write_workers(
+    folder: Path, step: int, workers: Mapping[int, WorkerState]
+) -> dict[str, Written]:
+    files = {}
     for index, state in workers.items():
-        _save_tensors(folder / f"worker_{index:03d}.safetensors", state.tensors)
-        _write_json(folder / f"worker_{index:03d}.json", state.values)
+        name, more = tensors_of(index), values_of(index)
+        files[name] = write_tensors(folder, name, step, state.tensors)
+        files[more] = write_values(folder, more, step, state.values)
+    return files
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # clones, because safetensors refuses the views of one flat buffer
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, path)
-    _sync(path)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    _sync(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); delete its folder") from None
-    return value
-
-
-def _sync(path: Path) -> None:
-    """Have the kernel put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def readable(size: float) -> str:
+    """A number of bytes, in words."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"

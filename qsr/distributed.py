@@ -4,21 +4,35 @@ All collectives stand here, so that it is plain where ranks wait for each other.
 "collective" must be called by every rank, in the same order. With one rank nothing is sent.
 """
 
-import os
+import contextlib
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from qsr.config.schema import ClusterConfig
+from qsr.place import find_place
+from qsr.rendezvous import meet
+from qsr.rollcall import RollCall
 
 
 class ClusterError(Exception):
     """One line: what of the machines does not fit the run, and the mend."""
+
+
+class LostRankError(RuntimeError):
+    """One line: which ranks do not answer, and what the others waited for."""
+
+
+_roll_call: RollCall | None = None
+"""Of the process group."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +58,13 @@ class Topology:
         return self.rank == 0
 
 
-def launched() -> bool:
-    """Whether a launcher (torchrun, or ours) started this process as one rank of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def topology(cluster: ClusterConfig, num_workers: int) -> Topology:
-    """From the launcher's environment variables; without them, one rank holding every worker.
+    """From what the launcher told; without one, one rank holding every worker.
 
     Raises ClusterError if the launched ranks cannot share the workers.
     """
-    ranks = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    place = find_place()
+    ranks = place.ranks
     if cluster.ranks not in (None, ranks):
         raise ClusterError(
             f"cluster.ranks={cluster.ranks}, but {ranks} were launched: launch as many, or leave "
@@ -65,12 +75,7 @@ def topology(cluster: ClusterConfig, num_workers: int) -> Topology:
             f"{ranks} ranks were launched; they must divide workers={num_workers}, because each "
             f"holds workers / ranks of them"
         )
-    return Topology(
-        rank=int(os.environ["RANK"]) if launched() else 0,
-        ranks=ranks,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        num_workers=num_workers,
-    )
+    return Topology(place.rank, ranks, place.local_rank, num_workers)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -101,10 +106,9 @@ class Communicator:
         self.device = device
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._timeout_seconds = timeout_seconds
         if topology.ranks > 1 and not dist.is_initialized():
-            # gloo beside NCCL: barriers and flags of the host never wait for the GPU's queue
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+            _join_group(topology, device, timeout_seconds)
 
     def sum_(self, tensor: Tensor) -> None:
         """Collective: replace `tensor`, in place, by its sum over the ranks; timed."""
@@ -113,12 +117,14 @@ class Communicator:
         if tensor.is_cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            dist.all_reduce(tensor)
+            with self.missing("an average"):
+                dist.all_reduce(tensor)
             end.record()
             self._events.append((start, end))
         else:
             started = time.perf_counter()
-            dist.all_reduce(tensor)
+            with self.missing("an average"):
+                dist.all_reduce(tensor)
             self._seconds += time.perf_counter() - started
 
     def seconds(self) -> float:
@@ -133,7 +139,8 @@ class Communicator:
         """Collective: the sum of `tensor` over the ranks, as a new tensor; not timed."""
         result = tensor.clone()
         if self.topology.ranks > 1:
-            dist.all_reduce(result)
+            with self.missing("a sum"):
+                dist.all_reduce(result)
         return result
 
     def gather_floats(self, values: Sequence[float]) -> list[list[float]]:
@@ -142,40 +149,149 @@ class Communicator:
         if self.topology.ranks == 1:
             return [own.tolist()]
         everyone = [torch.empty_like(own) for _ in range(self.topology.ranks)]
-        dist.all_gather(everyone, own)
+        with self.missing("a comparison"):
+            dist.all_gather(everyone, own)
         return [row.tolist() for row in everyone]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Collective: every rank's `text`, in the order of the ranks."""
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        sizes = [int(row[0]) for row in self.gather_floats([len(own)])]
+        if self.topology.ranks == 1 or max(sizes) == 0:
+            return [text] * len(sizes)
+        padded = nn.functional.pad(own, (0, max(sizes) - len(own)))
+        everyone = [torch.empty_like(padded) for _ in sizes]
+        with self.missing("a comparison"):
+            dist.all_gather(everyone, padded)
+        return [
+            bytes(row[:size].tolist()).decode() for row, size in zip(everyone, sizes, strict=True)
+        ]
+
+    def try_on_all(self, action: Callable[[], object]) -> None:
+        """Collective: do `action`. Where it raises OSError on any rank, every rank raises one: that
+        of the first of them, with its number."""
+        problem = ""
+        try:
+            action()
+        except OSError as error:
+            problem = f"rank {self.topology.rank}: {error}"
+        reason = first_text(self.gather_texts(problem))
+        if reason:
+            raise OSError(reason)
+
+    def say(self, line: str) -> None:
+        """Tell the user something beside the metrics, on stderr; rank 0 alone speaks."""
+        if self.topology.is_main:
+            with contextlib.suppress(OSError):  # where it goes may be on the disk that is full
+                print(line, file=sys.stderr, flush=True)
 
     def any(self, flag: bool) -> bool:
         """Collective: whether `flag` holds on any rank."""
         return any(row[0] for row in self.gather_floats([float(flag)]))
 
-    def begin_any(self, flag: bool) -> "PendingAny":
-        """Collective: ask whether `flag` holds on any rank, without waiting for the answer."""
-        own = torch.tensor([float(flag)])
+    def begin_sum(self, values: Sequence[float]) -> "PendingSum":
+        """Collective: add up `values` (equally many) over the ranks, without waiting for it."""
+        own = torch.tensor(values, dtype=torch.float64)
         if self.topology.ranks == 1:
-            return PendingAny(own, None)
-        return PendingAny(own, dist.all_reduce(own, async_op=True))
+            return PendingSum(own, None, self)
+        with self.missing("a question"):
+            return PendingSum(own, dist.all_reduce(own, async_op=True), self)
 
     def barrier(self) -> None:
         """Collective: wait until every rank is here."""
         self.any(False)
 
+    @contextlib.contextmanager
+    def missing(self, collective: str) -> Iterator[None]:
+        """Around `collective`: if it fails because of other ranks, raises LostRankError, which
+        names those that do not answer."""
+        started = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_the_network(error):
+                raise
+            waited = time.monotonic() - started
+            raise LostRankError(self._describe(collective, waited, error)) from error
+
+    def _describe(self, collective: str, waited: float, error: RuntimeError) -> str:
+        during = f"rank {self.topology.rank} was in {collective}"
+        if waited < 0.9 * self._timeout_seconds:
+            gone = _roll_call.gone() if _roll_call is not None else []
+            if gone:
+                return f"{_ranks(gone)} gone: {during} when the connection was closed"
+            return f"{during} when the network failed, and all ranks are there ({error})"
+        absent = _roll_call.not_waiting() if _roll_call is not None else []
+        if absent:
+            return (
+                f"{_ranks(absent)} not there: {during} for {waited:.0f} s "
+                f"(cluster.timeout_seconds); it hangs, or is slower than that"
+            )
+        return f"{during} for {waited:.0f} s, and so were all ranks: is the network that slow?"
+
 
 @dataclass(frozen=True)
-class PendingAny:
-    """A question to all ranks whose answer is on its way."""
+class PendingSum:
+    """A sum over the ranks that is on its way."""
 
     _sum: Tensor
     _work: dist.Work | None
+    _communicator: Communicator
 
-    def wait(self) -> bool:
-        """Collective: whether the flag held on any rank."""
+    def wait(self) -> list[float]:
+        """Collective: the sums."""
         if self._work is not None:
-            self._work.wait()
-        return bool(self._sum.item() > 0.0)
+            with self._communicator.missing("a question"):
+                self._work.wait()
+        return self._sum.tolist()
+
+
+def first_text(texts: Iterable[str]) -> str | None:
+    """The first that is not empty."""
+    return next(filter(None, texts), None)
 
 
 def leave_process_group() -> None:
     """Leave the process group, if there is one. Not collective: safe while other ranks fail."""
+    global _roll_call
+    if _roll_call is not None:
+        _roll_call.close()
+        _roll_call = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _join_group(topology: Topology, device: torch.device, timeout_seconds: float) -> None:
+    global _roll_call
+    # gloo beside NCCL: barriers and flags of the host never wait for the GPU's queue
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout, task = timedelta(seconds=timeout_seconds), find_place().slurm
+    try:
+        if task is not None:
+            store = meet(task, timeout_seconds)
+        else:  # torchrun tells by environment variables where to meet
+            store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=topology.rank,
+            world_size=topology.ranks,
+            timeout=timeout,
+        )
+    except (OSError, dist.DistError) as error:
+        first_line = str(error).partition("\n")[0]
+        text = f"the {topology.ranks} ranks did not come together: {first_line}"
+        raise ClusterError(text) from None
+    _roll_call = RollCall(store, topology.rank, topology.ranks)
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of other ranks. gloo has no type of its own for it."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    """As the subject of a sentence, with its verb."""
+    listed = ", ".join(map(str, numbers))
+    return f"rank {listed} is" if len(numbers) == 1 else f"ranks {listed} are"

@@ -63,7 +63,9 @@ class GradientAverager:
     def backward_context(self, *, average: bool) -> AbstractContextManager[object]:
         """Context of a forward and backward pass; `average`: the last one of a data parallel
         step, after which the gradients are averaged."""
-        return nullcontext() if self._ddp is None or average else self._ddp.no_sync()
+        if self._ddp is None:
+            return nullcontext()
+        return self._communicator.missing("an average") if average else self._ddp.no_sync()
 
     def finish(self) -> None:
         """Collective: after the last backward pass of a step, complete the average."""

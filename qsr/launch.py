@@ -1,48 +1,21 @@
-"""Start a run's ranks: in this process, as processes of this machine, or as told by a launcher."""
+"""Carry out runs: in this process, in ranks that are started here, or as told by a launcher."""
 
-import logging
 import multiprocessing
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.synchronize import Event
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import (
-    ChildFailedError,
-    ProcessFailure,
-    record,
-)
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qsr.build import Stopped, prepare, run
 from qsr.config.load import ConfigError, run_folder
-from qsr.config.schema import Config
-from qsr.distributed import launched, leave_process_group
+from qsr.config.schema import Config, SlurmCluster
+from qsr.failures import record_failure
+from qsr.place import find_place
+from qsr.processes import START_METHOD, RunFailedError, start_ranks
+from qsr.runfolder import RunFolder
+from qsr.slurm import current_task
 from qsr.stopping import StopFlag, passing_on
-
-Result = TypeVar("Result")
-
-
-class RunFailedError(RuntimeError):
-    """A rank failed; the message is that of the first failure, with its rank."""
-
-
-_EXPECTED = (
-    "CheckpointError",
-    "ClusterError",
-    "ConfigError",
-    "DataError",
-    "DisagreementError",
-    "TrainingError",
-)
-"""Errors whose message says everything; any other one is shown with its traceback."""
-
-
-START_METHOD = "forkserver"
-"""Ranks are forked from a server that has imported everything once, instead of importing it each by
-itself: half of the start-up time of four ranks on two cores."""
 
 Outcome = dict[str, Any] | Stopped
 
@@ -51,12 +24,13 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
     """Carry out runs one after the other and return what build.run returned for each; runs that
     are finished are not started again, and after one that a signal stopped none is begun.
 
-    Under a launcher such as torchrun this process is one rank; otherwise the ranks are started
-    here, once for all runs, and RunFailedError is raised if one of them fails. Raises ConfigError
-    if the runs do not ask for the same ranks and device, or two of them are the same run.
+    Under a launcher such as torchrun or srun this process is one rank; otherwise the ranks are
+    started here, once for all runs, and RunFailedError is raised if one of them fails. Raises
+    ConfigError if the runs do not ask for the same ranks and device, or two of them are the same
+    run.
     """
     ranks = _common_ranks(configs)
-    if launched() or ranks == 1:
+    if find_place().launched or ranks == 1:
         return start_ranks(_run_all, ranks, configs)
     # one clear line now, instead of one from every rank
     finished = [prepare(config).summary for config in configs]
@@ -68,45 +42,6 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) -> Result:
-    """Call `function(*arguments)`, a function of a module, in every rank, and return what it
-    returned: in this process if a launcher started it, or if there is one rank; otherwise in
-    `ranks` processes of this machine, of which the first one's result is returned.
-
-    Raises RunFailedError if one of those processes fails.
-    """
-    if launched() or ranks == 1:
-        return _call(function, *arguments)
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port
-        run_id=f"qsr-{os.getpid()}",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method=START_METHOD,
-        # of these it dies, with the ranks; what stop_signals names is passed on to them instead
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
-    )
-    # ranks note SIGTERM and do not die of it: of ranks that are left when one has failed, those
-    # that do not notice by themselves are killed after so many seconds
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    multiprocessing.set_forkserver_preload(["qsr.build"])
-    # its report of a failure is replaced by ours
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        launch = elastic_launch(settings, _rank_main)
-        results: dict[int, Result] = launch(function, *arguments)
-    except SignalException as error:
-        raise KeyboardInterrupt(error.sigval.name) from None
-    except ChildFailedError as error:
-        raise RunFailedError(_describe(*error.get_first_failure())) from None
-    return results[0]
-
-
 def _common_ranks(configs: Sequence[Config]) -> int:
     if len({run_folder(config) for config in configs}) < len(configs):
         raise ConfigError("two of these runs are the same run: list other values")
@@ -115,12 +50,20 @@ def _common_ranks(configs: Sequence[Config]) -> int:
         asked = " or ".join(f"{ranks} ranks on device {device}" for ranks, device in sorted(wanted))
         raise ConfigError(f"these runs cannot share one launch ({asked}): start them one by one")
     ((ranks, _),) = wanted
+    slurm = any(isinstance(config.cluster, SlurmCluster) for config in configs)
+    if slurm and (current_task() is None or (ranks > 1 and not find_place().launched)):
+        raise ConfigError(
+            "a run with cluster=slurm starts in a job: submit it with scripts/submit.py, or take "
+            "cluster=local"
+        )
     return ranks
 
 
 def number_of_ranks(config: Config) -> int:
     """cluster.ranks, or one rank per worker, or as many of them as share the machine's GPUs
-    evenly."""
+    evenly; on a Slurm cluster those of a job."""
+    if isinstance(config.cluster, SlurmCluster):
+        return config.cluster.job_ranks
     if config.cluster.ranks is not None:
         return config.cluster.ranks
     if config.cluster.device == "cpu" or not torch.cuda.is_available():
@@ -129,36 +72,25 @@ def number_of_ranks(config: Config) -> int:
     return next(n for n in range(most, 0, -1) if config.workers % n == 0)
 
 
-@record
-def _rank_main(function: Callable[..., Result], *arguments: Any) -> Result:
-    return _call(function, *arguments)
-
-
-def _call(function: Callable[..., Result], *arguments: Any) -> Result:
-    try:
-        return function(*arguments)
-    finally:
-        leave_process_group()
-
-
 def _run_all(configs: Sequence[Config], stop: Event | None = None) -> list[Outcome]:
     outcomes: list[Outcome] = []
     flag = StopFlag(stop)
     with flag.listening(configs[0].checkpoint.stop_signals):
         for config in configs:
-            outcome = run(config, flag)
+            outcome = _run(config, flag)
             outcomes.append(outcome)
             if isinstance(outcome, Stopped) and outcome.by_signal:
                 break
     return outcomes
 
 
-def _describe(rank: int, failure: ProcessFailure) -> str:
-    """The first failure in one line, or with its traceback if it was not foreseen."""
-    report = failure.message
-    if not isinstance(report, dict):
-        return f"rank {rank}: {report}"
-    text = report["message"]
-    if not text.startswith(_EXPECTED):
-        text += "\n" + report["extraInfo"]["py_callstack"]
-    return f"rank {rank}: {text}"
+def _run(config: Config, flag: StopFlag) -> Outcome:
+    try:
+        return run(config, flag)
+    except ConfigError:
+        raise  # nothing that happened to the run, whose folder may be in use by another session
+    except Exception as error:
+        first = record_failure(RunFolder(run_folder(config)).failure, find_place(), error)
+        if first is not None:
+            raise RunFailedError(first) from error
+        raise

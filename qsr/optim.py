@@ -1,10 +1,12 @@
 """Settings -> torch optimizer."""
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsr.config import schema
 
@@ -64,3 +66,23 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group the rate of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def states_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """What the optimizer keeps for each parameter, in its order, once it has taken a step: names,
+    shapes and types without values, on the meta device. The optimizer is left untouched."""
+    twin = copy.copy(optimizer)
+    twin.state = defaultdict(dict)
+    twin.param_groups = []
+    for group in optimizer.param_groups:
+        parameters = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        # the plain kernels: the others want a device
+        twin.param_groups.append(group | {"params": parameters, "fused": False, "foreach": False})
+    twin.step()
+    return [
+        {key: value for key, value in twin.state[parameter].items() if value is not None}
+        for group in twin.param_groups
+        for parameter in group["params"]
+    ]

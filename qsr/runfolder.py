@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,33 +11,41 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
+from qsr.checkpoint_files import pack_tensors, packed_size
 from qsr.config.load import ConfigError, differences, parse_identity, run_folder, to_dict
 from qsr.config.schema import Config
 from qsr.distributed import Topology
+from qsr.durable import partial_name, replace_file, reserve
+from qsr.snapshot import git_revision, running_code
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "hydra-core", "safetensors")
 
+_SMALL_FILES_BYTES = 2**20
+"""For summary.json, and the rows of metrics.jsonl that a full disk has held up."""
+
 
 class RunFolder:
-    """Paths of a run: config.yaml, environment.json, metrics.jsonl, summary.json, checkpoints/ and
-    model.safetensors, the averaged model at the end."""
+    """Paths of a run: config.yaml, data.json, environment.json, metrics.jsonl, summary.json,
+    run.lock, checkpoints/ and model.safetensors, the averaged model at the end. Of a run that was
+    submitted: job.json, and slurm/ with the jobs' files. Of one that failed: failure.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.data = path / "data.json"
         self.environment = path / "environment.json"
+        self.job = path / "job.json"
+        self.jobs = path / "slurm"
+        self.failure = path / "failure.json"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model.safetensors"
 
     def summary_if_finished(self) -> dict[str, Any] | None:
         """The summary, if this run has come to its end."""
-        if not self.summary.exists():
-            return None
-        summary: dict[str, Any] = json.loads(self.summary.read_text())
-        return summary
+        return _read_json(self.summary) if self.summary.exists() else None
 
 
 def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
@@ -46,14 +53,19 @@ def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
     settings, or on other `data` (what the caller knows of the data set and how it is read)."""
     folder = RunFolder(run_folder(config))
     if folder.config.exists():
-        changed = differences(config, read_config(folder.config))
+        before = read_config(folder.config)
+        changed = differences(config, before)
         if changed:
+            workers = (
+                f"; a run keeps its workers: to go on with fewer processes, set cluster.ranks to a "
+                f"divisor of {before.workers}"
+            )
             raise ConfigError(
                 f"{folder.path} holds a run with other settings ({'; '.join(changed)}): delete it, "
-                f"or choose another runs_dir"
+                f"or choose another runs_dir{workers if before.workers != config.workers else ''}"
             )
     if folder.data.exists():
-        stored = json.loads(folder.data.read_text())
+        stored = _read_json(folder.data)
         changed = [f"{k}: {stored.get(k)} -> {v}" for k, v in data.items() if stored.get(k) != v]
         if changed:
             raise ConfigError(
@@ -82,9 +94,10 @@ def read_config(path: Path) -> Config:
     """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
     try:
         return parse_identity(yaml.safe_load(path.read_text()))
-    except (ConfigError, yaml.YAMLError) as error:
+    except (ConfigError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{path} cannot be read by this version ({error}): delete {path.parent}, or use the "
+            f"{path} cannot be read by this version ({reason}): delete {path.parent}, or use the "
             f"version that made it"
         ) from None
 
@@ -92,18 +105,44 @@ def read_config(path: Path) -> Config:
 def write_records(
     folder: RunFolder, config: Config, data: Mapping[str, Any], topology: Topology, device: str
 ) -> None:
-    """Write config.yaml, data.json and environment.json."""
+    """Write config.yaml, data.json, environment.json; remove what an earlier failure left."""
+    earlier = _earlier_code(folder)
     write_json(folder.data, data)
     write_text(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
-    write_json(folder.environment, environment(topology, device))
+    write_json(folder.environment, environment(topology, device) | {"earlier_code": earlier})
+    folder.failure.unlink(missing_ok=True)
+
+
+def other_code(folder: RunFolder) -> str | None:
+    """A warning, in one line, if sessions of the run before this one had other code than this."""
+    earlier = _earlier_code(folder)
+    if not earlier:
+        return None
+    return (
+        f"{folder.path} was begun with other code (qsr/ had the hash {earlier[-1]}, and has "
+        f"{running_code()}): going on, but it may not end as it would have"
+    )
+
+
+def _earlier_code(folder: RunFolder) -> list[str]:
+    """The hashes of the code of earlier sessions, without that of this one."""
+    if not folder.environment.exists():
+        return []
+    try:
+        stored = _read_json(folder.environment)
+    except ConfigError:  # a record, of which the run does not depend
+        stored = {}
+    codes = [*stored.get("earlier_code", []), stored.get("code", "unknown")]
+    return [code for code in dict.fromkeys(codes) if code != running_code()]
 
 
 def environment(topology: Topology, device: str) -> dict[str, Any]:
     """Versions, revision and hardware."""
     return {
+        "code": running_code(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES if _version(name)},
-        "git": _git_revision(),
+        "git": git_revision(),
         "host": platform.node(),
         "system": platform.platform(),
         "cpu": _cpu_name(),
@@ -123,9 +162,39 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` such that a reader finds the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    replace_file(path, [text.encode()])
+
+
+def reserve_results(folder: RunFolder, model: Mapping[str, Tensor]) -> None:
+    """Take the room on the disk that `write_results` will need, so that a disk that fills up while
+    the run trains does not cost its results. Raises OSError."""
+    reserve(folder.model, packed_size(model) + _SMALL_FILES_BYTES)
+
+
+def missing_room(folder: RunFolder, model: Mapping[str, Tensor]) -> int:
+    """Bytes of the disk that `reserve_results` will take; an earlier session may have done so."""
+    reserved = partial_name(folder.model)
+    there = reserved.stat().st_size if reserved.exists() else 0
+    return max(0, packed_size(model) + _SMALL_FILES_BYTES - there)
+
+
+def write_results(
+    folder: RunFolder, model: Mapping[str, Tensor], summary: Mapping[str, Any]
+) -> None:
+    """Write model.safetensors and then summary.json, which says that the run is finished.
+    Raises OSError."""
+    replace_file(folder.model, pack_tensors(model))
+    write_json(folder.summary, summary)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete its folder") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not what was written there: delete its folder")
+    return value
 
 
 def _version(package: str) -> str | None:
@@ -133,24 +202,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _git_revision() -> dict[str, Any] | None:
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        return {
-            "revision": git("rev-parse", "HEAD"),
-            "modified": bool(git("status", "--porcelain")),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not run from a git checkout
 
 
 def _cpu_name() -> str:

@@ -2,8 +2,8 @@
 
 A cluster that wants its machines back sends a signal and kills a while later. The handler only
 sets a flag, because a handler must not save, let alone take part in a collective: the other ranks
-may not have got the signal, or stand elsewhere. At every step border the ranks tell each other
-whether one of them has it, and then all stop after the same step.
+may not have got the signal, or stand elsewhere. In every step the ranks tell each other whether one
+of them has it, and then all stop after the same step. With it travels what they must agree on.
 """
 
 import signal
@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from types import FrameType
 
-from qsr.distributed import Communicator, PendingAny
+from qsr.averaging import Fingerprint
+from qsr.distributed import Communicator, PendingSum
 
 
 class StopRequestedError(Exception):
@@ -42,7 +43,7 @@ class StopFlag:
         def note(number: int, _frame: FrameType | None) -> None:
             self._signal = signal.Signals(number).name
 
-        with _handling(names, note):
+        with handling(names, note):
             yield
 
 
@@ -50,14 +51,15 @@ class StopFlag:
 def passing_on(names: Sequence[str], shared: Event) -> Iterator[None]:
     """In a launcher: ask the ranks to stop, through `shared`, when one of the signals comes. The
     launcher goes on waiting for them, and they end when they have saved."""
-    with _handling(names, lambda _number, _frame: shared.set()):
+    with handling(names, lambda _number, _frame: shared.set()):
         yield
 
 
 @contextmanager
-def _handling(
+def handling(
     names: Sequence[str], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
+    """Have `handler` called when one of these signals comes. In the main thread."""
     before = {name: signal.signal(signal.Signals[name], handler) for name in names}
     try:
         yield
@@ -67,29 +69,41 @@ def _handling(
 
 
 class Agreement:
-    """Whether any rank was asked to stop, as all ranks know it."""
+    """That all ranks do the same, and whether any was asked to stop, as all ranks know it."""
 
     def __init__(self, communicator: Communicator, flag: StopFlag) -> None:
         self._communicator = communicator
         self._flag = flag
-        self._pending: PendingAny | None = None
+        self._pending: tuple[Fingerprint, PendingSum] | None = None
+        self._stop = False
 
-    def asked(self) -> bool:
-        """Collective: whether any rank had the signal when all called this the last time.
-
-        The answer travels while the ranks compute on, so that none waits for the slowest at every
-        step. A stop is therefore agreed one call after the signal.
+    def begin(self, mark: Fingerprint) -> None:
+        """Collective: tell the other ranks what this one is about to do, and whether it was asked
+        to stop. The answer travels while the ranks compute on, so that none waits for the slowest.
         """
-        answer = self.settle()
-        self._pending = self._communicator.begin_any(self._flag.reason is not None)
-        return answer
+        self.settle()
+        asked = float(self._flag.reason is not None)
+        self._pending = mark, self._communicator.begin_sum([asked, *mark.encode()])
 
     def settle(self) -> bool:
-        """Collective: the answer that is still on its way."""
-        pending, self._pending = self._pending, None
-        return pending is not None and pending.wait()
+        """Collective: whether any rank had been asked to stop when all began the last time. Raises
+        DisagreementError on a rank whose mark was not the others'."""
+        if self._pending is not None:
+            mark, pending = self._pending
+            self._pending = None
+            asked, *sums = pending.wait()
+            topology = self._communicator.topology
+            wrong = [
+                total != topology.ranks * own
+                for total, own in zip(sums, mark.encode(), strict=True)
+            ]
+            if any(wrong):
+                raise mark.disagreement(topology.rank, wrong)
+            self._stop = self._stop or asked > 0.0
+        return self._stop
 
-    def check(self) -> None:
-        """Collective: raise StopRequestedError if a stop is agreed."""
-        if self.asked():
+    def check(self, mark: Fingerprint) -> None:
+        """Collective: raise StopRequestedError if a stop is agreed; otherwise ask again."""
+        if self.settle():
             raise StopRequestedError
+        self.begin(mark)

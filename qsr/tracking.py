@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qsr.config.schema import Config, TrackingConfig
+from qsr.durable import replace_file
 
 Row = Mapping[str, float | int | str | bool]
 """One line of metrics: "kind" ("train" or "eval"), "step" (steps done), and measured values."""
@@ -64,7 +65,8 @@ class RunTracker:
 
     def log(self, row: Row) -> None:
         for tracker in self._trackers:
-            tracker.log(row)
+            with contextlib.suppress(OSError):  # a full disk, under stderr too, does not end a run
+                tracker.log(row)
 
     def rewind(self, step: int) -> None:
         for tracker in self._trackers:
@@ -87,33 +89,45 @@ class RunTracker:
 
 
 class JsonlTracker:
-    """Appends rows to a file, one JSON object a line."""
+    """Appends rows to a file, one JSON object a line.
+
+    `log` raises OSError if the disk is full; the row then waits for the next one, or the end.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a")
+        self._waiting = b""
+        self._file = path.open("ab", buffering=0)
         self.rewind(sys.maxsize)  # a line that a kill cut short would spoil the next one
 
     def log(self, row: Row) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._write()
 
     def rewind(self, step: int) -> None:
         kept = [row for row in read_metrics(self._path) if row["step"] <= step]
         self._file.close()
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(self._path)
-        self._file = self._path.open("a")
+        replace_file(self._path, [json.dumps(row).encode() + b"\n" for row in kept])
+        self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            warnings.warn(
+                f"{self._path} lacks its last rows ({error})", RuntimeWarning, stacklevel=2
+            )
         self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl. A last line that a kill cut short is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

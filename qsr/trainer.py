@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qsr.averaging import Averager, MomentBuffers
-from qsr.checkpoint import Checkpointer, WorkerState
+from qsr.checkpoint import Checkpointer, CheckpointError, WorkerState
+from qsr.checkpoint_files import checkpoint_size
 from qsr.core.plan import Plan, Round
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
@@ -38,6 +39,18 @@ class Due:
     checkpoint_every: int | None
     stop_after: int | None
     """End the session after this step."""
+
+
+def checkpoint_bytes(plan: Plan, worker: Worker, num_workers: int) -> int:
+    """The most that a checkpoint of a run takes of the disk. `worker`: any of its workers, of which
+    names and shapes count alone; one on the meta device will do."""
+    tensors = worker.expected_tensors()
+    if plan.gradient_rounds == plan.num_rounds:
+        shared = {k: t for k, t in tensors.items() if not k.startswith("buffers/")}
+    else:  # within a round every worker has all its own
+        shared = {}
+    own = {k: t for k, t in tensors.items() if k not in shared}
+    return checkpoint_size(shared, own, num_workers)
 
 
 class Trainer:
@@ -70,6 +83,9 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.stopping = False
         """Whether the ranks agreed to stop because of a signal."""
+        self.checkpoint_failure: str | None = None
+        """Why the checkpoint that was due last is missing; None if it is there. The run goes on
+        without it: its end decides what to make of this."""
         self._plan = plan
         self._sampler = sampler
         self._workers = workers
@@ -164,7 +180,7 @@ class Trainer:
 
     def _do_what_is_due(self, round_: Round, stop: int) -> None:
         due, step = self._due, self.progress.step
-        self.stopping = self._agreement.asked()
+        self.stopping = self._agreement.settle()
         final = self._at_the_end
         log = final or step % due.log_every == 0
         evaluate = final or step % due.evaluate_every == 0
@@ -199,6 +215,7 @@ class Trainer:
                 yield Request(indices, seed)
 
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
+        self._agreement.begin(self._monitor.fingerprint(round_, step + 1))
         lr = self._plan.schedule(step)
         data_parallel = round_.averages == "gradients"
         for worker in self._workers:
@@ -214,6 +231,7 @@ class Trainer:
     def _end_round(self, round_: Round) -> None:
         if round_.averages == "gradients":
             return
+        self._agreement.settle()  # ranks that disagree would mix, or wait for each other
         replicas = [worker.model.flat for worker in self._workers]
         self._averager.average_(replicas, self._monitor.fingerprint(round_, round_.end))
         self.progress.averages += 1
@@ -230,10 +248,12 @@ class Trainer:
         step = self.progress.step
         averaged = step == round_.end or round_.averages == "gradients"
         replicas = [worker.model.flat for worker in self._workers]
+        mark = self._monitor.fingerprint(round_, step)
+        self._agreement.begin(mark)
         started = time.perf_counter()
         try:
             result = self._evaluator.evaluate(
-                replicas, step, averaged=averaged, between=self._agreement.check
+                replicas, step, averaged=averaged, between=lambda: self._agreement.check(mark)
             )
         except StopRequestedError:
             return False
@@ -262,15 +282,16 @@ class Trainer:
 
     def _save(self, round_: Round) -> None:
         finite = all(
-            bool(buffer.isfinite().all())
+            bool(tensor.isfinite().all())
             for worker in self._workers
-            for buffer in worker.model.flat.buffers.values()
+            for tensor in (*worker.model.flat.views, *worker.optimizer_state().values())
         )
         progress = self.progress
         if self._communicator.any(not finite):
             raise TrainingError(
-                f"parameters are not finite at step {progress.step}; nothing was saved, the "
-                f"checkpoints before are untouched"
+                f"parameters or optimizer states are not finite at step {progress.step}; nothing "
+                f"was saved, the checkpoints before are untouched; try a lower schedule.peak_lr, a "
+                f"longer warm-up or optimizer.clip_norm"
             )
         first = self._workers[0]
         shared: dict[str, Tensor] = {}
@@ -292,15 +313,36 @@ class Trainer:
             "config_hash": self._config_hash,
             "evaluation": None if self.evaluation is None else asdict(self.evaluation),
         }
-        self._checkpointer.save(progress.step, run, shared, own)
+        try:
+            self._checkpointer.save(progress.step, run, shared, own)
+            self.checkpoint_failure = None
+        except CheckpointError as error:  # on all ranks alike
+            self.checkpoint_failure = str(error)
+            self._communicator.say(f"{error}; the run goes on without it")
+
+    def check_space(self, more_bytes: int) -> None:
+        """Collective: see that the disk has room for the run's checkpoints and for `more_bytes`.
+        Raises CheckpointError."""
+        size = checkpoint_bytes(
+            self._plan, self._workers[0], self._communicator.topology.num_workers
+        )
+        self._checkpointer.check_space(size, more_bytes)
 
     def restore(self) -> bool:
-        """Collective: take up the run's newest checkpoint; False if there is none."""
+        """Collective: take up the run's newest checkpoint that is whole; False if there is none at
+        all. Raises CheckpointError, TrainingError: it cannot be taken up."""
         step = self._checkpointer.latest()
         if step is None:
             self._tracker.rewind(0)  # rows of a session that was killed before its first
             return False
         run = self._checkpointer.read_run(step)
+        workers = self._communicator.topology.num_workers
+        if run["workers"] != workers:
+            raise TrainingError(
+                f"the checkpoint after step {step} is of {run['workers']} workers, and this run "
+                f"has {workers}: a run keeps its workers; to go on with fewer processes, set "
+                f"cluster.ranks to a divisor of {run['workers']}"
+            )
         if run["config_hash"] != self._config_hash:
             raise TrainingError(
                 f"the checkpoint after step {step} was made by a run with other settings"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qsr.flat import FlatBuffers, FlatModule
+from qsr.optim import states_after_a_step
 
 
 class Worker:
@@ -62,6 +63,18 @@ class Worker:
     def tensors(self) -> dict[str, Tensor]:
         """All its tensors: parameters, optimizer state and buffers (BatchNorm's statistics)."""
         return {**self._targets(), **self.optimizer_state()}
+
+    def expected_tensors(self) -> dict[str, Tensor]:
+        """What `tensors` gives from the first step on; the optimizer's without their values."""
+        names = {p: name for name, p in self.model.module.named_parameters()}
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = zip(ordered, states_after_a_step(self.optimizer), strict=True)
+        optimizer = {
+            f"optimizer/{names[parameter]}/{key}": value
+            for parameter, state in states
+            for key, value in state.items()
+        }
+        return {**self._targets(), **optimizer}
 
     def values(self) -> dict[str, Any]:
         """The rest of its state, for JSON."""

@@ -17,6 +17,7 @@ from qsr import launch
 from qsr.config.load import ConfigError, load_config, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
+from qsr.processes import RunFailedError
 from qsr.report.collect import ReportError, group_by_label, read_run
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
@@ -52,7 +53,7 @@ def main(settings: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except launch.RunFailedError as error:
+    except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 from qsr.config import profiles
 from qsr.config.load import ConfigError, expand_sweeps, load_config, load_configs
 from qsr.config.schema import Config
+from qsr.place import find_place
 from qsr.report import planner_json, planner_text
 from qsr.report.forecast import forecast, known_classes, known_images
 from qsr.report.what_if import all_cases
@@ -99,22 +99,23 @@ def calibrate(arguments: list[str]) -> int:
     from qsr.calibrate import measure
     from qsr.distributed import ClusterError
     from qsr.models import check_model
+    from qsr.processes import RunFailedError, start_ranks
     from qsr.runfolder import write_text
 
     check_model(config.model, config.data.image_size)
     command = " ".join(["plan.py calibrate", *arguments])
     ranks = launch.number_of_ranks(config)
     try:
-        found = launch.start_ranks(measure, ranks, config, classes, images, command)
+        found = start_ranks(measure, ranks, config, classes, images, command)
     except ClusterError as error:
         return _refuse(error)
-    except launch.RunFailedError as error:
+    except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    if os.environ.get("RANK", "0") == "0":
+    if find_place().rank == 0:
         cluster = dataclasses.replace(config.cluster, name=names[0])
         profile = profiles.updated_profile(cluster, stored, found)
         write_text(path, profiles.profile_text(profile))

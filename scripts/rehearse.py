@@ -18,6 +18,7 @@ from qsr import launch
 from qsr.config.load import ConfigError, load_configs, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
+from qsr.processes import RunFailedError
 from qsr.report.collect import ReportError, read_run
 from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
 from qsr.report.paper import read_reference
@@ -60,7 +61,7 @@ def main(settings: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except launch.RunFailedError as error:
+    except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     RESULTS.mkdir(parents=True, exist_ok=True)

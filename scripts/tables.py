@@ -10,6 +10,7 @@ Exit status: 0 done, 1 something is not current (--check), 2 refused.
 """
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,8 @@ def main(arguments: list[str]) -> int:
 def _tables(*, check: bool) -> int:
     rows = read_reference(ROOT / "results" / "paper" / "tables.csv")
     plan_of = partial(experiment_plan, config_dir=ROOT / "configs")
-    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of)
+    faults = json.loads((ROOT / "results" / "faults.json").read_text())
+    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of, faults)
     paths = stale(files)
     if not check:
         write(files, paths)

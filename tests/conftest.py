@@ -1,7 +1,11 @@
 """What all tests share."""
 
 import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # one thread per test process: the suite runs in parallel processes on few cores
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -9,7 +13,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from qsr.data import ImageFolder, Loader, make_loader
 from qsr.data.digits import prepare_digits
+from qsr.data.transforms import EvalTransform, TrainTransform
+from tests.cli import call, command, folder_in
+from tests.fault_record import FaultRecord
+from tests.image_trees import write_tree
+from tests.killing import SCRIPT
+from tests.support import CPU
 
 torch.set_num_threads(1)
 
@@ -18,6 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-golden", action="store_true", help="write the golden files anew from this run"
     )
+    parser.addoption(
+        "--record-faults", action="store_true", help="count outcomes into results/faults.json"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    in_a_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose controller records
+    if config.getoption("--record-faults") and not in_a_worker:
+        config.pluginmanager.register(FaultRecord())
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +46,59 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("digits") / "digits"
     prepare_digits(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two processes that nobody disturbed."""
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    done = call(command(digits, runs, "checkpoint.every_steps=10"))
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+    return folder_in(runs)
+
+
+@pytest.fixture
+def own_photos(tmp_path: Path) -> Path:
+    """Root of a tree that the test may damage."""
+    write_tree(tmp_path / "photos", classes=2, train=6, val=2)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs scripts/prepare.py in this process; returns its exit status."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code
+
+    return run
+
+
+@pytest.fixture(params=["dali", "torchvision"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Both loaders, one after the other."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def new_loader() -> Iterator[Callable[..., Loader]]:
+    """Makes loaders for 16 images a batch that live to the end of the tests."""
+    made: list[Loader] = []
+
+    def make(
+        kind: Any, dataset: ImageFolder, transform: TrainTransform | EvalTransform, **options: Any
+    ) -> Loader:
+        settings: dict[str, Any] = {"batch_size": 16, "device": CPU, "threads": 2, **options}
+        made.append(make_loader(kind, dataset, transform, **settings))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()

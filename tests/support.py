@@ -139,6 +139,7 @@ class Setup:
 
     plan: Plan
     workers: int = 2
+    keep: int = 2
     global_batch: int = 8
     micro_batch: int | None = None
     net: Callable[[], nn.Module] = linear_net
@@ -155,6 +156,7 @@ class Setup:
     checkpoint_every: int | None = None
     stop_after: int | None = None
     stop: StopFlag = field(default_factory=StopFlag)
+    timeout_seconds: float = 60.0
     folder: Path | None = None
     """Of the run; None: a new one for every trainer (ranks of one run need a common one)."""
     config_hash: str = "0123456789abcdef"
@@ -180,7 +182,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
     """Trainer and parts of one rank; joins the process group if there are several."""
     folder = setup.folder or new_folder()
     topology = topology or Topology(0, 1, 0, setup.workers)
-    communicator = Communicator(topology, device, timeout_seconds=60.0)
+    communicator = Communicator(topology, device, setup.timeout_seconds)
     precision = Precision(setup.precision, device)  # type: ignore[arg-type]
 
     def make_net() -> nn.Module:
@@ -228,7 +230,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         precision=precision,
         communicator=communicator,
         evaluator=evaluator,
-        checkpointer=Checkpointer(folder / "checkpoints", 2, communicator),
+        checkpointer=Checkpointer(folder / "checkpoints", setup.keep, communicator),
         tracker=tracker,
         due=Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
         config_hash=setup.config_hash,
@@ -240,6 +242,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
 def train(setup: Setup, topology: Topology | None = None) -> Rig:
     """Build, resume if there is something to resume, and train."""
     rig = build(setup, topology)
+    rig.trainer.check_space(0)
     rig.trainer.restore()
     rig.trainer.train()
     return rig

@@ -32,10 +32,14 @@ def speed_key(config: schema.Config) -> str:
 
 
 def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tuple[int, int]:
-    """What a run takes of a cluster: cluster.ranks, or as many as share the workers evenly; on as
-    few machines as hold them. Raises ConfigError if the cluster is too small."""
+    """What a run takes of a cluster: a Slurm job's ranks and nodes; elsewhere cluster.ranks, or as
+    many as share the workers evenly, on as few machines as hold them. Raises ConfigError if the
+    cluster is too small."""
     most = speed.machines * speed.ranks_per_machine
-    ranks = config.cluster.ranks
+    cluster = config.cluster
+    if isinstance(cluster, schema.SlurmCluster):
+        return cluster.job_ranks, cluster.nodes
+    ranks = cluster.ranks
     if ranks is None:
         ranks = next(n for n in range(most, 0, -1) if config.workers % n == 0)
     if ranks > most:

@@ -27,7 +27,7 @@ from qsr.config.compose import (
 from qsr.config.parsing import flatten, parse
 from qsr.config.planning import make_plan
 from qsr.config.rehearsal import Rehearsal, rehearse
-from qsr.config.schema import Config, DataConfig
+from qsr.config.schema import Config, DataConfig, SlurmCluster
 
 __all__ = [
     "CONFIG_DIR",
@@ -62,6 +62,30 @@ EXECUTION = (
 )
 """Settings that say how a run is carried out and not what it computes. They are no part of a
 run's identity: not of its folder's name, not of its hash, and they may change at a resumption."""
+
+_SBATCH_ELSEWHERE = {
+    "account": "set cluster.account",
+    "array": "give seed=1,2,3: a job for each",
+    "constraint": "set cluster.constraint",
+    "cpus-per-task": "set cluster.cpus_per_task",
+    "error": "logs are in slurm/ of the run's folder",
+    "gpus-per-node": "set cluster.gpus_per_node",
+    "job-name": "it is that of the run",
+    "mem": "set cluster.memory_gb",
+    "no-requeue": "set cluster.requeue",
+    "nodes": "set cluster.nodes",
+    "ntasks": "set cluster.nodes and cluster.ranks_per_node",
+    "ntasks-per-node": "set cluster.ranks_per_node",
+    "open-mode": "logs go on where an earlier start of the job ended",
+    "output": "logs are in slurm/ of the run's folder",
+    "partition": "set cluster.partition",
+    "qos": "set cluster.qos",
+    "requeue": "set cluster.requeue",
+    "reservation": "set cluster.reservation",
+    "signal": "set cluster.signal and cluster.signal_lead_seconds",
+    "time": "set cluster.time_limit_minutes",
+}
+"""Options of sbatch that cluster.sbatch must not hold, and what to do instead."""
 
 
 def load_configs(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> list[Config]:
@@ -137,6 +161,13 @@ def check(config: Config) -> None:
             f"cluster.ranks={ranks} does not divide workers={config.workers}: every rank holds "
             f"workers / ranks of them; try cluster.ranks={_divisors(config.workers)}"
         )
+    if isinstance(config.cluster, SlurmCluster):
+        _check_slurm(config.cluster, config.workers)
+        if config.cluster.signal not in config.checkpoint.stop_signals:
+            raise ConfigError(
+                f"cluster.signal={config.cluster.signal} is none of checkpoint.stop_signals: the "
+                f"run would end without saving"
+            )
     if (config.model.timm_name is None) == (config.model.name == "timm"):
         raise ConfigError("model.timm_name goes with model.name=timm, and only with it")
     if config.schedule.warmup_steps is not None and config.schedule.warmup_epochs is not None:
@@ -163,6 +194,38 @@ def check(config: Config) -> None:
         raise ConfigError("data.decode=gpu goes with DALI: take data.loader=dali")
     if config.data.train_images is not None:
         check_plan(config, config.data.train_images)
+
+
+def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
+    each, ranks = cluster.tasks_per_node, cluster.job_ranks
+    if not each:
+        raise ConfigError("cluster.gpus_per_node=0: then give cluster.ranks_per_node")
+    if cluster.device != "cpu" and 0 < cluster.gpus_per_node < each:
+        raise ConfigError(
+            f"cluster.ranks_per_node={each} exceeds cluster.gpus_per_node={cluster.gpus_per_node}: "
+            f"every rank needs a GPU of its own"
+        )
+    if workers % ranks:
+        raise ConfigError(
+            f"cluster.nodes={cluster.nodes} x {each} ranks per node = {ranks} ranks do not divide "
+            f"workers={workers}: every rank holds workers / ranks of them; try "
+            f"{_divisors(workers)} ranks"
+        )
+    if cluster.ranks not in (None, ranks):
+        raise ConfigError(
+            f"cluster.ranks={cluster.ranks}, but cluster.nodes x ranks per node = {ranks}: leave "
+            f"cluster.ranks out"
+        )
+    if cluster.signal_lead_seconds >= 60 * cluster.time_limit_minutes:
+        raise ConfigError(
+            f"cluster.signal_lead_seconds={cluster.signal_lead_seconds} is not shorter than "
+            f"cluster.time_limit_minutes={cluster.time_limit_minutes}: the job would be told to "
+            f"stop as soon as it starts"
+        )
+    for option in cluster.sbatch:
+        mend = _SBATCH_ELSEWHERE.get(option.replace("_", "-"))
+        if mend is not None:
+            raise ConfigError(f"cluster.sbatch.{option}: {mend}")
 
 
 def check_plan(config: Config, train_images: int) -> None:

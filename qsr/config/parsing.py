@@ -12,6 +12,9 @@ from qsr.config.compose import ConfigError, suggest
 
 T = TypeVar("T")
 
+_KINDS = {"cluster": "launcher", "optimizer": "name", "schedule": "name", "sync": "rule"}
+"""The settings that have kinds, and which of their fields names the kind."""
+
 
 def parse(kind: type[T], raw: Mapping[str, Any], prefix: str = "") -> T:
     """A dataclass of the schema from what YAML holds. Raises ConfigError; `prefix` goes before the
@@ -28,12 +31,11 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
     """One line for each thing that pydantic refused."""
     for item in error.errors(include_url=False, include_context=False):
         # a kind's own word stands in the location of its fields: ("sync", "quadratic", "alpha")
-        kinds = {"optimizer": "name", "schedule": "name", "sync": "rule"}
         location = [str(part) for part in item["loc"]]
         kind = ""
-        if len(location) > 1 and location[0] in kinds:
+        if len(location) > 1 and location[0] in _KINDS:
             word = location.pop(1)
-            kind = f" of {location[0]}.{kinds[location[0]]}={word}"
+            kind = f" of {location[0]}.{_KINDS[location[0]]}={word}"
         name = ".".join(location)
         match item["type"]:
             case "unexpected_keyword_argument" | "dataclass_exact_type":
@@ -41,7 +43,7 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
             case "missing":
                 yield f"{name} is missing{kind}"
             case "union_tag_invalid" | "union_tag_not_found":
-                yield f"{name}.{kinds[location[0]]}: {_lower(item['msg'])}"
+                yield f"{name}.{_KINDS[location[0]]}: {_lower(item['msg'])}"
             case _:
                 yield f"{name}={item['input']!r}: {_lower(item['msg'])}"
 
@@ -53,8 +55,8 @@ def _field_names(path: Sequence[str], raw: Mapping[str, Any], root: type) -> lis
         hint = {field.name: field.type for field in dataclasses.fields(node)}[part]
         candidates = list(_dataclasses_of(hint))
         chosen = raw.get(part)
-        word = chosen.get("name", chosen.get("rule")) if isinstance(chosen, Mapping) else None
-        node = next((c for c in candidates if _kind_of(c) == word), candidates[0])
+        word = chosen.get(_KINDS.get(part)) if isinstance(chosen, Mapping) else None
+        node = next((c for c in candidates if _kind_of(c, part) == word), candidates[0])
     return [field.name for field in dataclasses.fields(node)]
 
 
@@ -64,9 +66,9 @@ def _dataclasses_of(hint: Any) -> list[Any]:
     return [found for part in getattr(hint, "__args__", ()) for found in _dataclasses_of(part)]
 
 
-def _kind_of(cls: Any) -> str | None:
+def _kind_of(cls: Any, setting: str) -> str | None:
     for field in dataclasses.fields(cls):
-        if field.name in ("name", "rule"):
+        if field.name == _KINDS.get(setting):
             return next(iter(getattr(field.type, "__args__", ())), None)
     return None
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from qsr.config.load import CONFIG_DIR, ConfigError
-from qsr.config.schema import AllReduceTimes, ClusterConfig, SpeedConfig
+from qsr.config.schema import AllReduceTimes, AnyCluster, ClusterConfig, SpeedConfig
 from qsr.core.cost import fit_link
 
 MARK = "# Written by `python scripts/plan.py calibrate`, which renews it; edit a copy."
@@ -54,7 +54,8 @@ def read_profile(path: Path) -> ClusterConfig:
     """A profile from its file. Raises ConfigError if this version cannot read it."""
     try:
         raw = json.dumps(yaml.safe_load(path.read_text()))
-        return TypeAdapter(ClusterConfig).validate_json(raw)
+        profile: ClusterConfig = TypeAdapter(AnyCluster).validate_json(raw)
+        return profile
     except (ValidationError, yaml.YAMLError):
         raise ConfigError(f"{path} is no profile of this version: delete it") from None
 

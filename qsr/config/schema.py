@@ -398,6 +398,79 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LocalCluster(ClusterConfig):
+    """Processes on this machine, or those that torchrun or srun has started."""
+
+    launcher: Literal["local"]
+    """Kind of cluster."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SlurmCluster(ClusterConfig):
+    """A Slurm cluster, for scripts/submit.py: one job per run."""
+
+    launcher: Literal["slurm"]
+    """Kind of cluster."""
+    nodes: PositiveInt
+    """Machines of a job."""
+    gpus_per_node: Annotated[int, Field(ge=0)]
+    """GPUs that the job asks for on each node; 0: none, or asked for in `sbatch`."""
+    ranks_per_node: PositiveInt | None
+    """Ranks on each node; null: one per GPU."""
+    cpus_per_task: PositiveInt | None
+    """CPU cores of each rank, for its threads and its loader; null: the partition's default."""
+    memory_gb: PositiveInt | None
+    """Memory of the job on each node, in GB; null: the partition's default."""
+    time_limit_minutes: PositiveInt
+    """After so long Slurm ends the job; it is requeued before, if it may be."""
+    partition: str | None
+    """Where to queue; null: the cluster's default."""
+    account: str | None
+    """Who is charged; null: the user's default."""
+    qos: str | None
+    """Quality of service; null: the default."""
+    constraint: str | None
+    """Features that the nodes must have."""
+    reservation: str | None
+    """Reservation to run in."""
+    sbatch: dict[str, str | int | bool]
+    """Any other options of sbatch by their long names, as in {exclusive: true, mail-type: END}."""
+    requeue: bool
+    """Whether the job may go back into the queue: when it was told to stop, when a node died."""
+    signal: Literal["SIGUSR1", "SIGUSR2", "SIGTERM"]
+    """What Slurm sends to every rank before the time limit, and in one of its two ways to preempt.
+    Must be one that runs listen to."""
+    signal_lead_seconds: Annotated[int, Field(ge=1, le=65_535)]
+    """How long before the time limit. A checkpoint must be written within it; Slurm may send the
+    signal up to 60 seconds early."""
+    setup: tuple[str, ...]
+    """Lines of the batch script before the ranks start: modules, conda, exports."""
+    python: str | None
+    """The ranks' Python; null: the one that submits. In a container, the container's."""
+    container: str | None
+    """Words before `python`, as in "apptainer exec --nv image.sif"."""
+    srun_arguments: tuple[str, ...]
+    """More arguments for srun, as in --cpu-bind=cores."""
+    network_interface: str | None
+    """Interface between the nodes, for NCCL and gloo, as in ib0; null: they choose."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str | int]
+    """More environment variables for the ranks, as NCCL's."""
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks on each node; 0 if neither they nor GPUs are given."""
+        return self.ranks_per_node or self.gpus_per_node
+
+    @property
+    def job_ranks(self) -> int:
+        """Ranks of a job."""
+        return self.nodes * self.tasks_per_node
+
+
+AnyCluster = Annotated[LocalCluster | SlurmCluster, Field(discriminator="launcher")]
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrackingConfig:
     """What is reported while training. metrics.jsonl is always written. Execution."""
 
@@ -449,7 +522,7 @@ class Config:
     """Validation."""
     checkpoint: CheckpointConfig
     """Checkpoints."""
-    cluster: ClusterConfig
+    cluster: AnyCluster
     """Processes and devices."""
     tracking: TrackingConfig
     """Logs."""

@@ -17,6 +17,9 @@ from qsr.data.progress import show_progress
 FILES_PER_TASK = 64
 """Fewer would fill the memory with a million waiting tasks."""
 
+PNG_END = b"IEND\xaeB\x60\x82"
+"""The last chunk of a PNG file. Pillow does without it, DALI does not."""
+
 
 def check_images(splits: Sequence[ImageFolder], folder: Path, threads: int) -> Iterator[str]:
     """Read, hash and decode every file; yield a line for each broken one, in order.
@@ -90,8 +93,11 @@ def _check_file(root: Path, file: str, record: CheckRecord) -> SoundFile | str:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+            cut = image.format == "PNG" and PNG_END not in data
     except UnidentifiedImageError:
         return f"{path}: not an image of a known format"
     except Exception as error:  # Pillow's decoders raise many types on a broken file
         return f"{path}: {type(error).__name__}: {error}"
+    if cut:
+        return f"{path}: truncated: its end is missing"
     return SoundFile(file, len(data), status.st_mtime_ns, hashlib.sha256(data).hexdigest())

@@ -17,6 +17,7 @@ import pandas as pd
 from qsr.core.plan import Plan
 from qsr.report.collect import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
+from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
 
 HEADLINES = (
@@ -39,10 +40,12 @@ def generate(
     rows: Sequence[ReferenceRow],
     summaries: Mapping[str, Sequence[Mapping[str, Any]]],
     plan_of: Callable[[str], Plan],
+    faults: Mapping[str, Any],
 ) -> dict[Path, str]:
     """All generated files of the repository in `root`, and what each should hold: a table of the
     paper as results/tables/table_NAME.md and .csv, their index, and README.md and docs/*.md with
-    their blocks filled. Arguments and errors are those of comparison_table and fill_blocks."""
+    their blocks filled. Arguments and errors are those of comparison_table, faults_markdown and
+    fill_blocks."""
     table = comparison_table(rows, summaries, plan_of)
     folder = root / "results" / "tables"
     files, blocks, index = {}, {}, []
@@ -57,6 +60,7 @@ def generate(
     files[folder / "README.md"] = _INDEX + "\n".join(index) + "\n"
     headlines = table[table["experiment"].isin(HEADLINES)]
     blocks["headlines"] = comparison_markdown(headlines)
+    blocks["faults"] = faults_markdown(faults)
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

@@ -47,6 +47,21 @@ def print_forecast(forecast: Forecast) -> None:
     _print_sources(console, [forecast])
 
 
+def plan_line(forecast: Forecast) -> str:
+    """One run in one line, for whoever is about to start it."""
+    config, plan, run = forecast.config, forecast.plan, forecast.planned
+    longest = plan.longest_round
+    text = (
+        f"{plan.total_steps:,} steps in {config.epochs} epochs, {plan.num_rounds:,} rounds (volume "
+        f"{100 * plan.volume:.1f} %), the longest of H={longest.length:,} from step "
+        f"{longest.start:,}; {config.workers} workers, global batch {config.global_batch:,}; "
+    )
+    if run.cost is None:
+        return text + forecast.why_no_times
+    hours = hours_text(forecast, run, "total")
+    return text + f"{hours} h ({basis_text(run)}), {_number(run.cost.gpu_hours)} GPU hours"
+
+
 def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forecast]) -> None:
     """Several runs: a row for each, after the settings that distinguish it."""
     console = _console()

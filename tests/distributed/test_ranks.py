@@ -8,22 +8,20 @@ import pytest
 import torch
 
 from qsr import (
-    ConstantRule,
-    ConstantSchedule,
     CosineSchedule,
     EveryStepRule,
     Plan,
     PostLocalRule,
     QuadraticRule,
 )
-from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerprint
+from qsr.averaging import FINGERPRINT_SIZE, Averager, Fingerprint
 from qsr.batchnorm import reestimate
+from qsr.core.sampling import Sampler
 from qsr.distributed import Communicator, Topology
 from qsr.flat import FlatBuffers
 from qsr.monitor import TrainingError
 from tests.support import (
     CPU,
-    LossWithAccident,
     Setup,
     batchnorm_net,
     build,
@@ -52,7 +50,7 @@ def odd_tensors(rank: int) -> list[torch.Tensor]:
 def average_odd_tensors(rank: int, ranks: int) -> Any:
     communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
     buffers = FlatBuffers(odd_tensors(rank), FINGERPRINT_SIZE)
-    mark = Fingerprint(step=3, round=1, h=3, config="c0ffee")
+    mark = Fingerprint(3, 1, 3, 0.1, Sampler(96, 6, 3, seed=1), config="c0ffee")
     Averager(communicator, ranks).average_([buffers], mark)
     gathered = communicator.gather_floats([rank, 2.0 * rank])
     flags = [communicator.any(rank == 2), communicator.any(False)]
@@ -71,26 +69,32 @@ def test_averages_by_value_over_three_ranks() -> None:
         assert seconds > 0.0
 
 
-def disagree(rank: int, ranks: int, field: str) -> str:
+def exchange_texts(rank: int, ranks: int) -> Any:
     communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
-    buffers = FlatBuffers([torch.ones(3)], FINGERPRINT_SIZE)
-    mark = Fingerprint(step=8, round=2, h=4, config="c0ffee")
-    averager = Averager(communicator, ranks)
-    averager.average_([buffers], mark)  # all agree
-    if rank == 1:
-        other: Any = {field: "decaf" if field == "config" else 77}
-        mark = mark._replace(**other)
-    try:
-        averager.average_([buffers], mark)
-    except DisagreementError as error:
-        return str(error)
-    return "mixed in silence"
+    texts = ["", "zwölf", "x" * 1000]
+    gathered = [communicator.gather_texts(texts[rank]), communicator.gather_texts("")]
+    done: list[int] = []
+    communicator.try_on_all(lambda: done.append(rank))
+    refused = []
+    for failing in (set(), {2}, {1, 2}):
+
+        def act(failing: set[int] = failing) -> None:
+            done.append(rank)
+            if rank in failing:
+                raise OSError(28, "No space left on device")
+
+        try:
+            communicator.try_on_all(act)
+        except OSError as error:
+            refused.append(str(error))
+    return gathered, refused, len(done)
 
 
-@pytest.mark.parametrize("field", Fingerprint._fields)
-def test_ranks_that_disagree_get_an_error_at_the_next_average(field: str) -> None:
-    for message in run_ranks(disagree, 2, field):
-        assert f"disagree on {field} " in message
+def test_ranks_tell_each_other_texts_and_failures() -> None:
+    for gathered, refused, done in run_ranks(exchange_texts, 3):
+        assert gathered == [["", "zwölf", "x" * 1000], ["", "", ""]]
+        assert refused == [f"rank {rank}: [Errno 28] No space left on device" for rank in (2, 1)]
+        assert done == 4
 
 
 def train_ranks(rank: int, ranks: int, setup: Setup) -> Any:
@@ -189,24 +193,6 @@ def test_batchnorm_statistics_are_those_of_all_ranks_batches_pooled() -> None:
     expected = [*pooled.mean(0).tolist(), *pooled.var(0).tolist()]
     for values in run_ranks(pooled_statistics, 3):
         assert values == pytest.approx(expected, rel=1e-6)
-
-
-def diverge(rank: int, ranks: int) -> str:
-    plan = Plan(ConstantSchedule(0.1, 20), ConstantRule(8))
-    loss = LossWithAccident(at=3 if rank == 1 else 0, value=float("nan"))
-    setup = Setup(plan, log_every=4, loss=loss)
-    rig = build(setup, Topology(rank, ranks, rank, ranks))
-    try:
-        rig.trainer.train()
-    except (TrainingError, DisagreementError) as error:
-        return f"step {rig.trainer.progress.step}: {error}"
-    return "went on"
-
-
-def test_all_ranks_stop_in_the_same_step_when_one_loss_is_not_finite() -> None:
-    messages = run_ranks(diverge, 2)
-    assert {message.split(":")[0] for message in messages} == {"step 4"}
-    assert all("loss is not finite" in message for message in messages)
 
 
 def start_unequal(rank: int, ranks: int) -> str:

@@ -132,15 +132,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(project: Path, *command: str) -> str:
+    """What a command prints. A calibration asks to be made again where the machine is busy."""
     environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=project,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if "measure again" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,15 +1,7 @@
 """The command line, as a user gives it: real processes, real images, real files."""
 
-import contextlib
 import json
-import os
-import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +9,8 @@ import pytest
 
 from qsr import build
 from qsr.config.load import CONFIG_DIR, ConfigError, load_config, run_folder
-from qsr.data import DataError
 from qsr.tracking import read_metrics
-
-ROOT = CONFIG_DIR.parent
-TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-RUN = [
-    "experiment=demo/quadratic",
-    "workers=2",
-    "epochs=2",
-    "schedule.warmup_epochs=1",
-    "tracking=none",
-    "seed=3",
-]
-
-
-def command(digits: Path, runs: Path, *extra: str) -> list[str]:
-    return [*TRAIN, *RUN, f"data.root={digits}", f"runs_dir={runs}", *extra]
-
-
-def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240
-    )
-
-
-def folder_in(runs: Path) -> Path:
-    (config,) = runs.rglob("config.yaml")
-    return config.parent
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two processes that nobody disturbed."""
-    runs = tmp_path_factory.mktemp("uninterrupted")
-    done = call(command(digits, runs, "checkpoint.every_steps=10"))
-    assert done.returncode == 0, done.stderr
-    assert "top-1" in done.stdout
-    return folder_in(runs)
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+from tests.cli import TORCHRUN, call, command, folder_in, same_weights
 
 
 def test_the_run_folder_holds_what_it_promises(uninterrupted: Path) -> None:
@@ -72,6 +21,7 @@ def test_the_run_folder_holds_what_it_promises(uninterrupted: Path) -> None:
         "environment.json",
         "metrics.jsonl",
         "model.safetensors",
+        "run.lock",
         "summary.json",
     ]
     environment = json.loads((uninterrupted / "environment.json").read_text())
@@ -136,102 +86,6 @@ def test_a_run_averages_and_sends_what_its_plan_said(
     assert summary["planned"]["communication_seconds"] == 0.0
 
 
-@pytest.fixture
-def killed(digits: Path, tmp_path: Path) -> tuple[list[str], Path]:
-    """A run of two processes, all killed with SIGKILL after a checkpoint in a round."""
-    arguments = command(digits, tmp_path, "checkpoint.every_steps=10")
-    process = subprocess.Popen(
-        arguments, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("step_000000010")):
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return arguments, tmp_path
-
-
-def test_kill_9_and_the_same_command_again_give_the_same_bits(
-    killed: tuple[list[str], Path], uninterrupted: Path
-) -> None:
-    arguments, runs = killed
-    folder = folder_in(runs)
-    assert not (folder / "summary.json").exists()
-    state = json.loads(
-        (sorted((folder / "checkpoints").glob("step_*[0-9]"))[0] / "state.json").read_text()
-    )
-    step, round_ = state["progress"]["step"], state["round"]
-    assert step == 10
-    assert round_["start"] < step < round_["start"] + round_["length"]  # in the middle of a round
-    resumed = call(arguments)
-    assert resumed.returncode == 0, resumed.stderr
-    assert same_weights(folder, uninterrupted)
-    for name in ("worker_000.safetensors", "worker_001.safetensors", "shared.safetensors"):
-        last = Path("checkpoints", "step_000000044", name)
-        assert (folder / last).read_bytes() == (uninterrupted / last).read_bytes()
-    rows = read_metrics(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [22, 44, 44]
-    assert rows[1]["loss"] == pytest.approx(
-        read_metrics(uninterrupted / "metrics.jsonl")[1]["loss"]
-    )
-    # and once more: it is finished, and says so without training
-    started = time.monotonic()
-    again = call(arguments)
-    assert again.stdout == resumed.stdout
-    assert time.monotonic() - started < 60
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_ten_kills_at_random_moments_leave_the_same_bits(
-    digits: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
-    """Whenever it is killed, while it writes a checkpoint too, the run comes to the same end."""
-    arguments = command(digits, tmp_path, "checkpoint.every_steps=2")
-    moments = random.Random(0)
-    for _ in range(10):
-        process = subprocess.Popen(
-            arguments, env=ENVIRONMENT, start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(5, 20))
-        with contextlib.suppress(ProcessLookupError):  # it had finished
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    last = call(arguments)
-    assert last.returncode == 0, last.stderr
-    assert same_weights(folder_in(tmp_path), uninterrupted)
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_to_the_command_saves_and_the_same_command_goes_on(
-    name: str, ranks: int, digits: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
-    one = ("cluster.ranks=1", "cluster.threads_per_rank=1") if ranks == 1 else ()
-    arguments = command(digits, tmp_path, "checkpoint.every_steps=10", *one)
-    process = subprocess.Popen(
-        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not list(tmp_path.rglob("step_000000010")):
-        assert process.poll() is None, "ended before it could be signalled"
-        time.sleep(0.01)
-    process.send_signal(signal.Signals[name])
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == os.EX_TEMPFAIL, errors
-    assert errors == ""
-    stopped = re.search(r"stopped after step (\d+) by (.+), everything saved; the same", output)
-    assert stopped is not None
-    assert stopped[2] == (name if ranks == 1 else "a signal to the launcher")
-    newest = max(path.name for path in (folder_in(tmp_path) / "checkpoints").iterdir())
-    assert newest == f"step_{int(stopped[1]):09d}"
-    assert call(arguments).returncode == 0
-    if ranks == 2:
-        assert same_weights(folder_in(tmp_path), uninterrupted)
-
-
 def test_torchrun_makes_the_same_run(digits: Path, tmp_path: Path, uninterrupted: Path) -> None:
     script = command(digits, tmp_path)[1:]
     done = call([*TORCHRUN, *script])
@@ -250,31 +104,6 @@ def test_one_process_with_two_virtual_workers_makes_the_same_run(
     theirs = uninterrupted / "checkpoints" / "step_000000044"
     for name in ("worker_000.safetensors", "worker_001.safetensors", "shared.safetensors"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["sync.alpah=1"], "refused: sync.alpah is not a setting of sync.rule=quadratic; did you"),
-        (["data.root=/nowhere"], "refused: no folder /nowhere: the data root must hold train/"),
-        (["data.train_images=1000"], "refused: DIGITS has 1,442 images, not 1,000: complete"),
-        (["data.image_size=30", "model=small_vit"], "refused: data.image_size=30 does not divide"),
-        (
-            ["model=timm", "model.timm_name=convnext_tny"],
-            "refused: model.timm_name=convnext_tny: timm has no such model; near: convnext_tiny",
-        ),
-        (["runs_dir=/proc/nothing"], "refused: /proc/nothing/demo/"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line_before_anything_is_made(
-    digits: Path, tmp_path: Path, extra: list[str], message: str
-) -> None:
-    refused = call(command(digits, tmp_path, *extra))
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-    (line,) = refused.stderr.splitlines()
-    assert line.replace(str(digits / "train"), "DIGITS").startswith(message)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_run_in_the_folder_is_refused(digits: Path, tmp_path: Path) -> None:
@@ -311,21 +140,6 @@ def test_torchrun_with_ranks_that_do_not_divide_the_workers(digits: Path, tmp_pa
     refused = call([*torchrun, *command(digits, tmp_path)[1:]])
     assert refused.returncode != 0
     assert "3 ranks were launched; they must divide workers=2" in refused.stderr
-
-
-def test_a_bad_image_ends_the_run_with_its_name(digits: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "digits"
-    for path in digits.rglob("*.*"):
-        copy = broken / path.relative_to(digits)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    victim = sorted((broken / "train" / "3").iterdir())[5]
-    victim.write_bytes(b"no image")
-    failed = call(command(broken, tmp_path / "runs"))
-    assert failed.returncode == 1
-    assert failed.stderr.count("Traceback") == 0
-    assert victim.name in failed.stderr
-    assert "rank" in failed.stderr
 
 
 EXPERIMENTS = sorted(
@@ -370,9 +184,3 @@ def steps(number: int, digits: Path, runs: Path, *settings: str) -> list[dict[st
     )
     assert build.run(config) == build.Stopped(number, "stop_after_steps", by_signal=False)
     return read_metrics(run_folder(config) / "metrics.jsonl")
-
-
-def test_missing_data_is_a_data_error(tmp_path: Path) -> None:
-    config = load_config([*RUN, f"data.root={tmp_path}"])
-    with pytest.raises(DataError, match="train"):
-        build.prepare(config)

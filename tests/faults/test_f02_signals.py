@@ -2,53 +2,32 @@
 the run goes on as if nothing had happened."""
 
 import os
+import re
 import signal
+import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
 from qsr.distributed import Topology
 from qsr.stopping import StopFlag
-from tests.support import Setup, batchnorm_net, build, new_folder, run_ranks
+from tests.cli import ENVIRONMENT, call, command, folder_in, same_weights, wait_for
+from tests.faults.accidents import Accident
+from tests.support import Setup, build, new_folder, run_ranks
 
 # rounds of 5 of 24 steps; an evaluation every 8
 LOCAL = Plan(CosineSchedule(0.1, 1e-4, 4, 24), ConstantRule(5))
 GRADIENTS = Plan(CosineSchedule(0.1, 1e-4, 4, 24), EveryStepRule("gradients"))
-SETUP = Setup(LOCAL, net=batchnorm_net, evaluate_every=8, log_every=4)
+SETUP = Setup(LOCAL, evaluate_every=8, log_every=4)
 
 
-class SignallingNet(nn.Module):
-    """A net that sends its own process a signal in its n-th forward pass in training or
-    evaluation mode, on one rank."""
-
-    def __init__(self, net: nn.Module, rank: int, mode: str, at: int, name: str) -> None:
-        super().__init__()
-        self.net = net
-        self.due = int(os.environ["RANK"]) == rank
-        self.mode, self.at, self.name, self.calls = mode, at, name, 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.due and self.training == (self.mode == "train"):
-            self.calls += 1
-            if self.calls == self.at:
-                os.kill(os.getpid(), signal.Signals[self.name])
-        result: Tensor = self.net(images)
-        return result
-
-
-class Signalling:
-    """Makes such nets; a class, because processes get it pickled."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __call__(self) -> nn.Module:
-        return SignallingNet(batchnorm_net(), *self.arguments)
+def signalling(rank: int, mode: str, at: int, name: str = "SIGTERM") -> Accident:
+    return Accident(rank, mode, at, partial(signal.raise_signal, signal.Signals[name]))
 
 
 def session(rank: int, ranks: int, setup: Setup) -> dict[str, Any]:
@@ -81,7 +60,7 @@ def run(setup: Setup) -> list[dict[str, Any]]:
 def undisturbed() -> dict[str, list[dict[str, Any]]]:
     plans = {"local": LOCAL, "gradients": GRADIENTS}
     return {
-        name: run(replace(SETUP, plan=plan, net=Signalling(0, "train", 0, ""), folder=new_folder()))
+        name: run(replace(SETUP, plan=plan, net=signalling(0, "train", 0), folder=new_folder()))
         for name, plan in plans.items()
     }
 
@@ -110,14 +89,14 @@ def test_all_ranks_save_after_the_same_step_and_go_on_from_there(
     tmp_path: Path,
 ) -> None:
     base = replace(SETUP, plan={"local": LOCAL, "gradients": GRADIENTS}[plan], folder=tmp_path)
-    stopped = run(replace(base, net=Signalling(rank, mode, at, name)))
+    stopped = run(replace(base, net=signalling(rank, mode, at, name)))
     assert [(r["last"], r["stopping"], r["finished"]) for r in stopped] == [
         (stopped_at, True, False)
     ] * 2
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [
         f"step_{stopped_at:09d}"
     ]
-    resumed = run(replace(base, net=Signalling(rank, mode, 0, "")))
+    resumed = run(replace(base, net=signalling(rank, mode, 0)))
     assert [r["first"] for r in resumed] == [stopped_at] * 2  # no step is lost
     for mine, other in zip(resumed, undisturbed[plan], strict=True):
         assert (mine["last"], mine["finished"]) == (24, True)
@@ -125,3 +104,35 @@ def test_all_ranks_save_after_the_same_step_and_go_on_from_there(
     # each evaluation once, those that the stop put off too
     done = stopped[0]["evaluations"] + resumed[0]["evaluations"]
     assert done == undisturbed[plan][0]["evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        (1, "SIGTERM"),
+        pytest.param(1, "SIGUSR1", marks=pytest.mark.slow),
+        pytest.param(2, "SIGTERM", marks=pytest.mark.slow),
+        (2, "SIGUSR1"),
+    ],
+)
+def test_a_signal_to_the_command_saves_and_the_same_command_goes_on(
+    ranks: int, name: str, digits: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    one = ("cluster.ranks=1", "cluster.threads_per_rank=1") if ranks == 1 else ()
+    arguments = command(digits, tmp_path, "checkpoint.every_steps=10", *one)
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(tmp_path, "step_000000010", process)
+    process.send_signal(signal.Signals[name])
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == os.EX_TEMPFAIL, errors
+    assert errors == ""
+    stopped = re.search(r"stopped after step (\d+) by (.+), everything saved; the same", output)
+    assert stopped is not None
+    assert stopped[2] == (name if ranks == 1 else "a signal to the launcher")
+    newest = max(path.name for path in (folder_in(tmp_path) / "checkpoints").iterdir())
+    assert newest == f"step_{int(stopped[1]):09d}"
+    assert call(arguments).returncode == 0
+    if ranks == 2:
+        assert same_weights(folder_in(tmp_path), uninterrupted)

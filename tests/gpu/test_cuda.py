@@ -26,6 +26,7 @@ from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerp
 from qsr.calibrate import measure
 from qsr.config.load import load_config
 from qsr.config.schema import ModelConfig
+from qsr.core.sampling import Sampler
 from qsr.data import Batch, EvalTransform, ImageFolder, Request, make_loader, open_image_folders
 from qsr.distributed import Communicator, Topology, leave_process_group
 from qsr.flat import FlatBuffers
@@ -53,6 +54,8 @@ BENCH = Path(__file__).parents[2] / "results" / "bench"
 COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=4, total_steps=24)
 LOCAL = Plan(COSINE, QuadraticRule(h_base=2, alpha=0.15))
 GRADIENTS = Plan(COSINE, EveryStepRule("gradients"))
+
+MARK = Fingerprint(8, 2, 4, 0.1, Sampler(96, 8, 2, seed=1), config="cafe")
 
 Record = dict[str, Any]
 
@@ -303,7 +306,7 @@ def test_averages_by_value() -> None:
         for value in (1.0, 4.0)
     ]
     averager = Averager(communicator(2), 2)
-    averager.average_(replicas, Fingerprint(step=8, round=2, h=4, config="cafe"))
+    averager.average_(replicas, MARK)
     averager.check()
     for replica in replicas:
         assert torch.equal(replica.views[0], torch.full((3, 2), 2.5, device=CUDA))
@@ -314,8 +317,8 @@ def test_disagreement_is_raised_at_the_next_check_and_not_before() -> None:
     """The second worker sends nothing, so that the fingerprint's mean is half of it."""
     replica = FlatBuffers([torch.ones(3, device=CUDA)], FINGERPRINT_SIZE)
     averager = Averager(communicator(2), 2)
-    averager.average_([replica], Fingerprint(step=8, round=2, h=4, config="cafe"))
-    with pytest.raises(DisagreementError, match="disagree on step, round, h, config"):
+    averager.average_([replica], MARK)
+    with pytest.raises(DisagreementError, match="disagree on step, round, h, lr, sampler, config"):
         averager.check()
 
 

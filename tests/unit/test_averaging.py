@@ -1,5 +1,7 @@
 """Flat buffers and averages, by value."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from qsr.averaging import (
     Fingerprint,
     MomentBuffers,
 )
+from qsr.core.sampling import Sampler
 from qsr.distributed import Communicator, Topology
 from qsr.flat import FlatBuffers, FlatModule
 
@@ -93,7 +96,8 @@ def test_tied_parameters_are_averaged_once() -> None:
     assert len(list(model.module.parameters())) == 1
 
 
-MARK = Fingerprint(step=8, round=2, h=4, config="c0ffee")
+SAMPLER = Sampler(96, 8, 2, seed=1)
+MARK = Fingerprint(step=8, round=2, h=4, lr=0.1, sampler=SAMPLER, config="c0ffee")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,8 @@ MARK = Fingerprint(step=8, round=2, h=4, config="c0ffee")
         (MARK._replace(step=9), "step"),
         (MARK._replace(round=3), "round"),
         (MARK._replace(h=5), "h"),
+        (MARK._replace(lr=0.2), "lr"),
+        (MARK._replace(sampler=replace(SAMPLER, seed=2)), "sampler"),
         (MARK._replace(config="decaf"), "config"),
         (MARK._replace(step=9, round=3), "step, round"),
     ],

@@ -1,17 +1,21 @@
 """What is on disk, and what is made of it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
 from qsr.checkpoint import Checkpointer, CheckpointError, WorkerState
+from qsr.checkpoint_files import pack_tensors, packed_size
 from qsr.distributed import Communicator, Topology
 from qsr.monitor import TrainingError
+from tests.faults.inject import no_file_above
 from tests.support import CPU, Setup, adamw, batchnorm_net, build, linear_net, train
 
 ALONE = Communicator(Topology(0, 1, 0, 1), CPU, 10.0)
@@ -54,21 +58,64 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_last_one_alone(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=1, communicator=ALONE)
     save(checkpointer, 5)
-    with pytest.raises(CheckpointError, match="the ones before are untouched"):
-        checkpointer.save(6, {"not": object()}, {}, {})
+    with no_file_above(100), pytest.raises(CheckpointError) as refused:
+        save(checkpointer, 6)
+    assert str(refused.value) == (
+        f"the checkpoint after step 6 could not be written to {tmp_path} (rank 0: [Errno 27] File "
+        f"too large); the newest there is that after step 5"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000005"]
     assert checkpointer.latest() == 5
+    save(checkpointer, 6)
+    assert checkpointer.latest() == 6
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_a_mistake_is_no_full_disk(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep=1, communicator=ALONE)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpointer.save(6, {"not": object()}, {}, {})
+
+
+def test_the_same_step_is_written_once_in_a_session(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=1, communicator=ALONE)
     save(checkpointer, 5)
-    path = tmp_path / "step_000000005" / "worker_000.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="step_000000005 cannot be read"):
-        checkpointer.read_worker(5, 0)
-    (tmp_path / "step_000000005" / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
-        checkpointer.read_run(5)
+    inode = (tmp_path / "step_000000005").stat().st_ino
+    save(checkpointer, 5)
+    other = Checkpointer(tmp_path, keep=1, communicator=ALONE)
+    assert other.latest() == 5
+    save(other, 5)
+    assert (tmp_path / "step_000000005").stat().st_ino == inode
+
+
+def test_tensors_are_packed_as_the_library_does() -> None:
+    base = torch.arange(40.0)
+    tensors = {
+        "b/view": base[8:20].view(3, 4),
+        "a/other view": base[4:12],
+        "transposed": torch.arange(6.0).view(2, 3).t(),
+        "channels last": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "half": torch.arange(5, dtype=torch.float16),
+        "bfloat": torch.arange(3, dtype=torch.bfloat16),
+        "scalar": torch.tensor(7.0),
+        "none": torch.zeros(0),
+        "count": torch.tensor(2**40),
+        "doubles": torch.rand(3, dtype=torch.float64),
+        "bits": torch.tensor([True, False, True]),
+        "ünïcode": torch.zeros(1, dtype=torch.uint8),
+        "int": torch.tensor([-1], dtype=torch.int32),
+    }
+    packed = b"".join(pack_tensors(tensors, "step_000000001/shared.safetensors"))
+    read = safetensors.torch.load(packed)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+    alike = {name: t for name, t in tensors.items() if t.dtype == torch.float32}
+    ours = b"".join(pack_tensors(alike, "x"))
+    copies = {name: tensor.contiguous().clone() for name, tensor in alike.items()}
+    assert ours == safetensors.torch.save(copies, {"file": "x"})
+    assert len(ours) == packed_size({name: t.to("meta") for name, t in alike.items()}, "x")
+    assert b"".join(pack_tensors({})) == safetensors.torch.save({})
 
 
 def files(tmp_path: Path, **changes: Any) -> dict[str, set[str]]:
@@ -76,14 +123,22 @@ def files(tmp_path: Path, **changes: Any) -> dict[str, set[str]]:
     setup = Setup(folder=tmp_path, net=batchnorm_net, optimizer=adamw(), **changes)
     train(setup)
     (folder,) = (tmp_path / "checkpoints").iterdir()
-    manifest = json.loads((folder / "manifest.json").read_text())["bytes"]
-    assert manifest == {
-        path.name: path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["file"] == f"{folder.name}/manifest.json"
+    assert manifest["workers"] == setup.workers
+    assert manifest["files"] == {
+        path.name: {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in folder.iterdir()
+        if path.name != "manifest.json"
     }
     names = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as opened:
             names[path.stem] = set(opened.keys())
+            assert opened.metadata() == {"file": f"{folder.name}/{path.name}"}
     return names
 
 

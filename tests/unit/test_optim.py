@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qsr.config import schema
-from qsr.optim import averaged_state_keys, build_optimizer, set_lr
+from qsr.optim import averaged_state_keys, build_optimizer, set_lr, states_after_a_step
 from tests.support import adamw, sgd
 
 
@@ -172,3 +172,26 @@ def test_averaged_states_exist_under_these_names(
     for parameter in parameters:
         for key in keys:
             assert optimizer.state[parameter][key].shape == parameter.shape
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("settings", [sgd(), sgd(momentum=0.9), adamw()], ids=str)
+def test_states_are_known_before_the_first_step(
+    settings: schema.OptimizerConfig, fused: bool
+) -> None:
+    parameters = list(network().parameters())
+    optimizer = build_optimizer(settings, parameters, fused=fused)
+    weights = flat(parameters)
+    foreseen = [states_after_a_step(optimizer)]
+    assert flat(parameters) == weights
+    assert all(parameter.grad is None for parameter in parameters)
+    set_gradients(parameters, seed=1)
+    optimizer.step()
+    foreseen.append(states_after_a_step(optimizer))
+    actual = [
+        {key: (t.shape, t.dtype) for key, t in optimizer.state[p].items() if t is not None}
+        for p in parameters
+    ]
+    for states in foreseen:
+        assert [{k: (t.shape, t.dtype) for k, t in state.items()} for state in states] == actual
+        assert all(state[key].is_meta for state in states for key in state if key != "step")

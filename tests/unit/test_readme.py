@@ -61,7 +61,8 @@ def test_every_training_command_is_accepted() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/planning.md", "docs/reproduction.md"])
 def test_every_command_with_an_experiment_is_accepted(page: str) -> None:
     commands = (ROOT / page).read_text().replace("\\\n", " ")
-    found = re.findall(r"scripts/(train|plan)\.py (experiment=[a-z][^#\n`]*)", commands)
+    names = "train|plan|submit|doctor"
+    found = re.findall(rf"scripts/({names})\.py (experiment=[a-z][^#\n`]*)", commands)
     assert len(found) >= 3
     for script, command in found:
         # a calibration writes this profile

@@ -225,47 +225,6 @@ def test_wandb_offline_holds_the_rows(tmp_path: Path) -> None:
     ]
 
 
-@pytest.fixture
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """wandb's server is an address where nobody listens."""
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-
-
-@pytest.mark.usefixtures("no_server")
-def test_wandb_without_a_server_neither_delays_nor_stops_the_run(tmp_path: Path) -> None:
-    started = time.monotonic()
-    tracker = WandbTracker(config("online"), tmp_path, close_seconds=2.0)
-    for step in range(10_000):  # more than a pipe holds
-        tracker.log(train_row(step))
-    assert time.monotonic() - started < 1.0
-    started = time.monotonic()
-    with pytest.warns(
-        RuntimeWarning, match="wandb: still busy after 2 s; .*jsonl is complete"
-    ) as w:
-        tracker.close()
-    assert len(w) == 1
-    assert 2.0 <= time.monotonic() - started < 4.0
-
-
-@pytest.mark.usefixtures("no_server")
-def test_wandb_without_a_server_does_not_hold_up_the_end_of_the_process(tmp_path: Path) -> None:
-    """wandb waits for its uploads when its process exits: that must not be the run's process."""
-    program = (
-        "import sys, pathlib; from qsr.config.load import load_config\n"
-        "from qsr.tracking import WandbTracker\n"
-        "config = load_config(['experiment=demo/quadratic', 'tracking=online'])\n"
-        "tracker = WandbTracker(config, pathlib.Path(sys.argv[1]), close_seconds=1.0)\n"
-        "tracker.log({'kind': 'train', 'step': 1, 'loss': 1.0})\n"
-        "tracker.close()\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=20
-    )
-    assert result.returncode == 0
-    assert result.stderr.count("RuntimeWarning") == 1
-
-
 def test_wandb_that_fails_is_one_warning_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,15 +23,12 @@ from qsr import (
 )
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
-from qsr.monitor import TrainingError
 from tests.support import (
-    LossWithAccident,
     Setup,
     adamw,
     batchnorm_net,
     build,
     digits_like,
-    linear_net,
     sgd,
     train,
 )
@@ -151,24 +148,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(setup: Set
     assert rig.tracker.rows == []
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    def far_too_wide() -> nn.Module:
-        net = linear_net()
-        for parameter in net.parameters():
-            nn.init.constant_(parameter, 1e38)
-        return net
-
-    plan = Plan(ConstantSchedule(1e-9, 4), ConstantRule(2))
-
-    def harmless(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        return sum((p.flatten()[0] * 0.0 for p in model.parameters()), start=torch.zeros(()))
-
-    setup = Setup(plan, net=far_too_wide, loss=harmless, folder=tmp_path)
-    with pytest.raises(TrainingError, match="the validation loss is nan at step 4"):
-        train(setup)
-    assert not (tmp_path / "checkpoints").exists()
-
-
 @pytest.mark.parametrize("plan", [QSR, GRADIENTS])
 def test_evaluations_leave_training_untouched(setup: Setup, plan: Plan) -> None:
     often = train(replace(setup, plan=plan, evaluate_every=1, folder=None))
@@ -215,48 +194,6 @@ def test_clipping_bounds_every_update(plan: Plan) -> None:
     moved = (rig.parameters() - before).norm()
     rates = sum(COSINE(step) for step in range(24))
     assert 0.5 * 0.01 * rates < moved <= 0.01 * rates * 1.001
-
-
-def test_fp16_overflow_skips_one_workers_update_and_no_step() -> None:
-    plan = Plan(ConstantSchedule(0.1, 8), ConstantRule(4))
-    accident = LossWithAccident(at=4, value=float("inf"))  # step 1, worker 1
-    rig = build(Setup(plan, precision="fp16", loss=accident, log_every=4, samples=32))
-    for worker in rig.workers:  # no overflow but the accident
-        worker.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    rig.trainer.train()
-    assert rig.trainer.progress.skipped_updates == 1
-    assert rig.trainer.progress.averages == 2  # the plan's, unshifted
-    assert rig.trainer.progress.step == 8
-    assert torch.equal(rig.parameters(0), rig.parameters(1))
-    assert rig.parameters().isfinite().all()
-    rows = [row for row in rig.tracker.rows if row["kind"] == "train"]
-    assert rows[-1]["skipped_updates"] == 1
-    assert [worker.scaler.get_scale() for worker in rig.workers] == [256.0, 128.0]
-
-
-def test_first_update_skipped_leaves_no_garbage_in_the_momentum() -> None:
-    plan = Plan(ConstantSchedule(0.1, 4), ConstantRule(4))
-    skipped = LossWithAccident(at=1, value=float("inf"))
-    setup = Setup(plan, workers=1, precision="fp16", loss=skipped, optimizer=sgd(momentum=0.9))
-    rig = build(setup)
-    rig.workers[0].scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    rig.trainer.train()
-    momenta = [state["momentum_buffer"] for state in rig.workers[0].optimizer.state.values()]
-    assert max(momentum.abs().max().item() for momentum in momenta) < 10.0
-    assert rig.trainer.progress.skipped_updates == 1
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(
-    tmp_path: Path, value: float
-) -> None:
-    plan = Plan(ConstantSchedule(0.1, 20), ConstantRule(4))
-    setup = Setup(plan, checkpoint_every=5, folder=tmp_path, loss=LossWithAccident(14, value))
-    rig = build(setup)
-    with pytest.raises(TrainingError, match="loss is not finite at or before step 10"):
-        rig.trainer.train()
-    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
-    assert saved == ["step_000000005"]
 
 
 def test_requests_follow_the_sampler_with_a_seed_for_each_worker_and_step() -> None:

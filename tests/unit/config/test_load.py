@@ -239,8 +239,7 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
 FIELDS = "__pydantic_fields__"
 
 
-def test_every_field_is_documented_and_read() -> None:
-    source = "".join(path.read_text() for path in CONFIG_DIR.parent.glob("qsr/**/*.py"))
+def test_every_field_is_documented() -> None:
     for cls in vars(schema).values():
         if isinstance(cls, type) and dataclasses.is_dataclass(cls):
             assert cls.__doc__
@@ -248,6 +247,3 @@ def test_every_field_is_documented_and_read() -> None:
                 owners = [base for base in cls.__mro__ if name in vars(base).get(FIELDS, {})]
                 documented = any(vars(base)[FIELDS][name].description for base in owners)
                 assert documented, f"{cls.__name__}.{name} has no docstring"
-                if name not in ("name", "rule"):
-                    used = f".{name}" in source or f"{name}=" in source
-                    assert used, f"{cls.__name__}.{name} is never read"

@@ -1,7 +1,5 @@
 """Trees on disk: what is listed, and what is refused by name."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qsr.data import DataError, open_image_folders
 from qsr.data.datasets import IMAGE_EXTENSIONS, IMAGENET
-
-
-def plant(root: Path, *files: str) -> Path:
-    for file in files:
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).touch()
-    return root
-
-
-GOOD = ("train/a/1.jpg", "train/a/2.JPEG", "train/b/x.png", "val/a/1.jpg", "val/b/1.webp")
+from tests.image_trees import GOOD, plant
 
 
 def test_listing(tmp_path: Path) -> None:
@@ -61,94 +50,6 @@ def test_fingerprint_is_of_the_class_names(tmp_path: Path) -> None:
     other, _ = open_image_folders(plant(tmp_path / "two", "train/a/1.jpg", "val/a/1.jpg"))
     assert len(train.fingerprint) == 16
     assert len({train.fingerprint, val.fingerprint, other.fingerprint}) == 3
-
-
-def remove(*files: str) -> Callable[[Path], None]:
-    def damage(root: Path) -> None:
-        for file in files:
-            (root / file).unlink()
-
-    return damage
-
-
-def missing_val(root: Path) -> None:
-    (root / "val").rename(root / "validation")
-
-
-def no_classes(root: Path) -> None:
-    for folder in ("a", "b"):
-        (root / "train" / folder).rename(root / folder)
-
-
-def nested_folder(root: Path) -> None:
-    (root / "train/b/more").mkdir()
-
-
-def extra_class_in_val(root: Path) -> None:
-    plant(root, "val/c/1.jpg")
-
-
-def renamed_class_in_val(root: Path) -> None:
-    (root / "val/a").rename(root / "val/aa")
-
-
-def link_to_itself(root: Path) -> None:
-    (root / "train/c").symlink_to(root / "train/c")
-
-
-def class_link_to_nothing(root: Path) -> None:
-    for split in ("train", "val"):
-        (root / split / "c").symlink_to(root / "gone")
-
-
-def image_link_to_nothing(root: Path) -> None:
-    (root / "train/a/3.jpg").symlink_to(root / "gone")
-
-
-def link_to_root(root: Path) -> None:
-    for split in ("train", "val"):
-        (root / split / "c").symlink_to(root)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (missing_val, "no folder .*/val: "),
-        (no_classes, "no class folders in .*/train"),
-        (remove("train/b/x.png"), "no images in class folder .*/train/b"),
-        (remove("val/a/1.jpg"), "no images in class folder .*/val/a"),
-        (nested_folder, "/train/b/more is a folder inside a class"),
-        (extra_class_in_val, r"different classes \(2 and 3\).* train/None and val/c"),
-        (renamed_class_in_val, "train/a and val/aa"),
-        (link_to_itself, "cannot follow .*/train/c"),
-        (class_link_to_nothing, "cannot follow .*/train/c: No such file"),
-        (image_link_to_nothing, "cannot follow .*/train/a/3.jpg: No such file"),
-        (link_to_root, "/train/c/.* is a folder inside a class"),
-    ],
-)
-def test_damaged_tree_is_refused(
-    tmp_path: Path, damage: Callable[[Path], None], message: str
-) -> None:
-    plant(tmp_path, *GOOD)
-    damage(tmp_path)
-    with pytest.raises(DataError, match=message) as caught:
-        open_image_folders(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_root_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no folder .*/nowhere"):
-        open_image_folders(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no folder .*/train"):
-        open_image_folders(tmp_path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")
-def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
-    plant(tmp_path, *GOOD)
-    (tmp_path / "train/a").chmod(0)
-    with pytest.raises(DataError, match=r"cannot list .*/train/a: Permission denied"):
-        open_image_folders(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def project(reference: Path, tmp_path: Path) -> Path:
     shutil.copy(ROOT / "scripts" / "tables.py", root / "scripts")
     (root / "results" / "paper").mkdir(parents=True)
     reference.rename(root / "results" / "paper" / "tables.csv")
+    shutil.copy(ROOT / "results" / "faults.json", root / "results")
     (root / "docs").mkdir()
     for name in ("README.md", "docs/limits.md"):
         (root / name).write_text(

@@ -1,0 +1,95 @@
+"""How the ranks of a Slurm job find each other, and no one else.
+
+torchrun brings its own rendezvous; srun starts processes and no more. So rank 0 opens a store and
+tells where to whoever asks at a port that follows from the job's number, its restarts and its
+step. That port may belong to another program, or to processes of an earlier start of the job that
+have not died: so there is a sequence of ports, and both sides say the name of their attempt. (The
+store itself does not stand there, because TCPStore waits for ever for a program that says nothing.)
+"""
+
+import contextlib
+import errno
+import socket
+import threading
+import time
+
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from qsr.slurm import SlurmTask
+
+_PORTS = 8
+"""Ports to try: that so many are taken means that something else is wrong."""
+_REPLY_SECONDS = 3.0
+"""How long the other side may take to say its name."""
+
+
+def meet(task: SlurmTask, timeout_seconds: float) -> Store:
+    """Collective: the store of this attempt, for init_process_group.
+
+    Raises OSError, in one line, if rank 0 finds no free port, or if another rank does not find
+    rank 0 within `timeout_seconds`.
+    """
+    if task.rank == 0:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        answer = f"{task.attempt} {store.port}\n".encode()
+        arguments = (_listen(task), f"{task.attempt}\n".encode(), answer)
+        threading.Thread(target=_answer, args=arguments, name="rendezvous", daemon=True).start()
+    else:
+        port = _search(task, timeout_seconds)
+        store = TCPStore(task.first_node, port, is_master=False, wait_for_workers=False)
+    return PrefixStore(task.attempt, store)
+
+
+def _listen(task: SlurmTask) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    for number in range(_PORTS):
+        try:
+            address = ("", task.port(number))
+            return socket.create_server(address, family=family, dualstack_ipv6=both)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    ports = ", ".join(str(task.port(number)) for number in range(_PORTS))
+    raise OSError(f"{task.first_node} has no free port among {ports}: is it full of old processes?")
+
+
+def _answer(listener: socket.socket, question: bytes, answer: bytes) -> None:
+    """For the life of the process: tell those who name this attempt where the store is."""
+    while True:
+        connection, _ = listener.accept()
+        with contextlib.suppress(OSError), connection:
+            connection.settimeout(_REPLY_SECONDS)
+            if connection.makefile("rb").readline(200) == question:
+                connection.sendall(answer)
+
+
+def _search(task: SlurmTask, timeout_seconds: float) -> int:
+    try:
+        socket.getaddrinfo(task.first_node, None)
+    except socket.gaierror as error:
+        raise OSError(
+            f"the job's first node, {task.first_node}, has no address here ({error.strerror}): "
+            f"nodes must resolve each other's names"
+        ) from None
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        for number in range(_PORTS):
+            with contextlib.suppress(OSError):  # nothing there, or something else
+                port = _ask(task, task.port(number))
+                if port is not None:
+                    return port
+        time.sleep(0.1)
+    raise OSError(
+        f"rank 0 was not found on {task.first_node} within {timeout_seconds:.0f} s: has it failed, "
+        f"or is a firewall between the nodes?"
+    )
+
+
+def _ask(task: SlurmTask, port: int) -> int | None:
+    """Where the store of this attempt is, if the program at `port` knows."""
+    with socket.create_connection((task.first_node, port), _REPLY_SECONDS) as connection:
+        connection.sendall(f"{task.attempt}\n".encode())
+        reply = connection.makefile("rb").readline(200).decode(errors="replace")
+    name, _, store = reply.partition(" ")
+    return int(store) if name == task.attempt else None

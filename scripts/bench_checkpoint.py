@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""What checkpoints cost on this machine and disk, printed and written to results/bench/.
+
+    python scripts/bench_checkpoint.py [--folder FOLDER] [--megabytes 1000]
+
+Measures the checksums of Python's standard library in memory, and, for one worker of this size in
+FOLDER (the disk that runs will be on; by default runs/): writing a checkpoint, the plain write of
+as many bytes with fsync, the verification before a resumption, and loading. Each three times; the
+best counts. The files were just written, so that reading comes from memory, as it does not after a
+restart: there the disk's reading speed is the limit.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qsr.checkpoint import Checkpointer, WorkerState
+from qsr.checkpoint_files import folder_name, verify
+from qsr.distributed import Communicator, Topology
+from qsr.durable import write_file
+from qsr.runfolder import write_json
+
+ROOT = Path(__file__).parents[1]
+CHECKSUMS: dict[str, Callable[[bytes], object]] = {
+    "sha256": lambda data: hashlib.sha256(data).digest(),
+    "sha1": lambda data: hashlib.sha1(data).digest(),
+    "blake2b": lambda data: hashlib.blake2b(data).digest(),
+    "crc32": zlib.crc32,
+}
+
+
+def best_seconds(action: Callable[[int], object]) -> float:
+    """Of three calls of `action(0)`, `action(1)`, `action(2)`."""
+    seconds = []
+    for number in range(3):
+        started = time.perf_counter()
+        action(number)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def measure_checksums() -> dict[str, float]:
+    """GB/s of each, from memory."""
+    data = os.urandom(2**28)
+
+    def speed(checksum: Callable[[bytes], object]) -> float:
+        return len(data) / 1e9 / best_seconds(lambda _: checksum(data))
+
+    return {name: speed(checksum) for name, checksum in CHECKSUMS.items()}
+
+
+def measure_checkpoint(folder: Path, size: int) -> dict[str, float]:
+    """Seconds for one worker with `size` bytes of tensors."""
+    alone = Communicator(Topology(0, 1, 0, 1), torch.device("cpu"), 60.0)
+    checkpointer = Checkpointer(folder / "checkpoints", 1, alone)
+    parts = {f"tensor_{i}": torch.rand(size // 400) for i in range(100)}
+    content = os.urandom(size)
+
+    def save(number: int) -> None:
+        checkpointer.save(number, {}, {}, {0: WorkerState(parts, {})})
+
+    seconds = {
+        "save": best_seconds(save),
+        "plain_write": best_seconds(lambda _: _plain_write(folder / "plain", content)),
+        "write_with_checksum": best_seconds(lambda _: write_file(folder / "plain", [content])),
+    }
+    newest = folder / "checkpoints" / folder_name(2)
+    seconds["verify"] = best_seconds(lambda _: verify(newest, 2, [0]))
+    seconds["load"] = best_seconds(lambda _: _load(checkpointer))
+    return seconds
+
+
+def _load(checkpointer: Checkpointer) -> None:
+    for tensor in checkpointer.read_worker(2, 0).tensors.values():
+        tensor.clone()  # the file is mapped: only now it is read
+
+
+def _plain_write(path: Path, content: bytes) -> None:
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs")
+    parser.add_argument("--megabytes", type=int, default=1000)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        seconds = measure_checkpoint(Path(folder), arguments.megabytes * 10**6)
+    result = {
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "megabytes": arguments.megabytes,
+        "checksum_gb_per_second": {k: round(v, 2) for k, v in measure_checksums().items()},
+        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+    }
+    print(json.dumps(result, indent=2))
+    path = ROOT / "results" / "bench" / "checkpoint.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+
+
+if __name__ == "__main__":
+    main()

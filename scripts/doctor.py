@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Whether a run would start here: each thing that it needs is tried.
+
+    python scripts/doctor.py experiment=demo/quadratic
+    python scripts/doctor.py experiment=vit_b16_b4096/quadratic_h4 cluster=slurm cluster.nodes=2
+    srun --nodes=2 --ntasks-per-node=8 python scripts/doctor.py experiment=...
+
+Settings are those of scripts/train.py; without any, those of experiment=demo/quadratic. Checks the
+device, the data, the plan, the run folder, the free space for checkpoints, decoding, wandb, and an
+all-reduce between the ranks: of a launcher, such as srun in an allocation, or else of processes
+that it starts here. With cluster=slurm on a login node: what can be checked there. Exit status: 0
+all is well, 1 something is not, 2 wrong settings.
+"""
+
+import shlex
+import sys
+
+from qsr.config.load import ConfigError, load_config
+from qsr.config.schema import SlurmCluster
+from qsr.slurm import current_task
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    try:
+        config = load_config(arguments or ["experiment=demo/quadratic"])
+    except ConfigError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+
+    from qsr.distributed import ClusterError  # after the settings are known to be right
+    from qsr.doctor import examine, examine_login_node
+    from qsr.launch import number_of_ranks
+    from qsr.processes import RunFailedError, start_ranks
+
+    if isinstance(config.cluster, SlurmCluster) and current_task() is None:
+        well = examine_login_node(config)
+        print(f"the nodes, too: {_on_the_nodes(config.cluster)} {shlex.join(arguments)}")
+        return 0 if well else 1
+    try:
+        return 0 if start_ranks(examine, number_of_ranks(config), config) else 1
+    except (ClusterError, RunFailedError) as error:
+        print(f"FAIL  {error}", flush=True)
+        return 1
+
+
+def _on_the_nodes(cluster: SlurmCluster) -> str:
+    options = {
+        "nodes": cluster.nodes,
+        "ntasks-per-node": cluster.tasks_per_node,
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "cpus-per-task": cluster.cpus_per_task,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "reservation": cluster.reservation,
+    }
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    python = [cluster.container or "", cluster.python or "python", "scripts/doctor.py"]
+    return " ".join(["srun", shlex.join([*words, *cluster.srun_arguments]), *filter(None, python)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

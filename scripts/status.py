@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Where runs stand, a line for each.
+
+    python scripts/status.py runs
+    python scripts/status.py runs/vit_b16_b4096 runs/demo/quadratic/seed_1
+
+From the run folders at and below these paths, and from squeue if runs were submitted. Exit status:
+0, or 2 if there are no runs.
+"""
+
+import sys
+from pathlib import Path
+
+from qsr.report.status import find_runs, job_of, read_status, status_table
+from qsr.slurm import SlurmError, query
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    folders = find_runs(map(Path, arguments))
+    if not folders:
+        print(f"refused: no runs in {', '.join(arguments)}", file=sys.stderr)
+        return 2
+    numbers = {job for folder in folders if (job := job_of(folder)) is not None}
+    try:
+        jobs = query(sorted(numbers))
+    except SlurmError as error:
+        print(f"Slurm does not answer: {error}", file=sys.stderr)
+        jobs = None
+    print(status_table([read_status(folder, jobs) for folder in folders]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

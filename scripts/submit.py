@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Submit runs to a Slurm cluster: one job for each.
+
+    python scripts/submit.py experiment=vit_b16_b4096/quadratic_h4 seed=1,2,3 cluster=slurm \\
+        cluster.nodes=2 cluster.gpus_per_node=8 cluster.partition=gpu
+    python scripts/submit.py --dry-run ...        print the batch files, submit nothing
+
+Settings are those of scripts/train.py; what sites differ in is in configs/cluster/slurm.yaml. The
+jobs run a copy of the code as it is now. With cluster=local the same runs are carried out here, one
+after the other. Exit status: 0 submitted, 1 Slurm refused, 2 wrong settings.
+"""
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from qsr.config.load import ConfigError, load_configs, run_folder
+from qsr.config.schema import Config, SlurmCluster
+from qsr.report.forecast import forecast
+from qsr.report.planner_text import plan_line
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(arguments: list[str]) -> int:
+    options = {word for word in arguments if word.startswith("--")}
+    settings = [word for word in arguments if word not in options]
+    unknown = options - {"--dry-run", "--in-job"}
+    if not settings or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    if unknown:
+        print(f"refused: {min(unknown)} is no option; there is --dry-run", file=sys.stderr)
+        return 2
+    try:
+        configs = load_configs(settings)
+        kinds = {type(config.cluster) for config in configs}
+        if "--in-job" in options:
+            return _prepare_job(configs)
+        if kinds == {SlurmCluster}:
+            return _submit(configs, dry_run="--dry-run" in options)
+        if SlurmCluster in kinds:
+            raise ConfigError("give one cluster for all of these runs")
+        return _run_here(configs, settings, dry_run="--dry-run" in options)
+    except (ConfigError, OSError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+
+
+def _submit(configs: list[Config], *, dry_run: bool) -> int:
+    from qsr.jobs import check_submission  # torch: after the settings are known to be right
+    from qsr.runfolder import make_run_folder
+    from qsr.slurm import SlurmError
+    from qsr.snapshot import snapshot_folder
+
+    try:
+        from qsr.submission import batch_script, submit
+    except ImportError as error:  # an optional dependency
+        raise ConfigError(f"{error}: pip install submitit, or sbatch slurm/train.sbatch") from None
+
+    _refuse_equal(configs)
+    folders = [check_submission(config) for config in configs]
+    for config, folder in zip(configs, folders, strict=True):
+        steps = _print_plan(config)
+        if folder.summary_if_finished() is not None:
+            print("  finished before")
+        elif dry_run:
+            print(batch_script(config, snapshot_folder(Path(config.runs_dir))))
+        else:
+            make_run_folder(folder)
+            try:
+                print(f"  job {submit(config, steps)}, logs in {folder.jobs}", flush=True)
+            except SlurmError as error:
+                print(f"not submitted: {error}", file=sys.stderr)
+                return 1
+    if not dry_run:
+        print(f"python scripts/status.py {' '.join(sorted({c.runs_dir for c in configs}))}")
+    return 0
+
+
+def _run_here(configs: list[Config], settings: list[str], *, dry_run: bool) -> int:
+    from qsr.snapshot import snapshot_folder, take_snapshot
+
+    for config in configs:
+        _print_plan(config)
+    runs_dir = Path(configs[0].runs_dir)
+    code = snapshot_folder(runs_dir) if dry_run else take_snapshot(runs_dir)
+    command = [sys.executable, str(code / "scripts" / "train.py"), *settings]
+    path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
+    if dry_run:
+        print(f"PYTHONPATH={shlex.quote(path)} {shlex.join(command)}")
+    else:
+        sys.stdout.flush()
+        os.execve(command[0], command, os.environ | {"PYTHONPATH": path})
+    return 0
+
+
+def _prepare_job(configs: list[Config]) -> int:
+    """For slurm/train.sbatch, at the first start of its job: check, and copy the code. Where the
+    copy is: RUNS_DIR/.snapshots/job_NUMBER."""
+    from qsr.jobs import check_submission, write_job
+    from qsr.runfolder import make_run_folder
+    from qsr.snapshot import take_snapshot
+
+    job = os.environ["SLURM_JOB_ID"]
+    _refuse_equal(configs)
+    runs_dir = Path(configs[0].runs_dir)
+    code = take_snapshot(runs_dir)
+    for config in configs:
+        make_run_folder(check_submission(config))
+        steps = _print_plan(config)
+        write_job(config, job, code, steps, str(Path("/proc/self/fd/1").resolve()))
+    (runs_dir / ".snapshots" / f"job_{job}").symlink_to(code.name)
+    return 0
+
+
+def _refuse_equal(configs: list[Config]) -> None:
+    if len({run_folder(config) for config in configs}) < len(configs):
+        raise ConfigError("two of these runs are the same run: list other values")
+
+
+def _print_plan(config: Config) -> int | None:
+    """Print the run's folder and plan; return the plan's steps, if they are known here."""
+    from qsr.data import DataError, open_image_folders
+    from qsr.models import count_parameters
+
+    print(run_folder(config))
+    data = config.data
+    if data.train_images is None or data.classes is None:
+        try:
+            train, _ = open_image_folders(data.root)
+        except DataError as error:
+            print(f"  no plan without the data, which the nodes must see: {error}")
+            return None
+        data = replace(data, train_images=len(train), classes=len(train.classes))
+    elif not Path(data.root).is_dir():
+        print(f"  data.root={data.root} is not here: the nodes must see it")
+    assert data.classes is not None
+    parameters = count_parameters(config.model, data.classes, data.image_size)
+    found = forecast(replace(config, data=data), parameters)
+    print(f"  {plan_line(found)}")
+    return found.plan.total_steps
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""The command line, as a user gives it: a run of two workers on the digits."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qsr.config.load import CONFIG_DIR
+
+ROOT = CONFIG_DIR.parent
+TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+RUN = [
+    "experiment=demo/quadratic",
+    "workers=2",
+    "epochs=2",
+    "schedule.warmup_epochs=1",
+    "tracking=none",
+    "seed=3",
+]
+
+
+def command(digits: Path, runs: Path, *extra: str) -> list[str]:
+    return [*TRAIN, *RUN, f"data.root={digits}", f"runs_dir={runs}", *extra]
+
+
+def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240
+    )
+
+
+def refusal(arguments: list[str]) -> str:
+    """The one line in which a command refuses these."""
+    refused = call(arguments)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    (line,) = refused.stderr.splitlines()
+    return line
+
+
+def start(arguments: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    """In a process group of its own, which `os.killpg(process.pid, ...)` reaches as a whole."""
+    return subprocess.Popen(arguments, env=ENVIRONMENT, start_new_session=True, stderr=stderr)
+
+
+def wait_for(runs: Path, name: str, process: subprocess.Popen[Any]) -> None:
+    """Until a file or folder of this name is somewhere below `runs`."""
+    deadline = time.monotonic() + 120
+    while not list(runs.rglob(name)):
+        assert process.poll() is None, "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def folder_in(runs: Path) -> Path:
+    """The only run folder there."""
+    (config,) = runs.rglob("config.yaml")
+    return config.parent
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()

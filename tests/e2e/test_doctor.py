@@ -1,0 +1,239 @@
+"""scripts/doctor.py as a user gives it: each thing that can be wrong is named, with its mend."""
+
+import contextlib
+import importlib.util
+import io
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsr import build
+from qsr.config.load import load_config, run_folder
+from qsr.runlock import take
+from tests.cli import ROOT, RUN, TORCHRUN, call
+from tests.faults.inject import mount_here, needs_mounts, small_disk_here
+from tests.support import run_ranks
+
+DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
+CHECKS = ["device", "data", "plan", "run folder", "free space", "decoding", "wandb", "ranks"]
+
+
+def settings(digits: Path, runs: Path, *more: str) -> list[str]:
+    return [*RUN, f"data.root={digits}", f"runs_dir={runs}", *more]
+
+
+def lines(output: str) -> list[tuple[str, str, str]]:
+    """Verdict, name and text of each check."""
+    return [(line[:4].strip(), line[6:16].strip(), line[18:]) for line in output.splitlines()]
+
+
+def ask(arguments: list[str]) -> tuple[int, str]:
+    """The exit status of the script and what it prints, in this process."""
+    specification = importlib.util.spec_from_file_location("doctor_script", DOCTOR[1])
+    assert specification is not None
+    assert specification.loader is not None
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = script.main(arguments)
+    return status, output.getvalue()
+
+
+def failures(answer: tuple[int, str]) -> dict[str, str]:
+    """The text of each check that failed, by name."""
+    status, output = answer
+    found = {name: text for verdict, name, text in lines(output) if verdict == "FAIL"}
+    assert (status, len(found) > 0) == (1, True), output
+    return found
+
+
+def test_all_is_well(digits: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    done = call([*DOCTOR, *settings(digits, runs)])
+    assert (done.returncode, done.stderr) == (0, "")
+    found = lines(done.stdout)
+    assert [(verdict, name) for verdict, name, _ in found] == [("ok", name) for name in CHECKS]
+    texts = {name: text for _, name, text in found}
+    assert texts["data"] == "1,442 and 355 images of 10 classes"
+    assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
+    assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
+    assert texts["free space"].startswith("5.23 MB needed (2 + 1 checkpoints of 1.29 MB, and the")
+    assert texts["wandb"] == "off"
+    assert texts["ranks"] == "2, which all-reduce through gloo"
+    assert list(runs.iterdir()) == []  # nothing is left
+
+
+@pytest.fixture
+def one(digits: Path, tmp_path: Path) -> list[str]:
+    """Settings of one rank, which needs no other process."""
+    return settings(digits, tmp_path / "runs", "cluster.ranks=1")
+
+
+def test_data_that_are_not_there(one: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for root in (tmp_path / "nowhere", tmp_path / "empty"):
+        failed = failures(ask([*one, f"data.root={root}"]))
+        assert list(failed) == ["data"]
+        assert str(root) in failed["data"]
+        assert failed["data"].endswith("the data root must hold train/CLASS/* and val/CLASS/*")
+
+
+def test_an_image_that_cannot_be_decoded(digits: Path, one: list[str], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(digits, tmp_path / "digits"))
+    first = sorted((root / "train" / "0").iterdir())[0]
+    first.write_bytes(b"no image")
+    failed = failures(ask([*one, f"data.root={root}"]))
+    assert list(failed) == ["decoding"]
+    assert first.name in failed["decoding"]
+
+
+@pytest.mark.parametrize("where", ["runs", "runs/demo"])
+def test_a_file_in_the_place_of_the_folder(where: str, one: list[str], tmp_path: Path) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("a file")
+    failed = failures(ask(one))
+    assert list(failed) == ["run folder"]
+    assert "cannot be written ([Errno" in failed["run folder"]
+    assert f"'{path}" in failed["run folder"]
+    assert failed["run folder"].endswith("): choose another runs_dir")
+    assert path.read_text() == "a file"
+
+
+def test_another_run_or_a_running_one_in_the_folder(one: list[str]) -> None:
+    config = load_config([*one, "stop_after_steps=2"])
+    build.run(config)
+    lock = take(run_folder(config))
+    failed = failures(ask(one))
+    assert list(failed) == ["run folder"]
+    assert "is in use by process" in failed["run folder"]
+    assert failed["run folder"].endswith("wait for its end, or end it")
+    lock.release()
+    assert ask(one)[0] == 0
+    path = run_folder(config) / "config.yaml"
+    path.write_text(path.read_text().replace("alpha: 0.4375", "alpha: 0.3"))
+    failed = failures(ask(one))
+    assert list(failed) == ["run folder"]
+    assert "other settings (sync.alpha: 0.3 -> 0.4375): delete it, or" in failed["run folder"]
+
+
+def ask_with_mounts(rank: int, ranks: int, runs: Path, size: int, arguments: list[str]) -> Any:
+    """Where `runs` is a small disk, or a read-only one."""
+    if size:
+        small_disk_here(runs, size)
+    else:
+        mount_here(runs, "-t", "tmpfs", "-o", "ro", "tmpfs")
+    return ask(arguments)
+
+
+@needs_mounts
+@pytest.mark.parametrize(
+    ("size", "names", "text"),
+    [
+        (
+            1_500_000,
+            ["free space"],
+            "1.5 MB are free and 5.23 MB needed for",
+        ),
+        (0, ["run folder"], "cannot be written ([Errno 30] Read-only file system"),
+    ],
+)
+def test_a_disk_that_is_too_small_or_read_only(
+    size: int, names: list[str], text: str, one: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (answer,) = run_ranks(ask_with_mounts, 1, tmp_path / "runs", size, one)
+    failed = failures(answer)
+    assert list(failed) == names
+    assert text in failed[names[0]]
+    assert "choose" in failed[names[0]]  # the mend
+
+
+def test_wandb_without_a_key_or_a_network(
+    one: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    without_key = failures(ask([*one, "tracking=online"]))
+    text = "no key for api.wandb.ai: wandb login, or take tracking=offline"
+    assert without_key == {"wandb": text}
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    failed = failures(ask([*one, "tracking=online"]))
+    assert list(failed) == ["wandb"]
+    assert failed["wandb"].startswith("127.0.0.1 cannot be reached ([Errno 111] ")
+    assert failed["wandb"].endswith("): take tracking=offline")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["cluster.ranks=3"], "cluster.ranks=3 does not divide workers=2: every rank holds workers "
+         "/ ranks of them; try cluster.ranks=1 or 2"),
+        (["cluster.rank=1"], "cluster.rank is not a setting of cluster.launcher=local; did you "
+         "mean cluster.ranks?"),
+        (["seed=1,2"], "one run is wanted here, and these settings ask for 2"),
+        (["--verbose"], "'--verbose' is not of the form setting=value"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused_in_one_line(
+    settings: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask([*RUN, f"runs_dir={tmp_path / 'runs'}", *settings]) == (2, "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"refused: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_launched_ranks_that_do_not_divide_the_workers(digits: Path, tmp_path: Path) -> None:
+    script = [*DOCTOR[1:], *settings(digits, tmp_path, "workers=3", "global_batch=63")]
+    done = call([*TORCHRUN, *script])
+    assert done.returncode != 0
+    assert "FAIL  2 ranks were launched; they must divide workers=3" in done.stdout
+
+
+def rank_with_its_own_disk(rank: int, ranks: int, runs: Path, arguments: list[str]) -> Any:
+    """The doctor as one of two ranks, of which the second sees another runs folder."""
+    if rank == 1:
+        mount_here(runs, "-t", "tmpfs", "tmpfs")
+    return ask(arguments)
+
+
+@needs_mounts
+def test_a_rank_that_does_not_see_the_folder(digits: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    arguments = settings(digits, runs)
+    main, other = run_ranks(rank_with_its_own_disk, 2, runs, arguments)
+    (failed,) = failures(other).items()
+    assert failed[0] == "ranks"
+    assert failed[1].startswith("rank 1 on ")
+    assert failed[1].endswith(f"{runs} is not the folder that rank 0 sees: all machines must share "
+                              "it")  # fmt: skip
+    status, output = main
+    assert (status, "FAIL" in output) == (1, False)  # it knows, and has not waited
+    assert list(runs.iterdir()) == []
+
+
+def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Slurm: it says so, checks the rest, and how to check the nodes."""
+    more = (
+        *("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=0", "cluster.account=lab"),
+        *("cluster.ranks_per_node=1", "cluster.cpus_per_task=4", "cluster.partition=gpu"),
+        "cluster.setup=[module load cuda]",
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, output = ask(settings(digits, tmp_path / "runs", *more))
+    *checks, last = output.splitlines()
+    names = ["data", "plan", "run folder", "free space", "wandb", "Slurm", "submitit"]
+    assert [name for _, name, _ in lines("\n".join(checks))] == names
+    assert status == 1
+    assert "FAIL  Slurm       sinfo is not installed here" in checks
+    assert last.startswith(
+        "the nodes, too: srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=4 --partition=gpu "
+        "--account=lab python scripts/doctor.py experiment=demo/quadratic workers=2 "
+    )
+    assert last.endswith("'cluster.setup=[module load cuda]'")

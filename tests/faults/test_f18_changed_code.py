@@ -1,0 +1,102 @@
+"""F18: code or settings change between the submission and a restart. A submitted job runs the copy
+of the code that was taken then; elsewhere other code is a warning, other settings are refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qsr.config.load import ConfigError, load_config, run_folder, to_dict
+from qsr.runfolder import RunFolder, check_run_folder
+from tests.cli import ENVIRONMENT, ROOT, RUN, folder_in
+
+SETTINGS = (*RUN, "cluster.ranks=1", "cluster.threads_per_rank=1", "data.loader=torchvision")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the code that can be edited."""
+    for name in ("qsr", "scripts", "configs"):
+        shutil.copytree(
+            ROOT / name, tmp_path / "project" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    return tmp_path / "project"
+
+
+def run(
+    project: Path, digits: Path, *settings: str, script: str = "train.py", code: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A run in runs/ beside the project, by its code or by a copy of that."""
+    code = code or project
+    folders = (f"data.root={digits}", f"runs_dir={project.parent / 'runs'}")
+    return subprocess.run(
+        [sys.executable, str(code / "scripts" / script), *SETTINGS, *folders, *settings],
+        env=ENVIRONMENT | {"PYTHONPATH": str(code)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def test_other_code_is_warned_of_and_recorded(project: Path, digits: Path) -> None:
+    assert run(project, digits, "stop_after_steps=3").stderr == ""
+    environment = folder_in(project.parent / "runs") / "environment.json"
+    before = json.loads(environment.read_text())["code"]
+    with (project / "qsr" / "losses.py").open("a") as file:
+        file.write("# an edit\n")
+    again = run(project, digits, "stop_after_steps=6")
+    record = json.loads(environment.read_text())
+    assert record["code"] != before
+    assert record["earlier_code"] == [before]
+    assert again.returncode == 0
+    assert again.stderr == (
+        f"warning: {environment.parent} was begun with other code (qsr/ had the hash {before}, and "
+        f"has {record['code']}): going on, but it may not end as it would have\n"
+    )
+
+
+def test_the_code_of_a_submission_is_a_copy(project: Path, digits: Path) -> None:
+    done = run(project, digits, "stop_after_steps=3", script="submit.py")
+    assert done.returncode == 0, done.stderr
+    (copy,) = (project.parent / "runs" / ".snapshots").iterdir()
+    losses = (copy / "qsr" / "losses.py").read_text()
+    (project / "qsr" / "losses.py").write_text("an edit that does not even parse")
+    assert (copy / "qsr" / "losses.py").read_text() == losses
+    requeued = run(project, digits, "stop_after_steps=6", code=copy)
+    assert (requeued.returncode, requeued.stderr) == (0, "")
+    assert "stopped after step 6" in requeued.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("checkpoint.every_steps=7", True),
+        ("cluster.timeout_seconds=30", True),
+        ("tracking.log_every_steps=3", True),
+        ("evaluation.batch=50", True),
+        ("cluster.ranks=2", True),  # on other processes: the same run
+        ("epochs=3", False),
+        ("schedule.peak_lr=0.3", False),
+        ("sync.alpha=0.5", False),
+        ("workers=4", False),
+        ("model=small_vit", False),
+    ],
+)
+def test_what_may_change_between_two_sessions(setting: str, allowed: bool, tmp_path: Path) -> None:
+    """As if a file of configs/ had been edited: the same command, in the same folder."""
+    base = [*SETTINGS, f"runs_dir={tmp_path}"]
+    config = load_config(base)
+    folder = RunFolder(run_folder(config))
+    folder.path.mkdir(parents=True)
+    before = load_config([*base, setting])
+    folder.config.write_text(yaml.safe_dump(to_dict(before)))
+    if allowed:
+        check_run_folder(config, {})
+    else:
+        with pytest.raises(ConfigError, match=f"other settings .*{setting.partition('=')[0]}"):
+            check_run_folder(config, {})

@@ -1,0 +1,68 @@
+"""failure.json: who failed first, of this attempt."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qsr.data import DataError
+from qsr.failures import describe, read_failure, record_failure
+from qsr.place import Place
+
+RANK_0 = Place(0, 2, 0, 1, attempt="4711.0.0", launched=True, slurm=None)
+RANK_1 = replace(RANK_0, rank=1)
+REQUEUED = replace(RANK_1, attempt="4711.1.0")
+
+
+def raised(error: Exception) -> Exception:
+    """With a traceback."""
+    try:
+        raise error
+    except type(error) as caught:
+        return caught
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "failure.json"
+
+
+def test_the_first_failure_stays(path: Path) -> None:
+    assert record_failure(path, RANK_1, raised(DataError("bad.jpg: no image"))) is None
+    later = record_failure(path, RANK_0, raised(RuntimeError("Connection closed by peer")))
+    assert later == "rank 1: DataError: bad.jpg: no image"  # what the user gets to see
+    record = read_failure(path)
+    assert record is not None
+    assert (record["rank"], record["attempt"]) == (1, "4711.0.0")
+    assert record["error"] == "DataError: bad.jpg: no image"
+
+
+def test_an_unforeseen_error_comes_with_its_traceback(path: Path) -> None:
+    record_failure(path, RANK_1, raised(ZeroDivisionError("division by zero")))
+    later = record_failure(path, RANK_0, raised(RuntimeError("Connection closed by peer")))
+    assert later is not None
+    assert later.splitlines()[:2] == [
+        "rank 1: ZeroDivisionError: division by zero",
+        "Traceback (most recent call last):",
+    ]
+    assert "in raised" in later
+    assert describe(3, "TrainingError: loss is nan", "...") == "rank 3: TrainingError: loss is nan"
+
+
+def test_another_attempt_replaces_it(path: Path) -> None:
+    record_failure(path, RANK_1, raised(DataError("of the first start")))
+    assert record_failure(path, REQUEUED, raised(DataError("of the second"))) is None
+    record = read_failure(path)
+    assert record is not None
+    assert (record["attempt"], record["error"]) == ("4711.1.0", "DataError: of the second")
+
+
+def test_without_a_folder_or_with_a_damaged_file_each_rank_tells_its_own(tmp_path: Path) -> None:
+    assert (
+        record_failure(tmp_path / "none" / "failure.json", RANK_0, raised(DataError("x"))) is None
+    )
+    assert read_failure(tmp_path / "none" / "failure.json") is None
+    path = tmp_path / "failure.json"
+    path.write_text('{"attempt": "4711.0.0", "ra')  # another rank is writing it
+    assert record_failure(path, RANK_0, raised(DataError("x"))) is None
+    assert path.read_text() == '{"attempt": "4711.0.0", "ra'
