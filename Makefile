@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures i
 
 test: lint  ## the whole suite: ruff, mypy, import-linter, generated tables, pytest
 	$(BIN)/python scripts/prepare.py digits
-	$(BIN)/pytest -n auto -m "not slow and not slurm"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not slurm"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

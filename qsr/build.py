@@ -85,9 +85,9 @@ def prepare(config: Config) -> Prepared:
         "loader": loader,  # DALI's and torchvision's training pixels differ a little
     }
     folder = check_run_folder(config, record)
-    make_run_folder(folder)
     summary = folder.summary_if_finished()
-    if summary is None:
+    if summary is None:  # a finished run is not written to: its disk may be full, or read-only
+        make_run_folder(folder)
         check_free(folder.path)
     return Prepared(train, val, record, folder, summary)
 

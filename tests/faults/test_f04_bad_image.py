@@ -190,6 +190,7 @@ def first_read_at(step: int, worker: int, runs: list[str]) -> int:
     return make_sampler(config, config.data.train_images).indices(step, worker)[3]
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_with_its_name_and_go_on_once_it_is_mended(
     digits: Path, tmp_path: Path, uninterrupted: Path, prepare: Callable[..., int]
 ) -> None:
