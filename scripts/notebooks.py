@@ -24,7 +24,7 @@ import matplotlib as mpl
 import nbformat
 from matplotlib import ft2font
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from nbformat.reader import NotJSONError
 from PIL import Image
@@ -79,10 +79,11 @@ def main(arguments: list[str]) -> int:
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
     """The notebook as a kernel of its own, started in `folder`, leaves it.
 
-    Raises NotebookError if a cell fails or warns: a warning names paths of this machine.
+    Raises NotebookError if a cell fails, kills the kernel, or warns: a warning names paths of this
+    machine.
     """
     done = copy.deepcopy(notebook)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, Path(scratch, "kernel.log").open("w") as log:
         # sockets in a folder of its own: no port that another kernel takes at the same moment
         sockets = {"transport": "ipc", "ip": f"{scratch}/kernel"}
         client = NotebookClient(
@@ -95,11 +96,15 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
             resources={"metadata": {"path": str(folder)}},
         )
         try:
-            # IPython's settings: none, not the user's
-            client.execute(env=os.environ | {"IPYTHONDIR": f"{scratch}/ipython"})
+            # IPython's settings: none, not the user's. What the kernel says beside its cells is of
+            # use if it dies; while it is shut down it may complain of its own closed sockets.
+            client.execute(env=os.environ | {"IPYTHONDIR": f"{scratch}/ipython"}, stderr=log)
         except CellExecutionError as error:
             failed = next(cell.id for cell in done.cells if "error" in _kinds(cell))
             raise NotebookError(f"cell {failed}: {error.ename}: {error.evalue}") from None
+        except DeadKernelError:
+            last_words = Path(log.name).read_text().splitlines()[-1:]
+            raise NotebookError(": ".join(["its kernel died", *last_words])) from None
     for cell in done.cells:
         if "stderr" in _kinds(cell):
             raise NotebookError(f"cell {cell.id} writes to stderr")

@@ -102,13 +102,17 @@ def test_a_cell_that_fails_or_warns_is_named(tmp_path: Path) -> None:
     loud = write(
         tmp_path / "loud.ipynb", warn="import warnings; warnings.warn('old', stacklevel=1)"
     )
+    dead = write(
+        tmp_path / "dead.ipynb", last="import os; os.write(2, b'out of memory\\n'); os._exit(1)"
+    )
     before = broken.read_bytes(), loud.read_bytes()
-    done = run(broken, loud, tmp_path / "nowhere.ipynb")
+    done = run(broken, loud, dead, tmp_path / "nowhere.ipynb")
     assert done.returncode == 1
-    first, second, third = done.stderr.splitlines()
+    first, second, third, fourth = done.stderr.splitlines()
     assert first == f"{broken} fails: cell boom: ValueError: no such thing"
     assert second == f"{loud} fails: cell warn writes to stderr"
-    assert "nowhere.ipynb fails: [Errno 2] No such file" in third
+    assert third == f"{dead} fails: its kernel died: out of memory"
+    assert "nowhere.ipynb fails: [Errno 2] No such file" in fourth
     assert (broken.read_bytes(), loud.read_bytes()) == before
 
 
