@@ -261,6 +261,7 @@ def _build(
         ),
         config_hash=config_hash(config),
         stop=flag,
+        overlap_gradients=config.cluster.overlap_gradients,
     )
     return trainer, evaluator
 
@@ -354,7 +355,8 @@ def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[st
     }
     here = replace(config, cluster=replace(config.cluster, ranks=ranks))
     try:
-        cost = make_cost_model(here, parameters).run(plan, overlapped=ranks == config.workers)
+        overlapped = ranks == config.workers and config.cluster.overlap_gradients
+        cost = make_cost_model(here, parameters).run(plan, overlapped=overlapped)
     except ConfigError:  # the profile is of other networks, or of a smaller cluster
         return planned
     planned["train_seconds"] = cost.total_seconds

@@ -15,17 +15,19 @@ from qsr.worker import Worker
 class GradientAverager:
     """Averages the gradients of all workers.
 
-    Where every rank is one worker this is torch's DDP, which overlaps the all-reduces with the
-    backward pass. Where a rank holds several, their gradients are summed on the rank first and
-    averaged after the backward pass.
+    With `overlap`, where every rank is one worker, this is torch's DDP, which hides the all-reduces
+    behind the backward pass. Otherwise gradients lie in flat buffers, are summed on the rank first
+    where it holds several workers, and averaged after the backward pass.
     """
 
-    def __init__(self, workers: Sequence[Worker], communicator: Communicator) -> None:
+    def __init__(
+        self, workers: Sequence[Worker], communicator: Communicator, *, overlap: bool
+    ) -> None:
         self._communicator = communicator
         self._workers = workers
         self._ddp: DistributedDataParallel | None = None
         topology = communicator.topology
-        if topology.num_workers > 1 and len(workers) == 1:
+        if overlap and topology.num_workers > 1 and len(workers) == 1:
             with warnings.catch_warnings():
                 # deprecated by torch 2.15 for a name that older versions do not have
                 warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)

@@ -79,6 +79,7 @@ class Trainer:
         due: Due,
         config_hash: str,
         stop: StopFlag,
+        overlap_gradients: bool,
     ) -> None:
         self.evaluation: Evaluation | None = None
         self.stopping = False
@@ -100,7 +101,11 @@ class Trainer:
         self._config_hash = config_hash
         self._agreement = Agreement(communicator, stop)
         self._averager = Averager(communicator, communicator.topology.num_workers)
-        self._gradients = GradientAverager(workers, communicator) if plan.gradient_rounds else None
+        self._gradients = (
+            GradientAverager(workers, communicator, overlap=overlap_gradients)
+            if plan.gradient_rounds
+            else None
+        )
         self._averaged_bytes = workers[0].model.flat.bytes
         self._monitor = Monitor(plan, sampler, communicator, precision, config_hash)
         self._stepper = Stepper(

@@ -393,6 +393,9 @@ class ClusterConfig:
     """CPU threads for torch in each rank; null: the cores of the machine over its ranks."""
     timeout_seconds: Annotated[float, Field(gt=0, le=604_800)]
     """How long a collective waits for the other ranks before the run fails."""
+    overlap_gradients: bool
+    """Whether data parallel steps hide their all-reduces behind the backward pass (torch's DDP),
+    which needs a rank for every worker. false: they block after it, as in the paper."""
     speed: SpeedConfig | None
     """How fast it is, for plans; null: not known."""
 

@@ -132,7 +132,7 @@ class Forecast:
             notes.append(
                 "overlapped: assumes that the backward pass hides all-reduces without slowing down"
             )
-        if allreduce.ranks < self.config.workers:
+        if allreduce.ranks < self.config.workers and self.config.cluster.overlap_gradients:
             notes.append(
                 "a rank holds several workers here, and then scripts/train.py does not overlap"
             )
@@ -194,7 +194,11 @@ def _methods(
 ) -> Iterator[Method]:
     schedule, label = plan.schedule, rule_label(config.sync)
     # DDP overlaps where every rank is one worker; the trainer sums a rank's workers first
-    overlaps = model is not None and model.allreduce.ranks == config.workers
+    overlaps = (
+        config.cluster.overlap_gradients
+        and model is not None
+        and model.allreduce.ranks == config.workers
+    )
     plain = Plan(schedule, EveryStepRule("gradients"))
     wanted = [(label, plan, True), ("data parallel", plain, False)]
     if plan.gradient_rounds == plan.total_steps:

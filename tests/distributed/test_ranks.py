@@ -125,9 +125,13 @@ def on(ranks: int, setup: Setup) -> tuple[dict[int, Any], list[dict[str, Any]]]:
 SETUP = Setup(QSR, net=batchnorm_net, optimizer=sgd(momentum=0.9), evaluate_every=7)
 
 
-@pytest.mark.parametrize("plan", [QSR, GRADIENTS], ids=["local", "data_parallel"])
-def test_two_virtual_workers_are_two_processes_bit_for_bit(plan: Plan) -> None:
-    setup = replace(SETUP, plan=plan, mixup_alpha=0.2, micro_batch=2)
+@pytest.mark.parametrize(
+    ("plan", "overlap"),
+    [(QSR, True), (GRADIENTS, True), (GRADIENTS, False)],
+    ids=["local", "data_parallel", "blocking_data_parallel"],
+)
+def test_two_virtual_workers_are_two_processes_bit_for_bit(plan: Plan, overlap: bool) -> None:
+    setup = replace(SETUP, plan=plan, mixup_alpha=0.2, micro_batch=2, overlap_gradients=overlap)
     virtual, rows = on(1, setup)
     processes, process_rows = on(2, setup)
     assert virtual == processes
