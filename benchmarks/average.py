@@ -1,0 +1,110 @@
+"""One average of ViT-B/16's parameters over two ranks: what is above the bare all-reduce?
+
+    python -m benchmarks.average
+
+The alternatives: torch.distributed.all_reduce of one flat tensor of the same size (the floor, which
+leaves a sum), qsr's average, torch's PeriodicModelAverager, accelerate's LocalSGD, and packing all
+parameters into a new tensor and unpacking it, as is often written by hand. Time is the slower
+rank's; memory is what one average takes beyond what lies there before and after, on rank 0.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.local_sgd import LocalSGD
+from torch import nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from benchmarks.measure import alternate, peak_memory_bytes, ratio, record, summary
+from qsr.averaging import FINGERPRINT_SIZE, Averager, Fingerprint
+from qsr.config.schema import ModelConfig
+from qsr.core.sampling import Sampler
+from qsr.distributed import Communicator, Topology
+from qsr.flat import FlatModule
+from qsr.models import build_model
+from qsr.place import find_place
+from qsr.processes import start_ranks
+
+RANKS = 2
+FLOOR = "all_reduce of one flat tensor"
+
+
+def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object]]:
+    """All of them average (or, the floor, add up) a model of their own."""
+
+    def network() -> nn.Module:
+        return build_model(ModelConfig("vit_b16", None, channels_last=False), 1000, 224)
+
+    flat = FlatModule(network(), FINGERPRINT_SIZE)
+    averager = Averager(communicator, RANKS)
+    mark = Fingerprint(4, 0, 4, 0.1, Sampler(100, 10, RANKS, seed=1), "0123456789abcdef")
+    size = sum(p.numel() for p in flat.module.parameters())
+    tensor = torch.zeros(size)
+    periodic, by_torch = PeriodicModelAverager(period=1), network()
+    by_accelerate, packed = network(), network()
+    local_sgd = LocalSGD(Accelerator(cpu=True), by_accelerate, local_sgd_steps=1)
+
+    def pack() -> None:
+        vector = parameters_to_vector(packed.parameters()).detach()
+        dist.all_reduce(vector)
+        vector_to_parameters(vector / RANKS, packed.parameters())
+
+    return {
+        FLOOR: lambda: dist.all_reduce(tensor),
+        "qsr": lambda: averager.average_([flat.flat], mark),
+        "torch PeriodicModelAverager": lambda: periodic.average_parameters(by_torch.parameters()),
+        "accelerate LocalSGD": local_sgd._sync_and_avg_model_params,
+        "packed and unpacked": pack,
+    }
+
+
+def measure_rank(repetitions: int) -> dict[str, Any]:
+    """Collective."""
+    place = find_place()
+    torch.set_num_threads(1)
+    here = Topology(place.rank, RANKS, place.local_rank, RANKS)
+    communicator = Communicator(here, torch.device("cpu"), timeout_seconds=600.0)
+    contenders = make_contenders(communicator)
+
+    def timed(action: Callable[[], object]) -> Callable[[], float]:
+        def measure() -> float:
+            communicator.barrier()
+            started = time.perf_counter()
+            action()
+            own = time.perf_counter() - started
+            return max(row[0] for row in communicator.gather_floats([own]))
+
+        return measure
+
+    with torch.no_grad():
+        seconds = alternate({n: timed(action) for n, action in contenders.items()}, repetitions)
+        memory = {name: peak_memory_bytes(action) for name, action in contenders.items()}
+    return {
+        name: {
+            "seconds": summary(values),
+            "ratio_to_floor": ratio(values, seconds[FLOOR]),
+            "extra_bytes": memory[name],
+        }
+        for name, values in seconds.items()
+    }
+
+
+def main() -> int:
+    found = start_ranks(measure_rank, RANKS, 12)
+    for name, about in found.items():
+        print(
+            f"{name:32} {about['seconds']['median']:7.3f} s  "
+            f"{about['ratio_to_floor']['median']:6.3f} x  {about['extra_bytes'] / 1e6:7.0f} MB"
+        )
+    print(record("average", {"contenders": found}, RANKS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The trainer beside the barest correct loop of PyTorch: what does a step cost beyond arithmetic?
+
+    python -m benchmarks.trainer
+
+Both train the same network by the same optimizer on batches that already lie in memory; the trainer
+with its plan, averages of a single worker, fingerprints, counts, logs every 50 steps and progress
+line. A small step and a large one; the difference in milliseconds is of the same pair of runs.
+"""
+
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import alternate, ratio, record, summary
+from qsr import CosineSchedule, Plan, QuadraticRule
+from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
+from qsr.checkpoint import Checkpointer
+from qsr.config.schema import AdamWConfig, LossConfig, ModelConfig
+from qsr.core.sampling import Sampler
+from qsr.data import Batch, Request
+from qsr.distributed import Communicator, Topology
+from qsr.evaluation import BatchNormSource, Evaluator
+from qsr.flat import FlatModule
+from qsr.losses import TrainingLoss
+from qsr.models import build_model
+from qsr.optim import build_optimizer
+from qsr.precision import Precision
+from qsr.stopping import StopFlag
+from qsr.tracking import JsonlTracker
+from qsr.trainer import Due, Trainer
+from qsr.worker import Worker
+
+CPU = torch.device("cpu")
+ADAMW = AdamWConfig("adamw", 0.9, 0.999, 1e-8, 0.05, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step's size."""
+
+    model: Literal["small_resnet", "small_vit"]
+    image_size: int
+    batch: int
+    steps: int
+
+
+CASES = {
+    "small step": Case("small_resnet", 32, 8, 200),
+    "large step": Case("small_vit", 32, 128, 60),
+}
+
+
+def network(case: Case) -> nn.Module:
+    """With the same weights every time."""
+    torch.manual_seed(0)
+    settings = ModelConfig(case.model, None, channels_last=False)
+    return build_model(settings, 10, case.image_size)
+
+
+class MemoryLoader:
+    """A few batches again and again."""
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator().manual_seed(1)
+        size = (case.batch, 3, case.image_size, case.image_size)
+        self.batches_there = [
+            Batch(
+                torch.randn(size, generator=generator),
+                torch.randint(10, (case.batch,), generator=generator),
+            )
+            for _ in range(4)
+        ]
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        for number, _ in enumerate(requests):
+            yield self.batches_there[number % 4]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def bare_loop(case: Case) -> float:
+    """Seconds for each step."""
+    model, loader = network(case), MemoryLoader(case)
+    optimizer = build_optimizer(ADAMW, model.parameters(), fused=False)
+    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
+    model.train()
+    schedule = CosineSchedule(1e-3, 1e-6, 10, case.steps)
+
+    def train_step(step: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        images, labels = loader.batches_there[step % 4]
+        loss: Tensor = loss_function(model(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    train_step(0)
+    started = time.perf_counter()
+    for step in range(1, case.steps):
+        train_step(step)
+    return (time.perf_counter() - started) / (case.steps - 1)
+
+
+def with_the_trainer(case: Case) -> float:
+    """Seconds for each step."""
+    communicator = Communicator(Topology(0, 1, 0, 1), CPU, timeout_seconds=60.0)
+    precision = Precision("fp32", CPU)
+    sampler = Sampler(case.batch * case.steps, case.batch, 1, seed=1)
+    flat = FlatModule(network(case), FINGERPRINT_SIZE)
+    optimizer = build_optimizer(ADAMW, flat.module.parameters(), fused=False)
+    worker = Worker(0, flat, optimizer, precision.scaler())
+    # the session ends before the plan does: at its end there would be an evaluation
+    schedule = CosineSchedule(1e-3, 1e-6, 10, case.steps + 100)
+    batchnorm = BatchNormSource(MemoryLoader(case), sampler, case.batch, 1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tracker = JsonlTracker(folder / "metrics.jsonl")
+        trainer = Trainer(
+            plan=Plan(schedule, QuadraticRule(h_base=4, alpha=1e-3)),
+            sampler=Sampler(case.batch * (case.steps + 100), case.batch, 1, seed=1),
+            workers=[worker],
+            moments=MomentBuffers([optimizer], []),
+            loader=MemoryLoader(case),
+            loss=TrainingLoss(LossConfig(label_smoothing=0.1, mixup_alpha=0.0)),
+            micro_batch=case.batch,
+            clip_norm=None,
+            precision=precision,
+            communicator=communicator,
+            evaluator=Evaluator(
+                network(case), MemoryLoader(case), case.batch, case.batch, batchnorm, communicator,
+                precision,
+            ),
+            checkpointer=Checkpointer(folder / "checkpoints", 1, communicator),
+            tracker=tracker,
+            due=Due(50, 10**9, None, case.steps),
+            config_hash="0123456789abcdef",
+            stop=StopFlag(),
+            overlap_gradients=True,
+        )  # fmt: skip
+        trainer.train()
+        tracker.close()
+    return trainer.progress.train_seconds / case.steps
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The two in turn."""
+    bare, ours = "bare loop", "trainer"
+    seconds = alternate(
+        {bare: partial(bare_loop, case), ours: partial(with_the_trainer, case)}, repetitions=15
+    )
+    overhead = [t - b for t, b in zip(seconds[ours], seconds[bare], strict=True)]
+    return {
+        "case": dataclasses.asdict(case),
+        "seconds_per_step": {name: summary(values) for name, values in seconds.items()},
+        "ratio": ratio(seconds[ours], seconds[bare]),
+        "overhead_seconds": summary(overhead),
+    }
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    results = {name: measure(case) for name, case in CASES.items()}
+    for name, found in results.items():
+        bare, ours = (1e3 * about["median"] for about in found["seconds_per_step"].values())
+        print(
+            f"{name}: bare loop {bare:.2f} ms, trainer {ours:.2f} ms a step, "
+            f"{1e3 * found['overhead_seconds']['median']:+.3f} ms, "
+            f"{found['ratio']['median']:.3f} x"
+        )
+    print(record("trainer", {"cases": results}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
