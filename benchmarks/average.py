@@ -1,9 +1,9 @@
 """One average of ViT-B/16's parameters over two ranks: what is above the bare all-reduce?
 
-    python -m benchmarks.average
+    python scripts/bench.py average
 
-The alternatives: torch.distributed.all_reduce of one flat tensor of the same size (the floor, which
-leaves a sum), qsr's average, torch's PeriodicModelAverager, accelerate's LocalSGD, and packing all
+The alternatives: torch.distributed.all_reduce of one flat tensor of the same size to a mean (the
+floor; and to a sum, which leaves the division out), qsr's average, torch's PeriodicModelAverager, accelerate's LocalSGD, and packing all
 parameters into a new tensor and unpacking it, as is often written by hand. Time is the slower
 rank's; memory is what one average takes beyond what lies there before and after, on rank 0.
 """
@@ -32,7 +32,8 @@ from qsr.place import find_place
 from qsr.processes import start_ranks
 
 RANKS = 2
-FLOOR = "all_reduce of one flat tensor"
+FLOOR = "all_reduce of one flat tensor, AVG"
+SUM = "all_reduce of one flat tensor, SUM"
 
 
 def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object]]:
@@ -47,6 +48,8 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
     size = sum(p.numel() for p in flat.module.parameters())
     tensor = torch.zeros(size)
     periodic, by_torch = PeriodicModelAverager(period=1), network()
+    for parameter in by_torch.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # it leaves out what has none
     by_accelerate, packed = network(), network()
     local_sgd = LocalSGD(Accelerator(cpu=True), by_accelerate, local_sgd_steps=1)
 
@@ -56,7 +59,8 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
         vector_to_parameters(vector / RANKS, packed.parameters())
 
     return {
-        FLOOR: lambda: dist.all_reduce(tensor),
+        FLOOR: lambda: dist.all_reduce(tensor, dist.ReduceOp.AVG),
+        SUM: lambda: dist.all_reduce(tensor),
         "qsr": lambda: averager.average_([flat.flat], mark),
         "torch PeriodicModelAverager": lambda: periodic.average_parameters(by_torch.parameters()),
         "accelerate LocalSGD": local_sgd._sync_and_avg_model_params,
@@ -99,7 +103,7 @@ def main() -> int:
     found = start_ranks(measure_rank, RANKS, 12)
     for name, about in found.items():
         print(
-            f"{name:32} {about['seconds']['median']:7.3f} s  "
+            f"{name:40} {about['seconds']['median']:7.3f} s  "
             f"{about['ratio_to_floor']['median']:6.3f} x  {about['extra_bytes'] / 1e6:7.0f} MB"
         )
     print(record("average", {"contenders": found}, RANKS))

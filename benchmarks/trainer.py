@@ -1,6 +1,6 @@
 """The trainer beside the barest correct loop of PyTorch: what does a step cost beyond arithmetic?
 
-    python -m benchmarks.trainer
+    python scripts/bench.py trainer
 
 Both train the same network by the same optimizer on batches that already lie in memory; the trainer
 with its plan, averages of a single worker, fingerprints, counts, logs every 50 steps and progress
@@ -53,8 +53,8 @@ class Case:
 
 
 CASES = {
-    "small step": Case("small_resnet", 32, 8, 200),
-    "large step": Case("small_vit", 32, 128, 60),
+    "small step": Case("small_resnet", 32, 8, 100),
+    "large step": Case("small_vit", 32, 24, 30),
 }
 
 

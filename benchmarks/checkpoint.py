@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""What checkpoints cost on this machine and disk, printed and written to results/bench/.
+"""What checkpoints cost on this machine and disk.
 
-    python scripts/bench_checkpoint.py [--folder FOLDER] [--megabytes 1000]
+    python scripts/bench.py checkpoint
+    python -m benchmarks.checkpoint [--folder FOLDER] [--megabytes 1000]
 
 Measures the checksums of Python's standard library in memory, and, for one worker of this size in
 FOLDER (the disk that runs will be on; by default runs/): writing a checkpoint, the plain write of
@@ -12,9 +13,8 @@ restart: there the disk's reading speed is the limit.
 
 import argparse
 import hashlib
-import json
 import os
-import platform
+import sys
 import tempfile
 import time
 import zlib
@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measure import ROOT, record
 from qsr.checkpoint import Checkpointer, WorkerState
 from qsr.checkpoint_files import folder_name, verify
 from qsr.distributed import Communicator, Topology
 from qsr.durable import write_file
-from qsr.runfolder import write_json
 
-ROOT = Path(__file__).parents[1]
 CHECKSUMS: dict[str, Callable[[bytes], object]] = {
     "sha256": lambda data: hashlib.sha256(data).digest(),
     "sha1": lambda data: hashlib.sha1(data).digest(),
@@ -92,7 +91,7 @@ def _plain_write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,18 +101,17 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         seconds = measure_checkpoint(Path(folder), arguments.megabytes * 10**6)
-    result = {
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
+    checksums = measure_checksums()
+    print("  ".join(f"{name} {speed:.2f} GB/s" for name, speed in checksums.items()))
+    print(f"{arguments.megabytes} MB:", "  ".join(f"{k} {v:.2f} s" for k, v in seconds.items()))
+    results = {
         "megabytes": arguments.megabytes,
-        "checksum_gb_per_second": {k: round(v, 2) for k, v in measure_checksums().items()},
-        "seconds": {k: round(v, 2) for k, v in seconds.items()},
+        "checksum_gb_per_second": {name: round(v, 2) for name, v in checksums.items()},
+        "seconds": {name: round(v, 2) for name, v in seconds.items()},
     }
-    print(json.dumps(result, indent=2))
-    path = ROOT / "results" / "bench" / "checkpoint.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    print(record("checkpoint", results))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
