@@ -3,9 +3,10 @@
     python scripts/bench.py average
 
 The alternatives: torch.distributed.all_reduce of one flat tensor of the same size to a mean (the
-floor; and to a sum, which leaves the division out), qsr's average, torch's PeriodicModelAverager, accelerate's LocalSGD, and packing all
-parameters into a new tensor and unpacking it, as is often written by hand. Time is the slower
-rank's; memory is what one average takes beyond what lies there before and after, on rank 0.
+floor; and to a sum, which leaves the division out), qsr's average, torch's PeriodicModelAverager,
+accelerate's LocalSGD, and packing all parameters into a new tensor and unpacking it, as is often
+written by hand. Time is the slower rank's; memory is what one average takes beyond what lies there
+before and after, on rank 0.
 """
 
 import sys

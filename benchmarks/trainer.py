@@ -146,6 +146,7 @@ def with_the_trainer(case: Case) -> float:
             config_hash="0123456789abcdef",
             stop=StopFlag(),
             overlap_gradients=True,
+            delay_steps=0,
         )  # fmt: skip
         trainer.train()
         tracker.close()

@@ -1,7 +1,7 @@
 """The average over the workers, in place on their flat buffers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,18 +82,52 @@ class Averager:
         CPU ranks that disagree raise DisagreementError here; on a GPU, where a look at the result
         would make the host wait, at the next `check`.
         """
-        own = None
-        if fingerprint is not None:
-            own = torch.tensor(fingerprint.encode())
-            for replica in replicas:
-                replica.tail.copy_(own, non_blocking=True)
+        own = self._sign_(replicas, fingerprint)
         mean_(self._communicator, [replica.buffers for replica in replicas], self._num_workers)
-        if own is not None:
-            expected = own.to(self._disagreement.device, non_blocking=True)
-            self._disagreement += replicas[0].tail != expected
-            self._last = fingerprint
-            if not self._disagreement.is_cuda:
-                self.check()
+        self._compare(replicas[0], own, fingerprint)
+
+    def begin(
+        self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint, into: FlatBuffers
+    ) -> "PendingAverage":
+        """Collective: as `average_`, but write the mean to `into` alone, and do not wait for it.
+        Until it is there the replicas must not be written to."""
+        own = self._sign_(replicas, fingerprint)
+        first, *others = (replica.buffers for replica in replicas)
+        sums = []
+        for dtype, buffer in into.buffers.items():
+            buffer.copy_(first[dtype])
+            for other in others:
+                buffer.add_(other[dtype])
+            sums.append(self._communicator.begin_sum_(buffer))
+
+        def finish() -> None:
+            for pending in sums:
+                pending.wait().div_(self._num_workers)
+            self._compare(into, own, fingerprint)
+
+        return PendingAverage(finish)
+
+    def _sign_(
+        self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint | None
+    ) -> Tensor | None:
+        """Write the fingerprint to the replicas' tails; return it."""
+        if fingerprint is None:
+            return None
+        own = torch.tensor(fingerprint.encode())
+        for replica in replicas:
+            replica.tail.copy_(own, non_blocking=True)
+        return own
+
+    def _compare(
+        self, averaged: FlatBuffers, own: Tensor | None, fingerprint: Fingerprint | None
+    ) -> None:
+        if own is None:
+            return
+        expected = own.to(self._disagreement.device, non_blocking=True)
+        self._disagreement += averaged.tail != expected
+        self._last = fingerprint
+        if not self._disagreement.is_cuda:
+            self.check()
 
     def check(self) -> None:
         """Raise DisagreementError if any average so far mixed different fingerprints.
@@ -104,6 +138,13 @@ class Averager:
             return
         rank = self._communicator.topology.rank
         raise self._last.disagreement(rank, self._disagreement.tolist())
+
+
+class PendingAverage(NamedTuple):
+    """An average that is on its way."""
+
+    wait: Callable[[], None]
+    """Collective: until it is there. Raises DisagreementError, as `Averager.average_` does."""
 
 
 def mean_(

@@ -262,6 +262,7 @@ def _build(
         config_hash=config_hash(config),
         stop=flag,
         overlap_gradients=config.cluster.overlap_gradients,
+        delay_steps=config.sync.delay_steps,
     )
     return trainer, evaluator
 

@@ -70,7 +70,8 @@ class DataChecks:
             model = build_model(config.model, classes, config.data.image_size)
         optimizer = build_optimizer(config.optimizer, model.parameters(), fused=False)
         worker = Worker(0, FlatModule(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
-        each = checkpoint_bytes(make_plan(config, images), worker, config.workers)
+        delayed = config.sync.delay_steps > 0
+        each = checkpoint_bytes(make_plan(config, images), worker, config.workers, delayed=delayed)
         folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
         results = missing_room(folder, model.state_dict())
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -112,23 +113,38 @@ class Communicator:
 
     def sum_(self, tensor: Tensor) -> None:
         """Collective: replace `tensor`, in place, by its sum over the ranks; timed."""
-        if self.topology.ranks == 1:
-            return
-        if tensor.is_cuda:
+        if self.topology.ranks > 1:
+            with self._timed():
+                dist.all_reduce(tensor)
+
+    def begin_sum_(self, tensor: Tensor) -> "PendingSum":
+        """Collective: as `sum_`, without waiting for it; what is waited later is timed. Until then
+        `tensor` must not be touched."""
+        work = None
+        if self.topology.ranks > 1:
+            with self.missing("an average"):
+                work = dist.all_reduce(tensor, async_op=True)
+        return PendingSum(tensor, work, self._timed)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Around what training waits for: counts its time, and names who is missing."""
+        if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             with self.missing("an average"):
-                dist.all_reduce(tensor)
+                yield
             end.record()
             self._events.append((start, end))
         else:
             started = time.perf_counter()
             with self.missing("an average"):
-                dist.all_reduce(tensor)
+                yield
             self._seconds += time.perf_counter() - started
 
     def seconds(self) -> float:
-        """Time spent in `sum_` so far. Waits for the GPU; call it where the host waits anyway."""
+        """Time that training waited for sums so far. Waits for the GPU; call it where the host
+        waits anyway."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000.0
@@ -191,11 +207,11 @@ class Communicator:
 
     def begin_sum(self, values: Sequence[float]) -> "PendingSum":
         """Collective: add up `values` (equally many) over the ranks, without waiting for it."""
-        own = torch.tensor(values, dtype=torch.float64)
-        if self.topology.ranks == 1:
-            return PendingSum(own, None, self)
-        with self.missing("a question"):
-            return PendingSum(own, dist.all_reduce(own, async_op=True), self)
+        own, work = torch.tensor(values, dtype=torch.float64), None
+        if self.topology.ranks > 1:
+            with self.missing("a question"):
+                work = dist.all_reduce(own, async_op=True)
+        return PendingSum(own, work, partial(self.missing, "a question"))
 
     def barrier(self) -> None:
         """Collective: wait until every rank is here."""
@@ -236,14 +252,14 @@ class PendingSum:
 
     _sum: Tensor
     _work: dist.Work | None
-    _communicator: Communicator
+    _waiting: Callable[[], contextlib.AbstractContextManager[None]]
 
-    def wait(self) -> list[float]:
-        """Collective: the sums."""
+    def wait(self) -> Tensor:
+        """Collective: the sum. With NCCL the device waits for it, not the host."""
         if self._work is not None:
-            with self._communicator.missing("a question"):
+            with self._waiting():
                 self._work.wait()
-        return self._sum.tolist()
+        return self._sum
 
 
 def first_text(texts: Iterable[str]) -> str | None:

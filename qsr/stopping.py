@@ -3,10 +3,12 @@
 A cluster that wants its machines back sends a signal and kills a while later. The handler only
 sets a flag, because a handler must not save, let alone take part in a collective: the other ranks
 may not have got the signal, or stand elsewhere. In every step the ranks tell each other whether one
-of them has it, and then all stop after the same step. With it travels what they must agree on.
+of them has it, and some steps later all stop after the same one. With it travels what they must
+agree on.
 """
 
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
@@ -68,37 +70,39 @@ def handling(
             signal.signal(signal.Signals[name], old)
 
 
+MAX_PENDING = 8
+"""Questions of an `Agreement` that may be under way within a round: so many steps one rank may be
+ahead of another, whose step just takes longer, without waiting for it, and so many steps later may
+a stop be noticed. With one alone every step would take as long as its slowest rank's."""
+
+
 class Agreement:
     """That all ranks do the same, and whether any was asked to stop, as all ranks know it."""
 
     def __init__(self, communicator: Communicator, flag: StopFlag) -> None:
         self._communicator = communicator
         self._flag = flag
-        self._pending: tuple[Fingerprint, PendingSum] | None = None
+        self._pending: deque[tuple[Fingerprint, list[float], PendingSum]] = deque()
         self._stop = False
 
     def begin(self, mark: Fingerprint) -> None:
         """Collective: tell the other ranks what this one is about to do, and whether it was asked
-        to stop. The answer travels while the ranks compute on, so that none waits for the slowest.
-        """
-        self.settle()
+        to stop. The answer travels while the ranks compute on."""
+        numbers = mark.encode()
         asked = float(self._flag.reason is not None)
-        self._pending = mark, self._communicator.begin_sum([asked, *mark.encode()])
+        self._pending.append((mark, numbers, self._communicator.begin_sum([asked, *numbers])))
 
-    def settle(self) -> bool:
-        """Collective: whether any rank had been asked to stop when all began the last time. Raises
-        DisagreementError on a rank whose mark was not the others'."""
-        if self._pending is not None:
-            mark, pending = self._pending
-            self._pending = None
-            asked, *sums = pending.wait()
-            topology = self._communicator.topology
-            wrong = [
-                total != topology.ranks * own
-                for total, own in zip(sums, mark.encode(), strict=True)
-            ]
+    def settle(self, pending: int = 0) -> bool:
+        """Collective: whether any rank had been asked to stop, as far as the answers tell. Waits
+        until `pending` of them are under way, the last ones. Raises DisagreementError on a rank
+        whose mark was not the others'."""
+        while len(self._pending) > pending:
+            mark, numbers, answer = self._pending.popleft()
+            asked, *sums = answer.wait().tolist()
+            place = self._communicator.topology
+            wrong = [total != place.ranks * own for total, own in zip(sums, numbers, strict=True)]
             if any(wrong):
-                raise mark.disagreement(topology.rank, wrong)
+                raise mark.disagreement(place.rank, wrong)
             self._stop = self._stop or asked > 0.0
         return self._stop
 

@@ -18,6 +18,7 @@ from qsr.core.plan import Plan, Round
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
 from qsr.data import Batch, Loader, Request
+from qsr.delayed import PREFIX, DelayedAverage
 from qsr.distributed import Communicator
 from qsr.evaluation import Evaluation, Evaluator
 from qsr.gradients import GradientAverager
@@ -25,7 +26,7 @@ from qsr.losses import TrainingLoss
 from qsr.monitor import Monitor, Progress, TrainingError
 from qsr.precision import Precision
 from qsr.step import Stepper
-from qsr.stopping import Agreement, StopFlag, StopRequestedError
+from qsr.stopping import MAX_PENDING, Agreement, StopFlag, StopRequestedError
 from qsr.tracking import Tracker
 from qsr.worker import Worker
 
@@ -41,10 +42,13 @@ class Due:
     """End the session after this step."""
 
 
-def checkpoint_bytes(plan: Plan, worker: Worker, num_workers: int) -> int:
+def checkpoint_bytes(plan: Plan, worker: Worker, num_workers: int, *, delayed: bool) -> int:
     """The most that a checkpoint of a run takes of the disk. `worker`: any of its workers, of which
-    names and shapes count alone; one on the meta device will do."""
+    names and shapes count alone; one on the meta device will do. `delayed`: whether averages are
+    applied with a delay."""
     tensors = worker.expected_tensors()
+    if delayed:
+        tensors |= {PREFIX + name: tensor for name, tensor in worker.parameters().items()}
     if plan.gradient_rounds == plan.num_rounds:
         shared = {k: t for k, t in tensors.items() if not k.startswith("buffers/")}
     else:  # within a round every worker has all its own
@@ -80,6 +84,7 @@ class Trainer:
         config_hash: str,
         stop: StopFlag,
         overlap_gradients: bool,
+        delay_steps: int,
     ) -> None:
         self.evaluation: Evaluation | None = None
         self.stopping = False
@@ -101,6 +106,8 @@ class Trainer:
         self._config_hash = config_hash
         self._agreement = Agreement(communicator, stop)
         self._averager = Averager(communicator, communicator.topology.num_workers)
+        self._delay_steps = delay_steps
+        self._delayed = DelayedAverage(self._averager, workers) if delay_steps else None
         self._gradients = (
             GradientAverager(workers, communicator, overlap=overlap_gradients)
             if plan.gradient_rounds
@@ -162,6 +169,8 @@ class Trainer:
             if self.stopping:
                 break
             self._train_step(round_, step, batches)
+            if self._delayed is not None and self._delayed.due == step + 1:
+                self._delayed.apply_()
             if step + 1 == round_.end:
                 self._end_round(round_)
             self.progress.step = step + 1
@@ -185,14 +194,17 @@ class Trainer:
 
     def _do_what_is_due(self, round_: Round, stop: int) -> None:
         due, step = self._due, self.progress.step
-        self.stopping = self._agreement.settle()
         final = self._at_the_end
         log = final or step % due.log_every == 0
         evaluate = final or step % due.evaluate_every == 0
         every = due.checkpoint_every
         checkpoint = step == stop or (every is not None and step % every == 0)
-        if not (log or evaluate or checkpoint or self.stopping):
+        is_due = log or evaluate or checkpoint
+        within_round = step < round_.end
+        self.stopping = self._agreement.settle(MAX_PENDING if within_round and not is_due else 0)
+        if not (is_due or self.stopping):
             return
+        self._agreement.settle()
         # first see that the run is healthy: a state that is not finite, or mixed from ranks that
         # disagree, is neither evaluated nor saved
         self._averager.check()
@@ -238,7 +250,12 @@ class Trainer:
             return
         self._agreement.settle()  # ranks that disagree would mix, or wait for each other
         replicas = [worker.model.flat for worker in self._workers]
-        self._averager.average_(replicas, self._monitor.fingerprint(round_, round_.end))
+        mark = self._monitor.fingerprint(round_, round_.end)
+        if self._delayed is not None and round_.end < self._plan.total_steps:
+            following = self._plan.round_at(round_.end).length
+            self._delayed.begin(mark, due=round_.end + min(self._delay_steps, following))
+        else:  # the paper's; and the last one, which nothing follows
+            self._averager.average_(replicas, mark)
         self.progress.averages += 1
         self.progress.averaged_bytes += replicas[0].bytes
         moments = self._moments.buffers()
@@ -251,7 +268,7 @@ class Trainer:
     def _evaluate(self, round_: Round) -> bool:
         """Collective: False if a stop was agreed before the evaluation's end."""
         step = self.progress.step
-        averaged = step == round_.end or round_.averages == "gradients"
+        averaged = self._parameters_are_equal(round_)
         replicas = [worker.model.flat for worker in self._workers]
         mark = self._monitor.fingerprint(round_, step)
         self._agreement.begin(mark)
@@ -286,10 +303,17 @@ class Trainer:
         return True
 
     def _save(self, round_: Round) -> None:
+        delayed = self._delayed
+        corrections = delayed.corrections() if delayed else [{}] * len(self._workers)
+        tensors = [
+            worker.tensors() | correction
+            for worker, correction in zip(self._workers, corrections, strict=True)
+        ]
         finite = all(
             bool(tensor.isfinite().all())
-            for worker in self._workers
-            for tensor in (*worker.model.flat.views, *worker.optimizer_state().values())
+            for of_worker in tensors
+            for name, tensor in of_worker.items()
+            if not name.startswith("buffers/")
         )
         progress = self.progress
         if self._communicator.any(not finite):
@@ -300,20 +324,21 @@ class Trainer:
             )
         first = self._workers[0]
         shared: dict[str, Tensor] = {}
-        if progress.step == round_.end:
+        if self._parameters_are_equal(round_):
             shared |= first.parameters()
         if round_.averages == "gradients":  # the same updates of the same weights so far
             shared |= first.optimizer_state()
         own = {
             worker.index: WorkerState(
-                {name: t for name, t in worker.tensors().items() if name not in shared},
+                {name: t for name, t in of_worker.items() if name not in shared},
                 worker.values(),
             )
-            for worker in self._workers
+            for worker, of_worker in zip(self._workers, tensors, strict=True)
         }
         run = {
             "progress": asdict(progress),
             "round": round_._asdict(),
+            "correction_due": delayed.due if delayed else None,
             "workers": self._communicator.topology.num_workers,
             "config_hash": self._config_hash,
             "evaluation": None if self.evaluation is None else asdict(self.evaluation),
@@ -325,11 +350,21 @@ class Trainer:
             self.checkpoint_failure = str(error)
             self._communicator.say(f"{error}; the run goes on without it")
 
+    def _parameters_are_equal(self, round_: Round) -> bool:
+        """Whether all workers have the same parameters now, in this round or at its end."""
+        if round_.averages == "gradients":
+            return True
+        under_way = self._delayed is not None and self._delayed.due is not None
+        return self.progress.step == round_.end and not under_way
+
     def check_space(self, more_bytes: int) -> None:
         """Collective: see that the disk has room for the run's checkpoints and for `more_bytes`.
         Raises CheckpointError."""
         size = checkpoint_bytes(
-            self._plan, self._workers[0], self._communicator.topology.num_workers
+            self._plan,
+            self._workers[0],
+            self._communicator.topology.num_workers,
+            delayed=self._delayed is not None,
         )
         self._checkpointer.check_space(size, more_bytes)
 
@@ -355,9 +390,15 @@ class Trainer:
         self._monitor.start(Progress(**run["progress"]))
         if run["evaluation"] is not None:
             self.evaluation = Evaluation(**run["evaluation"])
+        corrections = []
         for worker in self._workers:
             state = self._checkpointer.read_worker(step, worker.index)
-            worker.load(state.tensors, state.values)
+            correction = {k: t for k, t in state.tensors.items() if k.startswith(PREFIX)}
+            own = {k: t for k, t in state.tensors.items() if k not in correction}
+            worker.load(own, state.values)
+            corrections.append(correction)
+        if self._delayed is not None and run["correction_due"] is not None:
+            self._delayed.load(corrections, run["correction_due"])
         self._tracker.rewind(step)
         if self.finished:  # killed after the last checkpoint: the evaluator has no model yet
             replicas = [worker.model.flat for worker in self._workers]

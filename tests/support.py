@@ -158,6 +158,7 @@ class Setup:
     stop: StopFlag = field(default_factory=StopFlag)
     timeout_seconds: float = 60.0
     overlap_gradients: bool = True
+    delay_steps: int = 0
     folder: Path | None = None
     """Of the run; None: a new one for every trainer (ranks of one run need a common one)."""
     config_hash: str = "0123456789abcdef"
@@ -214,6 +215,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
     sync = schema.ConstantSync(
         average_momentum=setup.average_momentum,
         average_second_moment=setup.average_second_moment,
+        delay_steps=setup.delay_steps,
         rule="constant",
         h=1,
     )
@@ -237,6 +239,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         config_hash=setup.config_hash,
         stop=setup.stop,
         overlap_gradients=setup.overlap_gradients,
+        delay_steps=setup.delay_steps,
     )
     return Rig(trainer, workers, tracker, evaluator, loader, communicator)
 

@@ -73,6 +73,7 @@ def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
         micro_batches=config.local_batch // config.micro_batch_size * workers_per_rank,
         parameter_bytes=parameter_bytes(parameters),
         moment_bytes=moment_bytes(config.sync, parameters),
+        delay_steps=config.sync.delay_steps,
     )
 
 

@@ -25,9 +25,9 @@ from qsr.config.compose import (
     parse_overrides,
 )
 from qsr.config.parsing import flatten, parse
-from qsr.config.planning import make_plan
+from qsr.config.planning import make_plan, smallest_h
 from qsr.config.rehearsal import Rehearsal, rehearse
-from qsr.config.schema import Config, DataConfig, SlurmCluster
+from qsr.config.schema import Config, DataConfig, SlurmCluster, SyncConfig
 
 __all__ = [
     "CONFIG_DIR",
@@ -62,6 +62,10 @@ EXECUTION = (
 )
 """Settings that say how a run is carried out and not what it computes. They are no part of a
 run's identity: not of its folder's name, not of its hash, and they may change at a resumption."""
+
+LATER = {"sync.delay_steps": 0}
+"""Settings that came after the first runs, with what those runs did. At that value they are no part
+of a run's identity, so that older runs stay what they are."""
 
 _SBATCH_ELSEWHERE = {
     "account": "set cluster.account",
@@ -140,6 +144,12 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
         for part in path:
             target, source = target[part], source[part]
         target[leaf] = source[leaf]
+    for name, value in LATER.items():
+        *path, leaf = name.split(".")
+        target = settings
+        for part in path:
+            target = target[part]
+        target.setdefault(leaf, value)
     return parse_config(settings)
 
 
@@ -188,12 +198,27 @@ def check(config: Config) -> None:
         raise ConfigError(
             "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum"
         )
+    if config.sync.delay_steps:
+        _check_delay(config.sync)
     if config.data.decode == "gpu" and config.cluster.device == "cpu":
         raise ConfigError("data.decode=gpu goes with a GPU: take data.decode=auto")
     if config.data.decode == "gpu" and config.data.loader == "torchvision":
         raise ConfigError("data.decode=gpu goes with DALI: take data.loader=dali")
     if config.data.train_images is not None:
         check_plan(config, config.data.train_images)
+
+
+def _check_delay(sync: SyncConfig) -> None:
+    delay, smallest = f"sync.delay_steps={sync.delay_steps}", smallest_h(sync)
+    if smallest is None:
+        raise ConfigError(f"{delay}: sync=swap averages once, at the run's end: take 0")
+    if sync.delay_steps >= smallest:
+        raise ConfigError(
+            f"{delay}: an average must be there before the next round ends, so it must be less "
+            f"than the smallest H, {smallest}"
+        )
+    if sync.average_momentum or sync.average_second_moment:
+        raise ConfigError(f"{delay}: only parameters can be averaged with a delay, not momenta")
 
 
 def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
@@ -255,7 +280,7 @@ def identity(config: Config) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(to_dict(config))
-        if key != "experiment" and not _is_execution(key)
+        if key != "experiment" and not _is_execution(key) and (key, value) not in LATER.items()
     }
 
 
@@ -267,7 +292,7 @@ def config_hash(config: Config) -> str:
 
 def differences(config: Config, stored: Config) -> list[str]:
     """What distinguishes two runs, as "name: stored -> now" lines; empty if they are the same."""
-    now, before = identity(config), identity(stored)
+    now, before = LATER | identity(config), LATER | identity(stored)
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(now.keys() | before.keys())

@@ -76,6 +76,21 @@ def make_rule(settings: schema.SyncConfig, steps_per_epoch: int) -> Rule:
     assert_never(settings)
 
 
+def smallest_h(settings: schema.SyncConfig) -> int | None:
+    """Of the rounds that end in an average of parameters and are followed by others; None: there
+    are none."""
+    match settings:
+        case schema.EveryStepSync():
+            return 1
+        case schema.QuadraticSync(h_base=h) | schema.PowerSync(h_base=h):
+            return h
+        case schema.ConstantSync(h=h) | schema.PostLocalSync(h=h):
+            return h
+        case schema.SwapSync():
+            return None
+    assert_never(settings)
+
+
 def parameter_count(model: schema.ModelConfig, classes: int) -> int:
     """Parameters of a network, without building it. timm's are counted by models.py instead."""
     match model.name:

@@ -145,12 +145,15 @@ ScheduleConfig = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class AverageConfig:
-    """What is averaged at a round's end besides the parameters."""
+    """What is averaged at a round's end besides the parameters, and when it counts."""
 
     average_momentum: bool
     """Also average SGD's momentum or AdamW's first moment (the paper does not)."""
     average_second_moment: bool
     """Also average AdamW's second moment (the paper does not)."""
+    delay_steps: Annotated[int, Field(ge=0)]
+    """Steps that the workers take while an average travels, before it is applied; 0: they wait
+    (the paper's)."""
 
 
 @dataclass(frozen=True, config=STRICT)

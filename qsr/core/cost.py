@@ -165,6 +165,8 @@ class CostModel:
     parameter_bytes: int
     moment_bytes: int = 0
     """Optimizer states that are averaged with the parameters."""
+    delay_steps: int = 0
+    """Steps behind which the average of a round of local steps hides, but for the run's last."""
 
     @property
     def gradient_seconds(self) -> float:
@@ -194,7 +196,11 @@ class CostModel:
         """The rounds of a plan; `overlapped` concerns those that average gradients."""
         each = self.exposed_gradient_seconds if overlapped else self.gradient_seconds
         local_rounds = plan.num_rounds - plan.gradient_rounds
-        seconds = plan.gradient_rounds * each + local_rounds * self.average_seconds
+        seconds = plan.gradient_rounds * each
+        if local_rounds:
+            hidden = self.delay_steps * self.compute_seconds
+            exposed = max(0.0, self.average_seconds - hidden)
+            seconds += (local_rounds - 1) * exposed + self.average_seconds
         return self._run(plan.total_steps, seconds)
 
     def _run(self, steps: int, communication_seconds: float) -> RunCost:

@@ -1,5 +1,7 @@
 """Real processes that form a gloo group."""
 
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from qsr import (
+    ConstantRule,
     CosineSchedule,
     EveryStepRule,
     Plan,
@@ -17,9 +20,11 @@ from qsr import (
 from qsr.averaging import FINGERPRINT_SIZE, Averager, Fingerprint
 from qsr.batchnorm import reestimate
 from qsr.core.sampling import Sampler
+from qsr.data import Batch, Request
 from qsr.distributed import Communicator, Topology
 from qsr.flat import FlatBuffers
 from qsr.monitor import TrainingError
+from qsr.stopping import MAX_PENDING
 from tests.support import (
     CPU,
     Setup,
@@ -126,12 +131,17 @@ SETUP = Setup(QSR, net=batchnorm_net, optimizer=sgd(momentum=0.9), evaluate_ever
 
 
 @pytest.mark.parametrize(
-    ("plan", "overlap"),
-    [(QSR, True), (GRADIENTS, True), (GRADIENTS, False)],
-    ids=["local", "data_parallel", "blocking_data_parallel"],
+    "changes",
+    [
+        {},
+        {"delay_steps": 1},
+        {"plan": GRADIENTS},
+        {"plan": GRADIENTS, "overlap_gradients": False},
+    ],
+    ids=["local", "delayed", "data_parallel", "blocking_data_parallel"],
 )
-def test_two_virtual_workers_are_two_processes_bit_for_bit(plan: Plan, overlap: bool) -> None:
-    setup = replace(SETUP, plan=plan, mixup_alpha=0.2, micro_batch=2, overlap_gradients=overlap)
+def test_two_virtual_workers_are_two_processes_bit_for_bit(changes: dict[str, Any]) -> None:
+    setup = replace(SETUP, mixup_alpha=0.2, micro_batch=2, **changes)
     virtual, rows = on(1, setup)
     processes, process_rows = on(2, setup)
     assert virtual == processes
@@ -166,15 +176,49 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [QSR, GRADIENTS, Plan(COSINE, PostLocalRule(13, 4))], ids=["local", "ddp", "post_local"]
+    "changes",
+    [
+        {},
+        {"plan": GRADIENTS},
+        {"plan": Plan(COSINE, PostLocalRule(13, 4))},
+        {"plan": Plan(COSINE, ConstantRule(6)), "delay_steps": 3},
+    ],
+    ids=["local", "ddp", "post_local", "delayed"],
 )
-def test_four_ranks_resume_bit_for_bit(plan: Plan, tmp_path: Path) -> None:
+def test_four_ranks_resume_bit_for_bit(changes: dict[str, Any], tmp_path: Path) -> None:
     """With two ranks any order of addition gives the same sum; with four it does not."""
-    setup = replace(SETUP, plan=plan, workers=4, checkpoint_every=7)
+    setup = replace(SETUP, workers=4, checkpoint_every=7, **changes)
     whole, _ = on(4, setup)
     on(4, replace(setup, stop_after=7, folder=tmp_path))
     resumed, _ = on(4, replace(setup, folder=tmp_path))
     assert resumed == whole
+
+
+def train_beside_a_slow_rank(rank: int, ranks: int, setup: Setup, folder: Path) -> list[int]:
+    """Rank 1 does not begin its sixth step before rank 0 has begun its fourteenth."""
+    rig = build(setup, Topology(rank, ranks, rank, setup.workers))
+    deliver = rig.loader.batches
+
+    def batches(requests: Iterable[Request]) -> Iterator[Batch]:
+        for number, batch in enumerate(deliver(requests)):
+            if rank == 0 and number == 5 + MAX_PENDING:
+                (folder / "far ahead").touch()
+            deadline = time.monotonic() + 10
+            while rank == 1 and number == 5 and not (folder / "far ahead").exists():
+                assert time.monotonic() < deadline, "rank 0 waits"
+                time.sleep(0.01)
+            yield batch
+
+    rig.loader.batches = batches  # type: ignore[method-assign]
+    rig.trainer.train()
+    return [round_.end for round_ in setup.plan.rounds()]
+
+
+def test_within_a_round_a_rank_need_not_wait_for_a_slow_step_of_another(tmp_path: Path) -> None:
+    plan = Plan(COSINE, ConstantRule(24))
+    setup = Setup(plan, log_every=24, timeout_seconds=20.0)
+    ends = run_ranks(train_beside_a_slow_rank, 2, setup, tmp_path)
+    assert ends == [[24], [24]]
 
 
 def pooled_statistics(rank: int, ranks: int) -> list[float]:

@@ -226,7 +226,7 @@ def test_the_estimate_at_the_start_is_the_size_of_a_checkpoint(
 ) -> None:
     folder = new_folder()
     setup = Setup(plan, workers, net=wide_net, optimizer=optimizer, stop_after=5, folder=folder)
-    estimate = checkpoint_bytes(plan, build_rig(setup).workers[0], workers)
+    estimate = checkpoint_bytes(plan, build_rig(setup).workers[0], workers, delayed=False)
     train(setup)
     (checkpoint,) = (folder / "checkpoints").iterdir()
     size = sum(path.stat().st_size for path in checkpoint.iterdir())

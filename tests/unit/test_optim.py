@@ -163,7 +163,7 @@ def test_averaged_states_exist_under_these_names(
     keys: list[str],
     fused: bool,
 ) -> None:
-    sync = schema.ConstantSync(average_momentum, average_second_moment, "constant", 4)
+    sync = schema.ConstantSync(average_momentum, average_second_moment, 0, "constant", 4)
     assert list(averaged_state_keys(settings, sync)) == keys
     parameters = list(network().parameters())
     optimizer = build_optimizer(settings, parameters, fused=fused)

@@ -96,7 +96,12 @@ def test_a_run_is_what_its_folder_holds(tmp_path: Path) -> None:
     assert run.folder == folder
     assert (run.config.seed, run.config.epochs) == (2, 4)
     assert run.config.sync == schema.QuadraticSync(
-        average_momentum=False, average_second_moment=False, rule="quadratic", h_base=4, alpha=0.4
+        average_momentum=False,
+        average_second_moment=False,
+        delay_steps=0,
+        rule="quadratic",
+        h_base=4,
+        alpha=0.4,
     )
     assert run.summary["top1"] == 90.0
     assert len(run.metrics) == 8

@@ -37,6 +37,8 @@ COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=4, total_steps=
 GRADIENTS = Plan(COSINE, EveryStepRule("gradients"))
 PARAMETERS = Plan(COSINE, EveryStepRule("parameters"))
 QSR = Plan(COSINE, QuadraticRule(h_base=2, alpha=0.15))
+FIVES = Plan(replace(COSINE, total_steps=22), ConstantRule(5))
+"""Its last round has two steps."""
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -56,7 +58,9 @@ def test_data_parallel_is_the_large_batch() -> None:
     torch.testing.assert_close(four.parameters(), one.parameters(), rtol=1e-5, atol=1e-6)
 
 
-def numpy_local_sgd(plan: Plan, workers: int, batch: int, rate_decay: float) -> Any:
+def numpy_local_sgd(
+    plan: Plan, workers: int, batch: int, rate_decay: float, delay_steps: int
+) -> Any:
     """Softmax regression by local SGD, in numpy."""
     torch.manual_seed(1)
     layer = nn.Linear(108, 4)
@@ -65,6 +69,7 @@ def numpy_local_sgd(plan: Plan, workers: int, batch: int, rate_decay: float) -> 
     sampler = Sampler(96, batch, workers, seed=1)
     w = np.stack([layer.weight.detach().double().numpy().T] * workers)
     b = np.stack([layer.bias.detach().double().numpy()] * workers)
+    on_the_way = None
     for round_ in plan.rounds():
         for step in range(round_.start, round_.end):
             for k in range(workers):
@@ -74,14 +79,25 @@ def numpy_local_sgd(plan: Plan, workers: int, batch: int, rate_decay: float) -> 
                 error = (p / p.sum(axis=1, keepdims=True) - onehot[rows]) / len(rows)
                 w[k] -= plan.schedule(step) * (x[rows].T @ error + rate_decay * w[k])
                 b[k] -= plan.schedule(step) * (error.sum(axis=0) + rate_decay * b[k])
-        w[:], b[:] = w.mean(axis=0), b.mean(axis=0)
+            late = delay_steps and step + 1 in (round_.start + delay_steps, round_.end)
+            if late and on_the_way is not None:
+                w, b = w + on_the_way[0], b + on_the_way[1]
+                on_the_way = None
+        if delay_steps and round_.end < plan.total_steps:
+            on_the_way = w.mean(axis=0) - w, b.mean(axis=0) - b
+        else:
+            w[:], b[:] = w.mean(axis=0), b.mean(axis=0)
     return np.concatenate([w[0].T.ravel(), b[0]])
 
 
+@pytest.mark.parametrize(
+    ("plan", "delay_steps"), [(QSR, 0), (QSR, 1), (FIVES, 0), (FIVES, 1), (FIVES, 4)]
+)
 @pytest.mark.parametrize("workers", [1, 3, 4])
-def test_rounds_against_numpy(workers: int) -> None:
-    setup = Setup(QSR, workers, global_batch=12, noise=0.0, optimizer=sgd(weight_decay=0.01))
-    expected = numpy_local_sgd(QSR, workers, 12, rate_decay=0.01)
+def test_rounds_against_numpy(workers: int, plan: Plan, delay_steps: int) -> None:
+    setup = Setup(plan, workers, global_batch=12, noise=0.0, optimizer=sgd(weight_decay=0.01))
+    setup = replace(setup, delay_steps=delay_steps)
+    expected = numpy_local_sgd(plan, workers, 12, 0.01, delay_steps)
     np.testing.assert_allclose(train(setup).parameters().numpy(), expected, rtol=2e-4, atol=2e-5)
 
 
@@ -89,6 +105,13 @@ def test_workers_agree_after_every_round_and_differ_within() -> None:
     plan = Plan(ConstantSchedule(0.1, 10), ConstantRule(4))
     at_border = train(Setup(plan, stop_after=8))
     assert torch.equal(at_border.parameters(0), at_border.parameters(1))
+
+
+def test_a_delayed_average_leaves_the_workers_apart_until_the_run_ends() -> None:
+    plan = Plan(ConstantSchedule(0.1, 10), ConstantRule(4))
+    for steps, agree in ((4, False), (6, False), (8, False), (10, True)):
+        delayed = train(Setup(plan, delay_steps=2, stop_after=steps))
+        assert torch.equal(delayed.parameters(0), delayed.parameters(1)) == agree, steps
 
 
 @pytest.fixture
@@ -112,6 +135,8 @@ def setup(tmp_path: Path) -> Setup:
         {"plan": Plan(COSINE, SwapRule(9))},
         {"optimizer": adamw(clip_norm=1.0), "micro_batch": 2, "average_momentum": True},
         {"optimizer": adamw(), "average_momentum": True, "average_second_moment": True},
+        {"plan": FIVES, "delay_steps": 4},
+        {"optimizer": adamw(), "delay_steps": 1},
         {"precision": "bf16"},
         {"precision": "fp16"},
     ],

@@ -63,6 +63,7 @@ RECIPE: dict[str, tuple[Any, Any, Any]] = {
     "evaluation.batchnorm_micro_batches": (128, 128, 128),
     "sync.average_momentum": (False, False, False),
     "sync.average_second_moment": (False, False, False),
+    "sync.delay_steps": (0, 0, 0),
 }  # fmt: skip
 
 #              workers, peak rate, warm-up steps, total steps, schedule

@@ -17,6 +17,7 @@ from qsr.config.load import (
     load_config,
     load_configs,
     parse_config,
+    parse_identity,
     run_folder,
     to_dict,
 )
@@ -82,6 +83,12 @@ DEMO = "experiment=demo/quadratic"
         ([DEMO, "sync=swap", "sync.switch_epoch=99"], "not a setting of sync.rule=swap"),
         ([DEMO, "sync.average_second_moment=true"], "sgd has no second moment"),
         ([DEMO, "sync.average_momentum=true", "optimizer.momentum=0"], "there is no momentum"),
+        ([DEMO, "sync.delay_steps=4"], "sync.delay_steps=4: an average must be there before the "
+         "next round ends, so it must be less than the smallest H, 4"),
+        (["experiment=demo/parallel", "sync.delay_steps=1"], "less than the smallest H, 1"),
+        (["experiment=vit_b16_b4096/swap", "sync.delay_steps=1"], "sync=swap averages once"),
+        ([DEMO, "sync.delay_steps=2", "sync.average_momentum=true"], "only parameters can be "
+         "averaged with a delay, not momenta"),
         ([DEMO, "model=timm"], "model.timm_name has no value"),
         ([DEMO, "model.timm_name=resnet18"], "model.timm_name goes with model.name=timm"),
         ([DEMO, "data.augmentation.min_area=0.9", "data.augmentation.max_area=0.5"], "exceeds"),
@@ -160,6 +167,15 @@ def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
     assert differences(load_config([DEMO, "seed=2"]), base) == ["seed: 1 -> 2"]
 
 
+def test_a_run_from_before_a_setting_is_the_run_that_has_its_old_value() -> None:
+    stored = to_dict(load_config([DEMO]))
+    del stored["sync"]["delay_steps"]
+    assert differences(load_config([DEMO]), parse_identity(stored)) == []
+    delayed = load_config([DEMO, "sync.delay_steps=2"])
+    assert differences(delayed, parse_identity(stored)) == ["sync.delay_steps: 0 -> 2"]
+    assert config_hash(delayed) != config_hash(parse_identity(stored))
+
+
 @pytest.mark.parametrize("name", sorted(
     path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
@@ -225,14 +241,15 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     left_out = leaves(to_dict(config)) - set(identity(config))
     assert {name.split(".")[0] for name in left_out} == {
         "checkpoint", "cluster", "data", "evaluation", "experiment", "runs_dir",
-        "stop_after_steps", "tracking",
+        "stop_after_steps", "sync", "tracking",
     }  # fmt: skip
-    assert {name for name in left_out if name.startswith(("data", "evaluation"))} == {
+    assert {name for name in left_out if name.startswith(("data", "evaluation", "sync"))} == {
         "data.loader_threads",
         "data.prefetch_batches",
         "data.root",
         "evaluation.batch",
         "evaluation.every_epochs",
+        "sync.delay_steps",  # at the value of runs from before there was such a setting
     }
 
 

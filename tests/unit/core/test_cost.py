@@ -172,6 +172,20 @@ def test_moments_take_an_allreduce_of_their_own_at_the_end_of_local_rounds() -> 
     assert averaged_bytes(plan, 1000) == 6000
 
 
+@pytest.mark.parametrize(
+    ("delay_steps", "seconds"),
+    #  three averages of 1 s, the last of which nothing hides; a step takes 0.4 s
+    [(0, 3.0), (1, 0.6 + 0.6 + 1), (2, 0.2 + 0.2 + 1), (3, 1.0)],
+)
+def test_a_delay_hides_all_averages_but_the_last(delay_steps: int, seconds: float) -> None:
+    link = Link(2, 2, 100 * 2**20, 0.0)
+    model = CostModel(link, 0.4, 1, 100 * 2**20, delay_steps=delay_steps)
+    plan = Plan(ConstantSchedule(0.1, 10), ConstantRule(4))
+    cost = model.run(plan, overlapped=True)
+    assert cost.communication_seconds == pytest.approx(seconds)
+    assert cost.compute_seconds == pytest.approx(4.0)
+
+
 def test_bytes_and_hours_of_gpus() -> None:
     assert ring_bytes(1, 100) == 0
     assert ring_bytes(4, 100) == 150
