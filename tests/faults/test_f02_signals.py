@@ -68,7 +68,7 @@ def undisturbed() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("plan", "rank", "mode", "at", "name", "stopped_at"),
     [
-        # a worker's n-th step; the others learn of it at the round's end
+        # a worker's n-th step; the others learn of it at the next evaluation or round's end
         ("local", 1, "train", 1, "SIGUSR2", 4),  # the first step
         ("local", 1, "train", 7, "SIGUSR1", 8),  # inside a round; an evaluation is due at 8
         ("local", 0, "train", 9, "SIGTERM", 10),  # the last step before an average
