@@ -145,7 +145,7 @@ def with_the_trainer(case: Case) -> float:
             due=Due(50, 10**9, None, case.steps),
             config_hash="0123456789abcdef",
             stop=StopFlag(),
-            overlap_gradients=True,
+            bucket_mib=25.0,
             delay_steps=0,
         )  # fmt: skip
         trainer.train()

@@ -261,7 +261,7 @@ def _build(
         ),
         config_hash=config_hash(config),
         stop=flag,
-        overlap_gradients=config.cluster.overlap_gradients,
+        bucket_mib=config.cluster.bucket_mib if config.cluster.overlap_gradients else None,
         delay_steps=config.sync.delay_steps,
     )
     return trainer, evaluator

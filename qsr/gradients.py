@@ -15,26 +15,29 @@ from qsr.worker import Worker
 class GradientAverager:
     """Averages the gradients of all workers.
 
-    With `overlap`, where every rank is one worker, this is torch's DDP, which hides the all-reduces
-    behind the backward pass. Otherwise gradients lie in flat buffers, are summed on the rank first
-    where it holds several workers, and averaged after the backward pass.
+    Where every rank is one worker this is torch's DDP, which hides the all-reduces, in buckets of
+    `bucket_mib`, behind the backward pass. Otherwise, or with None, gradients lie in flat buffers,
+    are summed on the rank first where it holds several workers, and averaged after the backward
+    pass.
     """
 
     def __init__(
-        self, workers: Sequence[Worker], communicator: Communicator, *, overlap: bool
+        self, workers: Sequence[Worker], communicator: Communicator, bucket_mib: float | None
     ) -> None:
         self._communicator = communicator
         self._workers = workers
         self._ddp: DistributedDataParallel | None = None
         topology = communicator.topology
-        if overlap and topology.num_workers > 1 and len(workers) == 1:
+        if bucket_mib is not None and topology.num_workers > 1 and len(workers) == 1:
             with warnings.catch_warnings():
                 # deprecated by torch 2.15 for a name that older versions do not have
                 warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
                 self._ddp = DistributedDataParallel(
                     workers[0].model.module,
                     broadcast_buffers=False,  # each worker's BatchNorm statistics are its own
+                    bucket_cap_mb=bucket_mib,  # type: ignore[arg-type]
                     gradient_as_bucket_view=True,
+                    static_graph=True,  # the same parameters, as often, in every step
                 )
             workers[0].forward = self._ddp
         elif topology.num_workers > 1:
@@ -42,18 +45,20 @@ class GradientAverager:
                 worker.flatten_gradients()
 
     def settle(self, images: Tensor) -> None:
-        """Collective: one backward pass for nothing, before the first step of a session.
+        """Collective: two backward passes for nothing, before the first step of a session.
 
-        DDP orders its buckets anew after its first backward pass, and with them the order in which
-        the ranks' gradients are added. Without this a resumed run would take one more step with
-        the first order than an uninterrupted one, and differ in the last bits.
+        DDP records the graph in its first backward pass and orders its buckets anew after it, and
+        with them the order in which the ranks' gradients are added. Without this a resumed run
+        would take more steps with the first order than an uninterrupted one, and differ in the
+        last bits.
         """
         if self._ddp is None:
             return
         (worker,) = self._workers
         before = [buffer.clone() for buffer in worker.model.module.buffers()]
-        worker.forward(images).float().sum().backward()
-        worker.zero_gradients()
+        for _ in range(2):
+            worker.forward(images).float().sum().backward()
+            worker.zero_gradients()
         for buffer, value in zip(worker.model.module.buffers(), before, strict=True):
             buffer.copy_(value)
 

@@ -83,7 +83,7 @@ class Trainer:
         due: Due,
         config_hash: str,
         stop: StopFlag,
-        overlap_gradients: bool,
+        bucket_mib: float | None,
         delay_steps: int,
     ) -> None:
         self.evaluation: Evaluation | None = None
@@ -109,9 +109,7 @@ class Trainer:
         self._delay_steps = delay_steps
         self._delayed = DelayedAverage(self._averager, workers) if delay_steps else None
         self._gradients = (
-            GradientAverager(workers, communicator, overlap=overlap_gradients)
-            if plan.gradient_rounds
-            else None
+            GradientAverager(workers, communicator, bucket_mib) if plan.gradient_rounds else None
         )
         self._averaged_bytes = workers[0].model.flat.bytes
         self._monitor = Monitor(plan, sampler, communicator, precision, config_hash)

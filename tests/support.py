@@ -157,7 +157,7 @@ class Setup:
     stop_after: int | None = None
     stop: StopFlag = field(default_factory=StopFlag)
     timeout_seconds: float = 60.0
-    overlap_gradients: bool = True
+    bucket_mib: float | None = 25.0
     delay_steps: int = 0
     folder: Path | None = None
     """Of the run; None: a new one for every trainer (ranks of one run need a common one)."""
@@ -238,7 +238,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         due=Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
         config_hash=setup.config_hash,
         stop=setup.stop,
-        overlap_gradients=setup.overlap_gradients,
+        bucket_mib=setup.bucket_mib,
         delay_steps=setup.delay_steps,
     )
     return Rig(trainer, workers, tracker, evaluator, loader, communicator)

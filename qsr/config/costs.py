@@ -74,6 +74,7 @@ def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
         parameter_bytes=parameter_bytes(parameters),
         moment_bytes=moment_bytes(config.sync, parameters),
         delay_steps=config.sync.delay_steps,
+        bucket_bytes=config.cluster.bucket_mib * 2**20,
     )
 
 

@@ -399,6 +399,9 @@ class ClusterConfig:
     overlap_gradients: bool
     """Whether data parallel steps hide their all-reduces behind the backward pass (torch's DDP),
     which needs a rank for every worker. false: they block after it, as in the paper."""
+    bucket_mib: Annotated[float, Field(gt=0, le=65_536)]
+    """Size of the buckets of gradients that are all-reduced while the backward pass goes on, in MiB
+    (25 is torch's)."""
     speed: SpeedConfig | None
     """How fast it is, for plans; null: not known."""
 

@@ -17,9 +17,6 @@ BACKWARD_SHARE = 2 / 3
 """Part of a step's computing that is the backward pass: two matrix products for every one of the
 forward pass."""
 
-BUCKET_BYTES = 25 * 2**20
-"""torch's DDP reduces gradients in buckets of this size (its default, bucket_cap_mb=25)."""
-
 
 class AllReduce(Protocol):
     """How long an all-reduce takes among the ranks of a run."""
@@ -167,6 +164,8 @@ class CostModel:
     """Optimizer states that are averaged with the parameters."""
     delay_steps: int = 0
     """Steps behind which the average of a round of local steps hides, but for the run's last."""
+    bucket_bytes: float = 25 * 2**20
+    """Of gradients, in which DDP reduces them. Its default."""
 
     @property
     def gradient_seconds(self) -> float:
@@ -178,7 +177,7 @@ class CostModel:
         """What is left of it when DDP overlaps it with the backward pass: of the last micro-batch
         only, because gradients are accumulated over those before."""
         window = BACKWARD_SHARE * self.compute_seconds / self.micro_batches
-        last_bucket = self.allreduce.seconds(min(BUCKET_BYTES, self.parameter_bytes))
+        last_bucket = self.allreduce.seconds(min(self.bucket_bytes, self.parameter_bytes))
         return exposed_seconds(self.gradient_seconds, window, last_bucket)
 
     @property

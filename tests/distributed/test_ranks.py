@@ -136,7 +136,7 @@ SETUP = Setup(QSR, net=batchnorm_net, optimizer=sgd(momentum=0.9), evaluate_ever
         {},
         {"delay_steps": 1},
         {"plan": GRADIENTS},
-        {"plan": GRADIENTS, "overlap_gradients": False},
+        {"plan": GRADIENTS, "bucket_mib": None},
     ],
     ids=["local", "delayed", "data_parallel", "blocking_data_parallel"],
 )

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan, PostLocalRule
 from qsr.core.cost import (
-    BUCKET_BYTES,
     CostModel,
     Link,
     MeasuredAllReduce,
@@ -141,7 +140,7 @@ def test_accumulated_gradients_overlap_with_the_last_micro_batch(
 
 
 def test_a_network_smaller_than_a_bucket_hides_nothing() -> None:
-    small = CostModel(MODEL.allreduce, 100.0, 1, BUCKET_BYTES)
+    small = CostModel(MODEL.allreduce, 100.0, 1, 25 * 2**20)
     assert small.exposed_gradient_seconds == small.gradient_seconds == pytest.approx(0.25)
 
 
