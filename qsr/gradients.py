@@ -35,7 +35,7 @@ class GradientAverager:
                 self._ddp = DistributedDataParallel(
                     workers[0].model.module,
                     broadcast_buffers=False,  # each worker's BatchNorm statistics are its own
-                    bucket_cap_mb=bucket_mib,  # type: ignore[arg-type]
+                    bucket_cap_mb=bucket_mib,
                     gradient_as_bucket_view=True,
                     static_graph=True,  # the same parameters, as often, in every step
                 )
