@@ -44,6 +44,7 @@ def record(name: str, results: Mapping[str, Any], ranks: int = 1) -> Path:
     """Write results/bench/NAME.json, with versions and hardware."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = environment(Topology(0, ranks, 0, ranks), device)
+    del about["host"]  # nobody else's concern
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"environment": about, **results})

@@ -21,6 +21,7 @@ from qsr.report.generated import generate, stale, write
 from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
 from qsr.report.records import add_record, read_summaries
+from qsr.report.speed import read_benchmarks
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "runs"
@@ -52,7 +53,8 @@ def _tables(*, check: bool) -> int:
     rows = read_reference(ROOT / "results" / "paper" / "tables.csv")
     plan_of = partial(experiment_plan, config_dir=ROOT / "configs")
     faults = json.loads((ROOT / "results" / "faults.json").read_text())
-    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of, faults)
+    benchmarks = read_benchmarks(ROOT / "results" / "bench")
+    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of, faults, benchmarks)
     paths = stale(files)
     if not check:
         write(files, paths)

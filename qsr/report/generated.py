@@ -19,6 +19,7 @@ from qsr.report.collect import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
+from qsr.report.speed import Record, speed_markdown
 
 HEADLINES = (
     "vit_b16_b4096/parallel",
@@ -41,6 +42,7 @@ def generate(
     summaries: Mapping[str, Sequence[Mapping[str, Any]]],
     plan_of: Callable[[str], Plan],
     faults: Mapping[str, Any],
+    benchmarks: Mapping[str, Record],
 ) -> dict[Path, str]:
     """All generated files of the repository in `root`, and what each should hold: a table of the
     paper as results/tables/table_NAME.md and .csv, their index, and README.md and docs/*.md with
@@ -61,6 +63,7 @@ def generate(
     headlines = table[table["experiment"].isin(HEADLINES)]
     blocks["headlines"] = comparison_markdown(headlines)
     blocks["faults"] = faults_markdown(faults)
+    blocks |= {f"bench_{name}": speed_markdown(name, of) for name, of in benchmarks.items()}
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

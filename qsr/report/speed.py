@@ -1,0 +1,137 @@
+"""Results of benchmarks/ -> Markdown: the tables of docs/performance.md and of its notebook."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qsr.report.tables import markdown_table
+
+Record = Mapping[str, Any]
+"""What a benchmark wrote: results/bench/NAME.json."""
+
+
+def read_benchmarks(folder: Path) -> dict[str, Record]:
+    """By name, the records of the benchmarks that have a table."""
+    return {
+        name: json.loads(path.read_text())
+        for name in SPEED_TABLES
+        if (path := folder / f"{name}.json").exists()
+    }
+
+
+def speed_markdown(name: str, record: Record) -> str:
+    """The table of a benchmark, and the machine that it ran on."""
+    about = record["environment"]
+    packages = about["packages"]
+    machine = f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {packages['torch']}"
+    return f"{SPEED_TABLES[name](record)}\nMeasured on {machine}.\n"
+
+
+def slow_link_markdown(record: Record) -> str:
+    """One row per link: times relative to blocking data parallel training, measured and, in
+    brackets, predicted."""
+    lines = []
+    for row in record["shares"]:
+        methods = dict(row["methods"])
+        blocking = next(iter(methods))
+        rate, published = row["rate_mbit_per_second"], row["published_relative"]
+        worst = max((about["deviation"]["median"] for about in methods.values()), key=abs)
+        del methods[blocking]
+        lines.append(
+            {
+                "communication": f"{100 * row['measured_share']['median']:.1f} %",
+                "link": "not limited" if rate is None else f"{rate:,.0f} Mbit/s",
+                **{
+                    name: f"{about['relative']['median']:.3f} "
+                    f"({about['predicted_relative']['median']:.3f})"
+                    for name, about in methods.items()
+                },
+                "the paper's QSR": "" if published is None else f"{published:.3f}",
+                "time beside prediction": f"{100 * worst:+.1f} %",
+            }
+        )
+    return markdown_table(pd.DataFrame(lines))
+
+
+def average_markdown(record: Record) -> str:
+    """One row per way to average."""
+    return markdown_table(
+        pd.DataFrame(
+            [
+                {
+                    "one average of ViT-B/16": name,
+                    "seconds": f"{about['seconds']['median']:.3f}",
+                    "ratio to the floor": _ratio(about["ratio_to_floor"]),
+                    "extra memory (MB)": f"{about['extra_bytes'] / 1e6:.0f}",
+                }
+                for name, about in record["contenders"].items()
+            ]
+        )
+    )
+
+
+def trainer_markdown(record: Record) -> str:
+    """One row per size of a step."""
+    lines = []
+    for name, found in record["cases"].items():
+        case = found["case"]
+        seconds, overhead = found["seconds_per_step"], found["overhead_seconds"]
+        low, high = (1e3 * quartile for quartile in overhead["quartiles"])
+        lines.append(
+            {
+                "": f"{name}: {case['model']}, {case['batch']} images of {case['image_size']} px",
+                **{f"{k} (ms)": f"{1e3 * v['median']:.2f}" for k, v in seconds.items()},
+                "overhead (ms)": f"{1e3 * overhead['median']:+.2f} ({low:+.2f} to {high:+.2f})",
+                "ratio": _ratio(found["ratio"]),
+            }
+        )
+    return markdown_table(pd.DataFrame(lines))
+
+
+def delay_markdown(record: Record) -> str:
+    """One row per delay."""
+    return markdown_table(
+        pd.DataFrame(
+            [
+                {
+                    "delay (steps)": delay,
+                    "top-1, mean %": f"{about['mean']:.2f}",
+                    **{
+                        f"seed {seed}": f"{top1:.2f}"
+                        for seed, top1 in zip(record["seeds"], about["top1"], strict=True)
+                    },
+                }
+                for delay, about in record["by_delay"].items()
+            ]
+        )
+    )
+
+
+def scale_markdown(record: Record) -> str:
+    """One row per number of workers: steps in 1,000 that averages take as long as, under QSR, for
+    each network and link."""
+    rows = pd.DataFrame(record["modelled"])
+    rows["workers"] = rows["workers"].map("{:,}".format)
+    rows["of"] = rows["network"] + ", " + rows["link"]
+    table = rows.pivot_table(
+        index="workers", columns="of", values="steps_lost_per_1000", sort=False
+    )
+    return markdown_table(table.map("{:.2f}".format).reset_index())
+
+
+def _ratio(values: Record) -> str:
+    low, high = values["quartiles"]
+    return f"{values['median']:.3f} ({low:.3f} to {high:.3f})"
+
+
+SPEED_TABLES: dict[str, Callable[[Record], str]] = {
+    "slow_link": slow_link_markdown,
+    "average": average_markdown,
+    "trainer": trainer_markdown,
+    "delay": delay_markdown,
+    "scale": scale_markdown,
+}
+"""The benchmarks that have a table, and what makes it."""
