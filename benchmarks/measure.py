@@ -1,6 +1,7 @@
 """How all benchmarks measure: the alternatives in turn, again and again, and the median of each."""
 
 import os
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,12 +41,17 @@ def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]
     return summary([a / b for a, b in zip(values, reference, strict=True)])
 
 
-def record(name: str, results: Mapping[str, Any], ranks: int = 1) -> Path:
-    """Write results/bench/NAME.json, with versions and hardware."""
+def device_slug() -> str:
+    """The GPU's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def record(name: str, results: Mapping[str, Any], ranks: int = 1, folder: Path = RESULTS) -> Path:
+    """Write NAME.json, with versions and hardware."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = environment(Topology(0, ranks, 0, ranks), device)
     del about["host"]  # nobody else's concern
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"environment": about, **results})
     return path

@@ -32,9 +32,8 @@ def slow_link_figure(record: Record) -> Figure:
         axes.plot([], [], color="0.4", linewidth=1, label="predicted")
         published = [(s, row["published_relative"]) for s, row in zip(x, shares, strict=True)]
         paper = [(share, value) for share, value in published if value is not None]
-        axes.plot(
-            *zip(*paper, strict=True), "D", ms=7, mfc="none", color="black", label="paper's QSR"
-        )
+        there = list(zip(*paper, strict=True))
+        axes.plot(*there, "D", ms=7, mfc="none", color="black", label="the paper's QSR")
         axes.set_xlim(0)
         axes.set_ylim(0, 1.1)
         axes.set_xlabel("communication's share of blocking data parallel training (%)")

@@ -6,7 +6,6 @@ The session leaves its measurements in results/bench/gpu_DEVICE.json.
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.measure import RESULTS, device_slug
 from qsr import ConstantRule, ConstantSchedule, CosineSchedule, EveryStepRule, Plan, QuadraticRule
 from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerprint
 from qsr.calibrate import measure
@@ -49,7 +49,6 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CUDA = torch.device("cuda")
-BENCH = Path(__file__).parents[2] / "results" / "bench"
 
 COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=4, total_steps=24)
 LOCAL = Plan(COSINE, QuadraticRule(h_base=2, alpha=0.15))
@@ -67,18 +66,16 @@ def record() -> Iterator[Record]:
     yield seen
     if not seen:
         return
-    name = torch.cuda.get_device_name()
     machine = {
-        "device": name,
+        "device": torch.cuda.get_device_name(),
         "capability": ".".join(str(part) for part in torch.cuda.get_device_capability()),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    BENCH.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(machine | dict(sorted(seen.items())), indent=2)
-    (BENCH / f"gpu_{slug}.json").write_text(text + "\n")
+    (RESULTS / f"gpu_{device_slug()}.json").write_text(text + "\n")
 
 
 def calm_scale(rig: Rig) -> Rig:

@@ -1,0 +1,129 @@
+"""The benchmarks' programs. Their numbers come from a quiet machine; here they only have to run."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from benchmarks import gpu
+from tests.cli import ROOT, call
+
+BENCH = [sys.executable, str(ROOT / "scripts" / "bench.py")]
+
+
+def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Where no GPU is to be seen."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return call(["env", f"--chdir={ROOT}", "CUDA_VISIBLE_DEVICES=", *command])
+
+
+def numbers(found: Any) -> Iterator[float]:
+    """All of them, however deep."""
+    if isinstance(found, bool | str) or found is None:
+        return
+    if isinstance(found, int | float):
+        yield found
+        return
+    for value in found.values() if isinstance(found, dict) else found:
+        yield from numbers(value)
+
+
+def test_a_benchmark_that_there_is_not_is_refused() -> None:
+    refused = call([*BENCH, "nonsense"])
+    assert refused.returncode == 2
+    assert "there is no benchmark nonsense; there are average, trainer, " in refused.stderr
+    assert "gpu" in refused.stderr.splitlines()[-1]
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
+    refused = benchmark("gpu", "--folder", str(tmp_path))
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert refused.stderr == (
+        "needs a GPU; torch sees none: `--rehearsal` tries the program on the CPU\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gpus_benchmark_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    done = benchmark("gpu", "--rehearsal", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"{tmp_path}/gpu_steps_rehearsal.json\n")
+    found = json.loads((tmp_path / "gpu_steps_rehearsal.json").read_text())
+    assert found["environment"]["device"] == "cpu"
+    assert found["matrix_product_flop_per_second"].keys() == {"bf16", "fp16"}
+    assert found["average"].keys() == {"2 workers", "4 workers"}
+    assert found["loading"].keys() == {
+        "crop, flip; decoded on the CPU, 1 threads",
+        "crop, flip, RandAugment; decoded on the CPU, 1 threads",
+    }
+    assert found["steps"].keys() == {
+        f"{network}, {precision}, {how}"
+        for network in ("small_vit", "small_resnet")
+        for precision in ("bf16", "fp16")
+        for how in ("eager", "compiled")
+    }
+    workers = {"timm", "qsr, 1 worker", "qsr, 4 workers", "qsr, 16 workers"}
+    for name, case in found["steps"].items():
+        tuned = {"qsr, 1 worker, cudnn.benchmark"} if "resnet" in name else set()
+        assert case["contenders"].keys() == workers | tuned, name
+        for about in case["contenders"].values():
+            assert about["images_per_second"]["median"] > 0
+            assert about["host_never_waits"] is None  # not to be known here
+    assert '"error"' not in json.dumps(found)
+    assert all(math.isfinite(number) and number >= 0 for number in numbers(found))
+
+
+def test_a_case_that_fails_is_recorded_and_the_rest_goes_on() -> None:
+    size = gpu.rehearsal_size()
+    network = replace(size.networks[0], timm_name="no_such_model", variants=(gpu.Variant(2),))
+    found = gpu.measure_steps(network, "bf16", False, 1e12, size)["contenders"]
+    assert found.keys() == {"timm", "qsr, 2 workers"}
+    assert found["timm"] == {"error": "RuntimeError: Unknown model (no_such_model)"}
+    assert found["qsr, 2 workers"]["images_per_second"]["median"] > 0
+
+
+def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LIMIT_SECONDS", -1)
+    found = gpu.measure(replace(gpu.rehearsal_size(), decoders=()))
+    assert len(found["steps"]) == 8
+    for case in found["steps"].values():
+        assert case == {"error": "left out: it would begin after -1 s"}
+
+
+@pytest.mark.parametrize("variant", [None, gpu.Variant(1), gpu.Variant(4), gpu.Variant(16)])
+def test_a_step_is_of_as_many_images_whoever_takes_it(variant: gpu.Variant | None) -> None:
+    size = gpu.rehearsal_size()
+    network = size.networks[0]
+    if variant is None:
+        step = gpu.timm_step(network, "bf16", False, size)
+    else:
+        step = gpu.qsr_step(network, "bf16", False, variant, size)
+    batches = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, VisionTransformer):
+            batches.append(len(inputs[0]))
+
+    hook = register_module_forward_pre_hook(count)
+    step()
+    hook.remove()
+    assert batches == [size.micro_batch] * size.micro_batches
+
+
+def test_flops_are_those_of_the_published_networks() -> None:
+    """17.5 and 11.5 billion multiply-adds forward; twice as many backward, but for the gradients of
+    the images."""
+    for network, forward in zip(gpu.NETWORKS, (17.5e9, 11.5e9), strict=True):
+        flops = gpu.flops_per_image(network, classes=1000, pixels=224)
+        assert flops == pytest.approx(6 * forward, rel=0.01)
