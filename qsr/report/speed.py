@@ -50,7 +50,7 @@ def slow_link_markdown(record: Record) -> str:
                     for name, about in methods.items()
                 },
                 "the paper's QSR": "" if published is None else f"{published:.3f}",
-                "time beside prediction": f"{100 * worst:+.1f} %",
+                "off prediction": f"{100 * worst:+.1f} %",
             }
         )
     return markdown_table(pd.DataFrame(lines))
