@@ -3,9 +3,9 @@
 import os
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,16 +14,17 @@ from qsr.runfolder import environment, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "bench"
+Key = TypeVar("Key", bound=Hashable)
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], float]], repetitions: int
-) -> dict[str, list[float]]:
+    contenders: Mapping[Key, Callable[[], float]], repetitions: int
+) -> dict[Key, list[float]]:
     """A B C A B C ...: what each returned, one unmeasured time first. What changes on the machine
     meanwhile, changes for all."""
     for measure in contenders.values():
         measure()
-    values: dict[str, list[float]] = {name: [] for name in contenders}
+    values: dict[Key, list[float]] = {name: [] for name in contenders}
     for _ in range(repetitions):
         for name, measure in contenders.items():
             values[name].append(measure())

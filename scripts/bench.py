@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("average", "trainer", "checkpoint", "delay")
+NAMES = ("average", "trainer", "loaders", "checkpoint", "delay")
 """Modules of benchmarks/, in the order in which they run."""
 
 

@@ -65,12 +65,13 @@ def eval_pipeline(transform: EvalTransform, gpu: bool, decode: Decode) -> Any:
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
     )
-    images = _resize(_to_device(images, gpu), fn.cast(resized, dtype=types.FLOAT))
-    images = fn.slice(
-        images,
-        start=fn.cast(corner, dtype=types.INT32),
-        shape=(transform.size, transform.size),
-        axes=(0, 1),
+    # of the resized image nothing but the crop is computed
+    scale = fn.cast(shape[0:2], dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
+    images = _resize(
+        _to_device(images, gpu),
+        (transform.size, transform.size),
+        roi_start=corner * scale,
+        roi_end=(corner + transform.size) * scale,
     )
     return _normalise(images, transform), _labels(gpu)
 
@@ -89,8 +90,8 @@ def _to_device(data: DataNode, gpu: bool) -> DataNode:
     return data.gpu() if gpu else data
 
 
-def _resize(images: DataNode, size: DataNode | tuple[int, int]) -> Any:
-    return fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+def _resize(images: DataNode, size: tuple[int, int], **region: Any) -> Any:
+    return fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True, **region)
 
 
 def crop_box(transform: TrainTransform, encoded: DataNode) -> DataNode:
@@ -125,7 +126,7 @@ def _randaugment(images: DataNode, transform: TrainTransform) -> DataNode:
     """The drawn operations, one after the other, on uint8 images."""
     ops = fn.external_source(name="ops", dtype=types.INT32, ndim=1)
     values = fn.external_source(name="values", dtype=types.FLOAT, ndim=1)
-    operations = [_AUGMENTATIONS[name] for name in RANDAUGMENT_OPS]
+    operations: Any = [_AUGMENTATIONS[name] for name in RANDAUGMENT_OPS]
     for k in range(transform.randaugment_depth):
         images = select(operations, ops[k], images, values[k])
     return images
@@ -178,6 +179,14 @@ def _brightness(images: DataNode, value: DataNode) -> DataNode:
     return fn.brightness(images, brightness=value)
 
 
+def _contrast(images: DataNode, value: DataNode) -> DataNode:
+    if images.device == "gpu":  # where the centre lies on the GPU, and cannot be an argument
+        return augmentations.contrast.op(images, value.gpu())
+    weights = types.Constant(np.array([0.299, 0.587, 0.114], dtype=np.float32))
+    grey = fn.reductions.sum(fn.reductions.mean(images, axis_names="HW") * weights)
+    return fn.contrast(images, contrast=value, contrast_center=grey)
+
+
 def _color(images: DataNode, value: DataNode) -> DataNode:
     return fn.saturation(images, saturation=value)
 
@@ -196,7 +205,8 @@ def _posterize(images: DataNode, value: DataNode) -> DataNode:
 
 
 def _solarize(images: DataNode, value: DataNode) -> DataNode:
-    return augmentations.solarize.op(images, _to_device(value, images.device == "gpu"))
+    threshold = _to_device(value, images.device == "gpu")
+    return images ^ ((images >= threshold) * types.Constant(255, dtype=types.UINT8))
 
 
 def _equalize(images: DataNode, value: DataNode) -> DataNode:
@@ -215,7 +225,7 @@ _AUGMENTATIONS = {
     "translate_y": _translate_y,
     "rotate": _rotate,
     "brightness": _brightness,
-    "contrast": augmentations.contrast.op,
+    "contrast": _contrast,
     "color": _color,
     "sharpness": _sharpness,
     "posterize": _posterize,

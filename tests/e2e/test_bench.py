@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from benchmarks import gpu
+from benchmarks.photos import write_photos
 from tests.cli import ROOT, call
 
 BENCH = [sys.executable, str(ROOT / "scripts" / "bench.py")]
@@ -127,3 +128,27 @@ def test_flops_are_those_of_the_published_networks() -> None:
     for network, forward in zip(gpu.NETWORKS, (17.5e9, 11.5e9), strict=True):
         flops = gpu.flops_per_image(network, classes=1000, pixels=224)
         assert flops == pytest.approx(6 * forward, rel=0.01)
+
+
+def test_every_way_of_loading_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    from benchmarks import loaders
+
+    photos, _ = write_photos(tmp_path / "photos", 6, size=(300, 280))
+    found = loaders.measure(photos, images=6, repetitions=2)
+    ways = {"qsr", "torchvision on PIL images", "torchvision on tensors", "timm"}
+    assert {part: set(loads) for part, loads in found.items()} == {
+        "training: crop, flip": ways,
+        "training: crop, flip, RandAugment": ways,
+        "validation": ways,
+        "decoding alone": {"DALI", *ways} - {"qsr", "timm"},
+    }
+    assert all(math.isfinite(number) and number > 0 for number in numbers(found))
+
+
+def test_photos_are_as_large_as_photographs(tmp_path: Path) -> None:
+    train, val = write_photos(tmp_path / "photos", 8)
+    sizes = [Path(train.path(index)).stat().st_size for index in range(len(train))]
+    assert 60_000 < sum(sizes) / len(sizes) < 76_000
+    assert sorted(train.labels) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert val.labels == train.labels
