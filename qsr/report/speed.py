@@ -91,6 +91,27 @@ def trainer_markdown(record: Record) -> str:
     return markdown_table(pd.DataFrame(lines))
 
 
+def loaders_markdown(record: Record) -> str:
+    """One row per way to load: images a core loads in a second, and the ratio to the reference."""
+    texts: dict[tuple[str, str], str] = {}
+    for part, loads in record["parts"].items():
+        for name, about in loads.items():
+            rate = about["images_per_cpu_second"]["median"]
+            times = about["ratio_to_torchvision_on_pil"]["median"]
+            texts[name, part] = f"{rate:,.0f} ({times:.2f})"
+    return markdown_table(
+        pd.DataFrame(
+            [
+                {
+                    "images per CPU-second": name,
+                    **{part: texts.get((name, part), "") for part in record["parts"]},
+                }
+                for name in dict.fromkeys(name for name, _ in texts)
+            ]
+        )
+    )
+
+
 def delay_markdown(record: Record) -> str:
     """One row per delay."""
     return markdown_table(
@@ -131,6 +152,7 @@ SPEED_TABLES: dict[str, Callable[[Record], str]] = {
     "slow_link": slow_link_markdown,
     "average": average_markdown,
     "trainer": trainer_markdown,
+    "loaders": loaders_markdown,
     "delay": delay_markdown,
     "scale": scale_markdown,
 }
