@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("average", "trainer", "checkpoint")
+NAMES = ("average", "trainer", "checkpoint", "slow_link", "scale")
 """Modules of benchmarks/, in the order in which they run."""
 
 
