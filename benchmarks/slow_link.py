@@ -8,8 +8,8 @@ and 43 % are those of the paper's clusters of 2 x 8 and 8 x 8 GPUs. On each link
 calibrates as scripts/plan.py does and trains by each method, through the trainer, and all that
 again. Beside the measured times stand the planner's, from the calibration of the same repetition.
 
-What is smaller than in the paper is small in proportion. DDP has as many buckets as ViT-B/16 has
-of 25 MiB. The runs are short, so that QSR's volume is 12 % and not 10.4 %. Images were decoded
+The network is much smaller than ViT-B/16, and DDP's buckets, of 25 MiB there, are made smaller by
+as much: with torch's own there were a single one, and nothing to overlap. The runs are short, so that QSR's volume is 12 % and not 10.4 %. Images were decoded
 before: a GPU's host does that beside it, and here it would take the cores that compute. What is
 not in proportion concerns overlapped data parallel training, which the planner finds faster than
 it is here: all-reduces need the cores too, as they hardly do on a GPU, and slow down the backward
@@ -76,7 +76,7 @@ SETTINGS = (
 
 
 def ddp_bucket_bytes(parameters: int) -> int:
-    """For a network of so many, by the measure of ViT-B/16 and torch's 25 MiB."""
+    """As large a part of a network of so many as torch's 25 MiB are of ViT-B/16."""
     vit = parameter_count(ModelConfig("vit_b16", None, channels_last=False), 1000)
     return round(25 * 2**20 * parameters / vit)
 
