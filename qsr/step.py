@@ -79,8 +79,8 @@ class Stepper:
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
-    """torch.manual_seed for this device. That one is for every kind of device, and where there is
-    no GPU it keeps a stack trace of each call for when there may be one: a millisecond, and memory."""
+    """torch.manual_seed for this device. That one is for every kind of device, and while no GPU is
+    in use it keeps a stack trace of each call: a millisecond, and memory."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

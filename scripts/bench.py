@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("average", "trainer", "loaders", "checkpoint", "delay")
+NAMES = ("slow_link", "average", "trainer", "loaders", "delay", "scale", "checkpoint")
 """Modules of benchmarks/, in the order in which they run."""
 
 

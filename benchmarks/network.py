@@ -1,0 +1,197 @@
+"""Two machines in one: network namespaces that a link of a chosen rate joins, and ranks in them.
+
+The link is a pair of virtual Ethernet devices; at both ends tc's token bucket filter lets no more
+than the rate out. Needs Linux, root, ip and tc. The namespaces have no names: each lives as long as
+a process that waits for the end of its input, and so is gone with this process, however it ends.
+"""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks.measure import ROOT
+from qsr.processes import start_ranks
+from qsr.slurm import die_with_parent
+
+Result = TypeVar("Result")
+
+MACHINES = 2
+DEVICE = "veth0"
+_PROGRAMS = ("ip", "tc", "unshare", "nsenter")
+_MTU_BYTES = 9000
+"""Of a packet without its Ethernet header: "jumbo frames", as clusters have them. Each packet costs
+the processor an interrupt, while the ranks compute on it."""
+PACKET_BYTES, PAYLOAD_BYTES = _MTU_BYTES + 14, _MTU_BYTES - 52
+"""What a full packet of TCP counts on the link, and what it carries."""
+_BURST_SECONDS = 250e-6
+"""What may pass at once after a silence, in seconds of the link: as little as the clock that lets
+bytes out allows."""
+_QUEUE_BYTES = 64 * 2**20
+"""More than the ranks ever have on their way, so that nothing is lost and sent again."""
+
+
+def missing_reason() -> str | None:
+    """Why there can be no such link here; None if there can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for program in _PROGRAMS:
+        if shutil.which(program) is None:
+            return f"there is no {program} here: install iproute2 and util-linux"
+    try:
+        with Network() as network:
+            network.limit(1e9)
+    except NetworkError as error:
+        return str(error)
+    return None
+
+
+class NetworkError(Exception):
+    """One line: what of the namespaces or the link the kernel would not do."""
+
+
+class Network:
+    """Two machines and the link between them, not limited at first; `with Network() as network`."""
+
+    def __init__(self) -> None:
+        self._machines: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Network":
+        try:
+            self._make()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _make(self) -> None:
+        for _ in range(MACHINES):
+            # cat, in a namespace of its own: it says what it is told, which tells that it is there
+            machine = subprocess.Popen(
+                ["unshare", "--net", "cat"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for this process, which then removes it
+            )
+            self._machines.append(machine)
+            assert machine.stdin is not None
+            assert machine.stdout is not None
+            assert machine.stderr is not None
+            machine.stdin.write(b"\n")
+            machine.stdin.flush()
+            if machine.stdout.readline() != b"\n":
+                raise NetworkError(machine.stderr.read().decode().strip())
+        here, there = (str(machine.pid) for machine in self._machines)
+        link = ["ip", "link", "add", DEVICE, "netns"]
+        _run([*link, here, "type", "veth", "peer", "name", DEVICE, "netns", there])
+        for number in range(MACHINES):
+            self._run_in(number, "ip", "address", "add", f"{address(number)}/24", "dev", DEVICE)
+            self._run_in(number, "ip", "link", "set", DEVICE, "mtu", str(_MTU_BYTES))
+            for device in ("lo", DEVICE):
+                self._run_in(number, "ip", "link", "set", device, "up")
+            # whatever this machine's default is: bbr takes pauses of a training for a slower link
+            self._run_in(
+                number, *("ip", "route", "replace", "10.0.0.0/24", "dev", DEVICE),
+                *("src", address(number), "congctl", "cubic"),
+            )  # fmt: skip
+
+    def limit(self, bits_per_second: float) -> None:
+        """Let so much pass in each direction, headers of the packets included."""
+        burst = max(PACKET_BYTES, round(bits_per_second / 8 * _BURST_SECONDS))
+        for number in range(MACHINES):
+            self._run_in(
+                number, *("tc", "qdisc", "replace", "dev", DEVICE, "root", "tbf"),
+                *("rate", f"{round(bits_per_second)}bit"),
+                *("burst", str(burst), "limit", str(_QUEUE_BYTES)),
+            )  # fmt: skip
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Call `function(*arguments)`, a function of a module, in a rank on each machine, and
+        return what that on the first returned. Raises NetworkError if one fails; no process is left
+        then."""
+        ranks: list[subprocess.Popen[bytes]] = []
+        with tempfile.TemporaryDirectory(prefix="qsr-network-") as folder:
+            Path(folder, "call").write_bytes(pickle.dumps((function, arguments)))
+            try:
+                for number in range(MACHINES):
+                    ranks.append(self._start_rank(number, folder))
+                while _any_runs(ranks):
+                    time.sleep(0.05)
+            finally:
+                for rank in ranks:
+                    rank.kill()
+                    rank.wait()
+            returned: Result = pickle.loads(Path(folder, "returned").read_bytes())
+            return returned
+
+    def _start_rank(self, number: int, folder: str) -> subprocess.Popen[bytes]:
+        # what torchrun would tell
+        environment = {"RANK": str(number), "WORLD_SIZE": str(MACHINES)}
+        environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": address(0), "MASTER_PORT": "29500"}
+        environment |= {"GLOO_SOCKET_IFNAME": DEVICE}
+        # no warning that the addresses have no names
+        environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        return subprocess.Popen(
+            self.command(number, sys.executable, "-m", "benchmarks.network", folder),
+            cwd=ROOT,
+            env=os.environ | environment,
+            preexec_fn=die_with_parent,
+        )
+
+    def command(self, number: int, *command: str) -> list[str]:
+        """`command`, on one of the machines."""
+        return ["nsenter", f"--net=/proc/{self._machines[number].pid}/ns/net", *command]
+
+    def _run_in(self, number: int, *command: str) -> None:
+        _run(self.command(number, *command))
+
+    def remove(self) -> None:
+        """Machines and link; no process may be on them."""
+        for machine in self._machines:
+            machine.kill()
+            machine.communicate()
+        self._machines.clear()
+
+
+def address(number: int) -> str:
+    """Of a machine, on the link."""
+    return f"10.0.0.{number + 1}"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NetworkError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def _any_runs(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Raises NetworkError if one has failed."""
+    states = [rank.poll() for rank in ranks]
+    for number, status in enumerate(states):
+        if status:
+            raise NetworkError(f"rank {number} ended with status {status}")
+    return None in states
+
+
+def main() -> None:
+    """A rank."""
+    folder = Path(sys.argv[1])
+    function, arguments = pickle.loads((folder / "call").read_bytes())
+    returned = start_ranks(function, MACHINES, *arguments)
+    if os.environ["RANK"] == "0":
+        (folder / "returned").write_bytes(pickle.dumps(returned))
+
+
+if __name__ == "__main__":
+    main()

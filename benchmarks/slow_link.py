@@ -1,0 +1,286 @@
+"""The paper's headline on a slow link: what does QSR save where all-reduces take their share?
+
+    python scripts/bench.py slow_link
+
+Two machines of one rank each, in network namespaces on this one, joined by a link whose rate is
+set so that blocking data parallel training spends a given share of its time in all-reduces: 27 %
+and 43 % are those of the paper's clusters of 2 x 8 and 8 x 8 GPUs. On each link one launch
+calibrates as scripts/plan.py does and trains by each method, through the trainer, and all that
+again. Beside the measured times stand the planner's, from the calibration of the same repetition.
+
+The network is much smaller than ViT-B/16, and DDP's buckets, of 25 MiB there, are made smaller by
+as much: with torch's own there were a single one, and nothing to overlap. The runs are short, so that QSR's volume is 12 % and not 10.4 %. Images were decoded
+before: a GPU's host does that beside it, and here it would take the cores that compute. What is
+not in proportion concerns overlapped data parallel training, which the planner finds faster than
+it is here: all-reduces need the cores too, as they hardly do on a GPU, and slow down the backward
+pass; and the first bucket, with one layer that has half of the parameters, is complete only after
+a fifth of it. Needs root, ip and tc: elsewhere nothing is measured.
+"""
+
+import functools
+import math
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.measure import ROOT, ratio, record, summary
+from benchmarks.network import MACHINES, PACKET_BYTES, PAYLOAD_BYTES, Network, missing_reason
+from qsr import build, gradients
+from qsr.calibrate import measure
+from qsr.config.load import load_config
+from qsr.config.planning import make_plan, parameter_count
+from qsr.config.profiles import Measurement, updated_profile
+from qsr.config.schema import Config, ModelConfig
+from qsr.core import cost
+from qsr.data import Batch, EvalTransform, ImageFolder, Request, make_loader
+from qsr.data.digits import prepare_digits
+from qsr.report.forecast import forecast, known_classes, known_images
+
+BLOCKING = "data parallel, blocking"
+METHODS = {
+    BLOCKING: ("experiment=demo/parallel", "cluster.overlap_gradients=false"),
+    "data parallel, overlapped": ("experiment=demo/parallel",),
+    "constant H = 4": ("experiment=demo/constant",),
+    "QSR": ("experiment=demo/quadratic",),
+}
+"""The settings of each; H_base, and alpha over the peak rate, are those of the paper's ViT-B."""
+
+SHARES = (0.01, 0.10, 0.27, 0.43, 0.70)
+"""Of the blocking method's time, in all-reduces. From a fast link to a slow one."""
+PUBLISHED = {0.27: 20.2 / 26.7, 0.43: 5.5 / 8.6}
+"""The paper's QSR over blocking data parallel (abstract): 2 x 8 and 8 x 8 GPUs."""
+REPETITIONS = 2
+"""Of everything, on each link."""
+
+SETTINGS = (
+    f"workers={MACHINES}",
+    "global_batch=48",
+    "epochs=3",
+    "schedule.warmup_epochs=null",
+    "schedule.warmup_steps=10",
+    "data.image_size=64",  # more computing for each byte of the parameters
+    "evaluation.every_epochs=1000",
+    "evaluation.batchnorm_micro_batches=2",
+    "checkpoint.every_steps=null",
+    "cluster.device=cpu",
+    "cluster.threads_per_rank=1",
+    "tracking=none",
+    "tracking.progress=false",
+)
+
+
+def ddp_bucket_bytes(parameters: int) -> int:
+    """As large a part of a network of so many as torch's 25 MiB are of ViT-B/16."""
+    vit = parameter_count(ModelConfig("vit_b16", None, channels_last=False), 1000)
+    return round(25 * 2**20 * parameters / vit)
+
+
+def set_ddp_buckets(num_bytes: int) -> None:
+    """In the training of this process, and in its plans."""
+    cost.BUCKET_BYTES = num_bytes
+    smaller = functools.partial(DistributedDataParallel, bucket_cap_mb=num_bytes / 2**20)
+    gradients.DistributedDataParallel = smaller  # type: ignore[attr-defined, assignment]
+
+
+class MemoryLoader:
+    """Images that were decoded before: the next ones after the first that a request names."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self._images, self._labels = images, labels
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        for request in requests:
+            size = len(request.indices)
+            start = request.indices[0] % (len(self._images) - size + 1)
+            yield Batch(self._images[start : start + size], self._labels[start : start + size])
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@functools.cache
+def decoded(dataset: ImageFolder, transform: EvalTransform) -> MemoryLoader:
+    """All images of a data set, in memory."""
+    size = len(dataset)
+    loader = make_loader(
+        "auto", dataset, transform, batch_size=size, device=torch.device("cpu"), threads=1
+    )
+    shuffled = torch.randperm(size, generator=torch.Generator().manual_seed(1)).tolist()
+    (batch,) = loader.batches([Request(shuffled, 0)])
+    images, labels = batch.images.clone(), batch.labels.clone()
+    loader.close()
+    return MemoryLoader(images, labels)
+
+
+def load_from_memory(config: Config) -> None:
+    """In the training of this process: nothing is decoded, on cores that compute."""
+    _, transform = build.transforms(config)
+    build.make_loader = lambda _kind, dataset, *_, **__: decoded(dataset, transform)  # type: ignore[attr-defined]
+
+
+def measure_rank(
+    configs: Mapping[str, Config], repetitions: int, bucket_bytes: int
+) -> list[tuple[Measurement, dict[str, dict[str, Any]]]]:
+    """Collective: for each repetition a calibration, and the summary of each method's run."""
+    set_ddp_buckets(bucket_bytes)
+    load_from_memory(configs[BLOCKING])
+    results = []
+    # the first steps of a process are slower: they count for nothing
+    first = configs[BLOCKING]
+    build.run(replace(first, runs_dir=f"{first.runs_dir}/first", stop_after_steps=20))
+    for number in range(repetitions):
+        found = calibrate(configs[BLOCKING])
+        summaries = {}
+        for name, config in configs.items():
+            outcome = build.run(replace(config, runs_dir=f"{config.runs_dir}/{number}/{name}"))
+            assert isinstance(outcome, dict)  # not stopped
+            summaries[name] = outcome
+        results.append((found, summaries))
+    return results
+
+
+def calibrate(config: Config) -> Measurement:
+    """Collective."""
+    return measure(config, known_classes(config), known_images(config), "bench.py slow_link")
+
+
+def rate_for(share: float, found: Measurement, config: Config) -> float | None:
+    """Bits per second that make all-reduces take the share; None: they take longer on the link as
+    it is. `found` there, so that its times are without the link's rate."""
+    compute = found.seconds_per_image * config.local_batch
+    seconds = share / (1 - share) * compute
+    if seconds <= found.allreduce_seconds[-1]:
+        return None
+    sent = cost.ring_bytes(MACHINES, found.sizes_bytes[-1]) * PACKET_BYTES / PAYLOAD_BYTES
+    return 8 * sent / (seconds - found.allreduce_seconds[0])
+
+
+def predict(config: Config, found: Measurement) -> cost.RunCost:
+    """What the planner says of a run, after a calibration."""
+    speed = updated_profile(config.cluster, None, found).speed
+    predicted = forecast(replace(config, cluster=replace(config.cluster, speed=speed))).planned.cost
+    assert predicted is not None  # the profile tells
+    return predicted
+
+
+def compare(
+    configs: Mapping[str, Config],
+    repetitions: Sequence[tuple[Measurement, dict[str, dict[str, Any]]]],
+) -> dict[str, Any]:
+    """Measured and predicted, by method."""
+    methods = {}
+    seconds = {n: [runs[n]["train_seconds"] for _, runs in repetitions] for n in configs}
+    costs = {n: [predict(c, found) for found, _ in repetitions] for n, c in configs.items()}
+    predicted = {n: [each.total_seconds for each in costs[n]] for n in configs}
+    for name, config in configs.items():
+        deviations = [a / b - 1 for a, b in zip(seconds[name], predicted[name], strict=True)]
+        # DDP's, which overlaps, cannot be told apart
+        own = [runs[name].get("communication_seconds", math.nan) for _, runs in repetitions]
+        methods[name] = {
+            "seconds": summary(seconds[name]),
+            "predicted_seconds": summary(predicted[name]),
+            "deviation": summary(deviations),
+            "relative": ratio(seconds[name], seconds[BLOCKING]),
+            "predicted_relative": ratio(predicted[name], predicted[BLOCKING]),
+            "communication_seconds": None if math.isnan(own[0]) else summary(own),
+            "predicted_communication_seconds": summary(
+                [each.communication_seconds for each in costs[name]]
+            ),
+            "averages": repetitions[0][1][name]["averages"],
+            "h": [round_.length for round_ in make_plan(config, known_images(config)).rounds()],
+        }
+    return methods
+
+
+def main() -> int:
+    reason = missing_reason()
+    if reason is not None:
+        print(f"skipped: {reason}")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="qsr-slow-link-") as folder, Network() as network:
+        data = ROOT / "data" / "digits"
+        prepare_digits(data)
+        configs = {
+            name: load_config([*own, *SETTINGS, f"data.root={data}", f"runs_dir={folder}"])
+            for name, own in METHODS.items()
+        }
+        blocking = configs[BLOCKING]
+        parameters = parameter_count(blocking.model, known_classes(blocking))
+        bucket_bytes = ddp_bucket_bytes(parameters)
+        set_ddp_buckets(bucket_bytes)
+        unlimited = network.call(calibrate, blocking)
+        rows = []
+        for share in SHARES:
+            rate = rate_for(share, unlimited, blocking)
+            if rate is not None:
+                network.limit(rate)
+            here = {n: replace(c, runs_dir=f"{folder}/{share}") for n, c in configs.items()}
+            found = network.call(measure_rank, here, REPETITIONS, bucket_bytes)
+            rows.append(describe(share, rate, here, found))
+            print_row(rows[-1])
+    results = {
+        "model": blocking.model.name,
+        "parameters": parameters,
+        "image_size": blocking.data.image_size,
+        "local_batch": blocking.local_batch,
+        "steps": make_plan(blocking, known_images(blocking)).total_steps,
+        "ddp_bucket_bytes": bucket_bytes,
+        "shares": rows,
+    }
+    print(record("slow_link", results, MACHINES))
+    return 0
+
+
+def describe(
+    share: float,
+    rate: float | None,
+    configs: Mapping[str, Config],
+    repetitions: Sequence[tuple[Measurement, dict[str, dict[str, Any]]]],
+) -> dict[str, Any]:
+    """All that was found on one link."""
+    batch = configs[BLOCKING].local_batch
+    blocking = [runs[BLOCKING] for _, runs in repetitions]
+    return {
+        "share": share,
+        "measured_share": summary(
+            [each["communication_seconds"] / each["train_seconds"] for each in blocking]
+        ),
+        "rate_mbit_per_second": None if rate is None else rate / 1e6,
+        "compute_seconds": summary([f.seconds_per_image * batch for f, _ in repetitions]),
+        "allreduce_seconds": summary([f.allreduce_seconds[-1] for f, _ in repetitions]),
+        "published_relative": PUBLISHED.get(share),
+        "methods": compare(configs, repetitions),
+    }
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    rate, published = row["rate_mbit_per_second"], row["published_relative"]
+    print(
+        f"{100 * row['share']:.0f} % wanted, {100 * row['measured_share']['median']:.1f} % "
+        f"measured: {'link not limited' if rate is None else f'{rate:.0f} Mbit/s'}, a step "
+        f"{1e3 * row['compute_seconds']['median']:.1f} ms, an all-reduce "
+        f"{1e3 * row['allreduce_seconds']['median']:.1f} ms"
+        + (f"; the paper's QSR: {published:.3f}" if published else ""),
+        flush=True,
+    )
+    for name, about in row["methods"].items():
+        print(
+            f"  {name:28} {about['seconds']['median']:6.2f} s, predicted "
+            f"{about['predicted_seconds']['median']:6.2f} s, "
+            f"{100 * about['deviation']['median']:+5.1f} %; relative "
+            f"{about['relative']['median']:.3f}, predicted "
+            f"{about['predicted_relative']['median']:.3f}; {about['averages']} averages",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    from benchmarks import slow_link  # by its name, by which the ranks find its functions
+
+    sys.exit(slow_link.main())
