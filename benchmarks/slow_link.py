@@ -9,9 +9,9 @@ calibrates as scripts/plan.py does and trains by each method, through the traine
 again. Beside the measured times stand the planner's, from the calibration of the same repetition.
 
 The network is much smaller than ViT-B/16, and DDP's buckets, of 25 MiB there, are made smaller by
-as much: with torch's own there were a single one, and nothing to overlap. The runs are short, so that QSR's volume is 12 % and not 10.4 %. Images were decoded
-before: a GPU's host does that beside it, and here it would take the cores that compute. What is
-not in proportion concerns overlapped data parallel training, which the planner finds faster than
+as much: with torch's own there were a single one, and nothing to overlap. The runs are short, so that
+QSR's volume is 12 % and not 10.4 %. Images were decoded before: a GPU's host does that beside it,
+and here it would take the cores that compute. What is not in proportion concerns overlapped data parallel training, which the planner finds faster than
 it is here: all-reduces need the cores too, as they hardly do on a GPU, and slow down the backward
 pass; and the first bucket, with one layer that has half of the parameters, is complete only after
 a fifth of it. Needs root, ip and tc: elsewhere nothing is measured.
@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import ROOT, ratio, record, summary
 from benchmarks.network import MACHINES, PACKET_BYTES, PAYLOAD_BYTES, Network, missing_reason
-from qsr import build, gradients
+from qsr import build
 from qsr.calibrate import measure
 from qsr.config.load import load_config
 from qsr.config.planning import make_plan, parameter_count
@@ -48,6 +47,7 @@ METHODS = {
     "data parallel, overlapped": ("experiment=demo/parallel",),
     "constant H = 4": ("experiment=demo/constant",),
     "QSR": ("experiment=demo/quadratic",),
+    "QSR, 3 steps late": ("experiment=demo/quadratic", "sync.delay_steps=3"),
 }
 """The settings of each; H_base, and alpha over the peak rate, are those of the paper's ViT-B."""
 
@@ -75,17 +75,10 @@ SETTINGS = (
 )
 
 
-def ddp_bucket_bytes(parameters: int) -> int:
+def bucket_mib(parameters: int) -> float:
     """As large a part of a network of so many as torch's 25 MiB are of ViT-B/16."""
     vit = parameter_count(ModelConfig("vit_b16", None, channels_last=False), 1000)
-    return round(25 * 2**20 * parameters / vit)
-
-
-def set_ddp_buckets(num_bytes: int) -> None:
-    """In the training of this process, and in its plans."""
-    cost.BUCKET_BYTES = num_bytes
-    smaller = functools.partial(DistributedDataParallel, bucket_cap_mb=num_bytes / 2**20)
-    gradients.DistributedDataParallel = smaller  # type: ignore[attr-defined, assignment]
+    return 25 * parameters / vit
 
 
 class MemoryLoader:
@@ -125,10 +118,9 @@ def load_from_memory(config: Config) -> None:
 
 
 def measure_rank(
-    configs: Mapping[str, Config], repetitions: int, bucket_bytes: int
+    configs: Mapping[str, Config], repetitions: int
 ) -> list[tuple[Measurement, dict[str, dict[str, Any]]]]:
     """Collective: for each repetition a calibration, and the summary of each method's run."""
-    set_ddp_buckets(bucket_bytes)
     load_from_memory(configs[BLOCKING])
     results = []
     # the first steps of a process are slower: they count for nothing
@@ -206,14 +198,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="qsr-slow-link-") as folder, Network() as network:
         data = ROOT / "data" / "digits"
         prepare_digits(data)
-        configs = {
-            name: load_config([*own, *SETTINGS, f"data.root={data}", f"runs_dir={folder}"])
-            for name, own in METHODS.items()
-        }
+        settings = [*SETTINGS, f"data.root={data}", f"runs_dir={folder}"]
+        first = load_config([*METHODS[BLOCKING], *settings])
+        parameters = parameter_count(first.model, known_classes(first))
+        settings.append(f"cluster.bucket_mib={bucket_mib(parameters):.6f}")
+        configs = {name: load_config([*own, *settings]) for name, own in METHODS.items()}
         blocking = configs[BLOCKING]
-        parameters = parameter_count(blocking.model, known_classes(blocking))
-        bucket_bytes = ddp_bucket_bytes(parameters)
-        set_ddp_buckets(bucket_bytes)
         unlimited = network.call(calibrate, blocking)
         rows = []
         for share in SHARES:
@@ -221,7 +211,7 @@ def main() -> int:
             if rate is not None:
                 network.limit(rate)
             here = {n: replace(c, runs_dir=f"{folder}/{share}") for n, c in configs.items()}
-            found = network.call(measure_rank, here, REPETITIONS, bucket_bytes)
+            found = network.call(measure_rank, here, REPETITIONS)
             rows.append(describe(share, rate, here, found))
             print_row(rows[-1])
     results = {
@@ -230,7 +220,7 @@ def main() -> int:
         "image_size": blocking.data.image_size,
         "local_batch": blocking.local_batch,
         "steps": make_plan(blocking, known_images(blocking)).total_steps,
-        "ddp_bucket_bytes": bucket_bytes,
+        "bucket_mib": blocking.cluster.bucket_mib,
         "shares": rows,
     }
     print(record("slow_link", results, MACHINES))
