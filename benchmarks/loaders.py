@@ -130,7 +130,7 @@ def decoding(photos: ImageFolder) -> dict[str, Load]:
 
 
 def with_dali_decoder(photos: ImageFolder) -> Load:
-    pipeline = Pipeline(  # type: ignore[no-untyped-call]
+    pipeline: Any = Pipeline(  # type: ignore[no-untyped-call]
         BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
     )
     with pipeline:
