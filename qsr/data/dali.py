@@ -12,6 +12,7 @@ from torch.utils.dlpack import from_dlpack
 from qsr.data.batch import Batch, DataError, Request, check_request
 from qsr.data.dali_graph import Decode, eval_pipeline, train_pipeline
 from qsr.data.datasets import ImageFolder, unreadable_files
+from qsr.data.resize import Resizer
 from qsr.data.transforms import EvalTransform, TrainTransform, draw
 
 
@@ -50,6 +51,7 @@ class DaliLoader:
         self._decode = decode
         self._gpu = device.type == "cuda"
         self._labels = np.array(dataset.labels, dtype=np.int64)
+        self._resizer = None if self._gpu else Resizer(transform.size, max(1, threads))
         self._pipeline = self._build(batch_size)
         self._in_work: deque[Request] = deque()  # in the order of the pipeline's outputs
         self._stream: object = None  # the newest stream; older ones end
@@ -73,6 +75,8 @@ class DaliLoader:
         """See `Loader.close`."""
         self._in_work.clear()
         self._pipeline = None  # its destructor ends the threads
+        if self._resizer is not None:
+            self._resizer.close()
 
     def _build(self, batch_size: int) -> Any:
         build: Any = (
@@ -80,7 +84,7 @@ class DaliLoader:
         )
         pipeline = build(
             self._transform,
-            gpu=self._gpu,
+            self._resizer,
             decode=self._decode,
             batch_size=batch_size,
             num_threads=max(1, self._threads),

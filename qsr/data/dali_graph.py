@@ -15,6 +15,7 @@ from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.auto_aug.core import select
 from nvidia.dali.data_node import DataNode
 
+from qsr.data.resize import Resizer
 from qsr.data.transforms import (
     CROP_ATTEMPTS,
     RANDAUGMENT_FILL,
@@ -27,9 +28,12 @@ Decode = Literal["cpu", "gpu"]
 
 
 @pipeline_def(enable_conditionals=True)
-def train_pipeline(transform: TrainTransform, gpu: bool, decode: Decode) -> Any:
+def train_pipeline(transform: TrainTransform, resizer: Resizer | None, decode: Decode) -> Any:
     """Outputs images [3, size, size] and labels []; inputs are named as the fields of
-    `TrainDraws`, with `paths` and `labels`."""
+    `TrainDraws`, with `paths` and `labels`. What follows the
+    decoder happens on the GPU if there is no `resizer`, which otherwise must outlive the
+    pipeline."""
+    gpu = resizer is None
     encoded = read_files()
     box = crop_box(transform, encoded)
     images = fn.decoders.image_slice(
@@ -41,7 +45,10 @@ def train_pipeline(transform: TrainTransform, gpu: bool, decode: Decode) -> Any:
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # on the GPU too, as CPU decoders do
     )
-    images = _resize(_to_device(images, gpu), (transform.size, transform.size))
+    if resizer is None:
+        images = _resize_on_gpu(images.gpu(), transform.size)
+    else:
+        images = _with_python(resizer.whole, images)
     flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
     if transform.randaugment_depth == 0:
         return _normalise(images, transform, mirror=flips), _labels(gpu)
@@ -50,8 +57,10 @@ def train_pipeline(transform: TrainTransform, gpu: bool, decode: Decode) -> Any:
 
 
 @pipeline_def
-def eval_pipeline(transform: EvalTransform, gpu: bool, decode: Decode) -> Any:
-    """Outputs images [3, size, size] and labels []; inputs are `paths` and `labels`."""
+def eval_pipeline(transform: EvalTransform, resizer: Resizer | None, decode: Decode) -> Any:
+    """Outputs images [3, size, size] and labels []; inputs are `paths` and `labels`. `resizer` as
+    above."""
+    gpu = resizer is None
     encoded = read_files()
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     # torchvision's Resize: int(resize * long / short) for the long side, in whole numbers.
@@ -65,14 +74,13 @@ def eval_pipeline(transform: EvalTransform, gpu: bool, decode: Decode) -> Any:
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
     )
-    # of the resized image nothing but the crop is computed
-    scale = fn.cast(shape[0:2], dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
-    images = _resize(
-        _to_device(images, gpu),
-        (transform.size, transform.size),
-        roi_start=corner * scale,
-        roi_end=(corner + transform.size) * scale,
-    )
+    if resizer is None:
+        # of the resized image nothing but the crop is computed
+        scale = fn.cast(shape[0:2], dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
+        start, end = corner * scale, (corner + transform.size) * scale
+        images = _resize_on_gpu(images.gpu(), transform.size, roi_start=start, roi_end=end)
+    else:
+        images = _with_python(resizer.cut, images, resized, corner)
     return _normalise(images, transform), _labels(gpu)
 
 
@@ -90,8 +98,17 @@ def _to_device(data: DataNode, gpu: bool) -> DataNode:
     return data.gpu() if gpu else data
 
 
-def _resize(images: DataNode, size: tuple[int, int], **region: Any) -> Any:
-    return fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True, **region)
+def _resize_on_gpu(images: DataNode, side: int, **region: Any) -> Any:
+    return fn.resize(
+        images, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True, **region
+    )
+
+
+def _with_python(function: Any, *inputs: DataNode) -> Any:
+    # given as it is: what is defined in a pipeline, DALI translates, with all that it calls
+    return fn.python_function(
+        *inputs, function=function, batch_processing=True, output_layouts="HWC"
+    )
 
 
 def crop_box(transform: TrainTransform, encoded: DataNode) -> DataNode:

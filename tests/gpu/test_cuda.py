@@ -356,8 +356,9 @@ def decoding_difference(dataset: ImageFolder, transform: EvalTransform) -> Tenso
         std = torch.tensor(transform.std).view(3, 1, 1)
         levels.append(255 * batch.images.cpu() * std)
         loader.close()
-    # on the GPU from the CPU's decoder, and on the CPU throughout: the same to rounding
-    assert (levels[1] - levels[2]).abs().max() <= 1.001
+    # on the GPU from the CPU's decoder, and on the CPU throughout: two resizers, each of which is
+    # within a level of Pillow's
+    assert (levels[1] - levels[2]).abs().max() <= 2.001
     return (levels[0] - levels[2]).abs()
 
 
