@@ -9,12 +9,13 @@ calibrates as scripts/plan.py does and trains by each method, through the traine
 again. Beside the measured times stand the planner's, from the calibration of the same repetition.
 
 The network is much smaller than ViT-B/16, and DDP's buckets, of 25 MiB there, are made smaller by
-as much: with torch's own there were a single one, and nothing to overlap. The runs are short, so that
-QSR's volume is 12 % and not 10.4 %. Images were decoded before: a GPU's host does that beside it,
-and here it would take the cores that compute. What is not in proportion concerns overlapped data parallel training, which the planner finds faster than
-it is here: all-reduces need the cores too, as they hardly do on a GPU, and slow down the backward
-pass; and the first bucket, with one layer that has half of the parameters, is complete only after
-a fifth of it. Needs root, ip and tc: elsewhere nothing is measured.
+as much: with torch's own there were a single one, and nothing to overlap. The runs are short, so
+that QSR's volume is 12 % and not 10.4 %. Images were decoded before: a GPU's host does that beside
+it, and here it would take the cores that compute. What is not in proportion concerns overlapped
+data parallel training, which the planner finds faster than it is here: all-reduces need the cores
+too, as they hardly do on a GPU, and slow down the backward pass; and the first bucket, with one
+layer that has half of the parameters, is complete only after a fifth of it. Needs root, ip and tc:
+elsewhere nothing is measured.
 """
 
 import functools

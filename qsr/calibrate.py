@@ -22,8 +22,8 @@ from qsr.step import Stepper
 
 WARMUP = 3
 """Repetitions before those that count: kernels are chosen, buffers made, loss scales found."""
-REPETITIONS = 10
-"""Of which the median counts."""
+REPETITIONS = 30
+"""Of which the median counts: a few say little where anything else happens on the machine."""
 ALLREDUCE_REPETITIONS = 50
 """Of an all-reduce, which is short, so that one of them says little on a busy machine."""
 
