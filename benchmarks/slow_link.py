@@ -4,7 +4,8 @@
 
 Two machines of one rank each, in network namespaces on this one, joined by a link whose rate is
 set so that blocking data parallel training spends a given share of its time in all-reduces: 27 %
-and 43 % are those of the paper's clusters of 2 x 8 and 8 x 8 GPUs. On each link one launch
+and 43 % are those of the paper's clusters of 2 x 8 and 8 x 8 GPUs. Part of that time a rank waits
+for the other, whose step took longer: without any limit it is what is left. On each link one launch
 calibrates as scripts/plan.py does and trains by each method, through the trainer, and all that
 again. Beside the measured times stand the planner's, from the calibration of the same repetition.
 
@@ -143,15 +144,16 @@ def calibrate(config: Config) -> Measurement:
     return measure(config, known_classes(config), known_images(config), "bench.py slow_link")
 
 
-def rate_for(share: float, found: Measurement, config: Config) -> float | None:
+def rate_for(share: float, found: Measurement, blocking: Mapping[str, Any]) -> float | None:
     """Bits per second that make all-reduces take the share; None: they take longer on the link as
-    it is. `found` there, so that its times are without the link's rate."""
-    compute = found.seconds_per_image * config.local_batch
-    seconds = share / (1 - share) * compute
-    if seconds <= found.allreduce_seconds[-1]:
+    it is. `found` and the summary `blocking` are from there."""
+    waiting: float = blocking["communication_seconds"] / blocking["averages"]
+    computing: float = blocking["train_seconds"] / blocking["averages"] - waiting
+    seconds = share / (1 - share) * computing - waiting
+    if seconds <= 0:
         return None
     sent = cost.ring_bytes(MACHINES, found.sizes_bytes[-1]) * PACKET_BYTES / PAYLOAD_BYTES
-    return 8 * sent / (seconds - found.allreduce_seconds[0])
+    return 8 * sent / (seconds + found.allreduce_seconds[-1])
 
 
 def predict(config: Config, found: Measurement) -> cost.RunCost:
@@ -205,17 +207,20 @@ def main() -> int:
         settings.append(f"cluster.bucket_mib={bucket_mib(parameters):.6f}")
         configs = {name: load_config([*own, *settings]) for name, own in METHODS.items()}
         blocking = configs[BLOCKING]
-        unlimited = network.call(calibrate, blocking)
-        rows = []
+        alone = {BLOCKING: replace(blocking, runs_dir=f"{folder}/unlimited")}
+        ((found, summaries),) = network.call(measure_rank, alone, 1)
+        rows: list[dict[str, Any]] = []
         for share in SHARES:
-            rate = rate_for(share, unlimited, blocking)
+            rate = rate_for(share, found, summaries[BLOCKING])
             if rate is not None:
                 network.limit(rate)
+            elif rows:
+                continue  # the link is the same as in the row before
             here = {n: replace(c, runs_dir=f"{folder}/{share}") for n, c in configs.items()}
-            found = network.call(measure_rank, here, REPETITIONS)
-            rows.append(describe(share, rate, here, found))
+            results = network.call(measure_rank, here, REPETITIONS)
+            rows.append(describe(share, rate, here, results))
             print_row(rows[-1])
-    results = {
+    about = {
         "model": blocking.model.name,
         "parameters": parameters,
         "image_size": blocking.data.image_size,
@@ -224,7 +229,7 @@ def main() -> int:
         "bucket_mib": blocking.cluster.bucket_mib,
         "shares": rows,
     }
-    print(record("slow_link", results, MACHINES))
+    print(record("slow_link", about, MACHINES))
     return 0
 
 

@@ -30,7 +30,7 @@ def slow_link_figure(record: Record) -> Figure:
             axes.plot(x, predicted, color=color, linewidth=1)
         axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":", label=blocking)
         axes.plot([], [], color="0.4", linewidth=1, label="predicted")
-        published = [(s, row["published_relative"]) for s, row in zip(x, shares, strict=True)]
+        published = [(100 * row["share"], row["published_relative"]) for row in shares]
         paper = [(share, value) for share, value in published if value is not None]
         there = list(zip(*paper, strict=True))
         axes.plot(*there, "D", ms=7, mfc="none", color="black", label="the paper's QSR")

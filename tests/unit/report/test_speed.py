@@ -36,12 +36,14 @@ def method(relative: float, predicted: float, deviation: float) -> dict[str, Any
 SLOW_LINK = {
     "shares": [
         {
+            "share": 0.01,
             "measured_share": value(0.012),
             "rate_mbit_per_second": None,
             "published_relative": None,
             "methods": {"blocking": method(1, 1, 0.01), "QSR": method(0.991, 0.989, -0.004)},
         },
         {
+            "share": 0.27,
             "measured_share": value(0.265),
             "rate_mbit_per_second": 1234.5,
             "published_relative": 20.2 / 26.7,
@@ -65,7 +67,7 @@ def test_the_picture_of_links_holds_what_was_measured() -> None:
     (bars,) = axes.containers
     assert np.asarray(bars[0].get_xydata()).tolist() == [[1.2, 0.991], [26.5, 0.77]]
     (paper,) = [line for line in axes.lines if line.get_label() == "the paper's QSR"]
-    assert np.asarray(paper.get_xydata()).tolist() == [[26.5, 20.2 / 26.7]]
+    assert np.asarray(paper.get_xydata()).tolist() == [[27, 20.2 / 26.7]]
 
 
 def scale_row(workers: int, link: str, lost: float) -> dict[str, Any]:
