@@ -14,6 +14,10 @@ from qsr.distributed import Communicator
 from qsr.precision import Precision
 from qsr.worker import Worker
 
+_MOST_LOSSES = 256
+"""Losses that are kept before they are added up: all at once, because adding each takes as long as
+a small layer."""
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on; every rank raises it in the same step."""
@@ -65,6 +69,7 @@ class Monitor:
         self._config_hash = config_hash
         # on the device: sum and number of the finite losses, number of the others, skipped updates
         self._sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
+        self._losses: list[Tensor] = []  # not in the sums yet
         self._communication_before = 0.0  # of earlier sessions
         self._lap_start = 0.0
         self._logged = (0, 0.0)  # step and train_seconds of the last row of training metrics
@@ -90,8 +95,17 @@ class Monitor:
 
     def count_loss(self, loss: Tensor) -> None:
         """One micro-batch's loss, on the device."""
-        finite = loss.isfinite()
-        self._sums[:3] += torch.stack((torch.where(finite, loss, 0.0), finite, ~finite))
+        self._losses.append(loss)
+        if len(self._losses) == _MOST_LOSSES:
+            self._add_losses()
+
+    def _add_losses(self) -> None:
+        losses = torch.stack(self._losses).double()
+        finite = losses.isfinite()
+        self._sums[:3] += torch.stack(
+            (losses.where(finite, 0.0).sum(), finite.sum(), (~finite).sum())
+        )
+        self._losses.clear()
 
     def count_skipped(self, worker: Worker) -> None:
         """Whether the loss scale, after `unscale_`, will skip the worker's update."""
@@ -105,6 +119,8 @@ class Monitor:
         Raises TrainingError on every rank if the loss is not finite (in fp16: no loss is).
         """
         progress = self.progress
+        if self._losses:
+            self._add_losses()
         counts = self._sums.tolist()  # the host waits for the device here
         self._sums.zero_()
         rows = self._communicator.gather_floats(counts)
