@@ -27,7 +27,7 @@ def speed_markdown(name: str, record: Record) -> str:
     about = record["environment"]
     packages = about["packages"]
     machine = f"{about['gpu'] or about['cpu']}, {about['cores']} cores, torch {packages['torch']}"
-    return f"{SPEED_TABLES[name](record)}\nMeasured on {machine}.\n"
+    return f"{SPEED_TABLES[name](record)}\nRecorded on {machine}.\n"
 
 
 def slow_link_markdown(record: Record) -> str:

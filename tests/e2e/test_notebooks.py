@@ -50,7 +50,8 @@ def test_a_notebook_is_current(path: Path) -> None:
 
 
 def test_notebooks_are_small_and_need_no_torch() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["01_rules", "02_tables", "03_cost", "04_runs"]
+    names = ["01_rules", "02_tables", "03_cost", "04_runs", "05_speed"]
+    assert [path.stem for path in NOTEBOOKS] == names
     for path in NOTEBOOKS:
         assert path.stat().st_size < 300_000
         cells = nbformat.read(path, as_version=4).cells

@@ -107,7 +107,7 @@ def test_the_machine_is_named_below(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text("{}")  # its numbers stand in a text
     assert read_benchmarks(tmp_path) == {"delay": record}
     table = speed_markdown("delay", record)
-    assert table.endswith("|\n\nMeasured on Some CPU, 2 cores, torch 2.15.0.\n")
+    assert table.endswith("|\n\nRecorded on Some CPU, 2 cores, torch 2.15.0.\n")
 
 
 @pytest.mark.parametrize("name", SPEED_TABLES)
