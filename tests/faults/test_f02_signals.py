@@ -72,7 +72,7 @@ def undisturbed() -> dict[str, list[dict[str, Any]]]:
         ("local", 1, "train", 1, "SIGUSR2", 4),  # the first step
         ("local", 1, "train", 7, "SIGUSR1", 8),  # inside a round; an evaluation is due at 8
         ("local", 0, "train", 9, "SIGTERM", 10),  # the last step before an average
-        ("gradients", 1, "train", 12, "SIGTERM", 12),  # DDP begins with a pass for nothing
+        ("gradients", 1, "train", 12, "SIGTERM", 11),  # DDP begins with two passes for nothing
         ("local", 0, "eval", 2, "SIGUSR1", 8),  # in the evaluation after step 8
         ("local", 1, "train", 23, "SIGTERM", 24),  # before the last evaluation
         ("local", 1, "eval", 24, "SIGTERM", 24),  # in the last evaluation

@@ -1,6 +1,7 @@
 """F3: the disk is full. At the start the run is refused; later all ranks go on without the
 checkpoint, and nothing that was there is lost."""
 
+import contextlib
 import json
 import threading
 import time
@@ -19,6 +20,7 @@ from qsr.checkpoint import CheckpointError
 from qsr.config import schema
 from qsr.config.load import load_config, run_folder
 from qsr.distributed import Topology
+from qsr.durable import partial_name
 from qsr.tracking import JsonlTracker, Row, read_metrics
 from qsr.trainer import checkpoint_bytes
 from tests.cli import RUN
@@ -178,9 +180,14 @@ def finish_on_a_full_disk(rank: int, ranks: int, folder: Path, digits: Path) -> 
     def fill_after_the_first_checkpoint() -> None:
         while not list(run.glob("checkpoints/step_*[0-9]")):
             time.sleep(0.001)
-        while threading.main_thread().is_alive() and not (run / "summary.json").exists():
-            fill(folder)
-            time.sleep(0.001)
+        # until the room that was taken for the results becomes theirs: what is free in that moment
+        # anyone may take
+        taken = partial_name(run / "model.safetensors")
+        size = taken.stat().st_size
+        with contextlib.suppress(FileNotFoundError):
+            while taken.stat().st_size == size:
+                fill(folder)
+                time.sleep(0.001)
 
     threading.Thread(target=fill_after_the_first_checkpoint, daemon=True).start()
     try:
