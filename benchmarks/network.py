@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 MACHINES = 2
 DEVICE = "veth0"
-_PROGRAMS = ("ip", "tc", "unshare", "nsenter")
+_PROGRAMS = ("ip", "tc", "taskset", "unshare", "nsenter")
 _MTU_BYTES = 9000
 """Of a packet without its Ethernet header: "jumbo frames", as clusters have them. Each packet costs
 the processor an interrupt, while the ranks compute on it."""
@@ -150,8 +150,11 @@ class Network:
         )
 
     def command(self, number: int, *command: str) -> list[str]:
-        """`command`, on one of the machines."""
-        return ["nsenter", f"--net=/proc/{self._machines[number].pid}/ns/net", *command]
+        """`command`, on one of the machines, which have no core in common if there are enough."""
+        cores = sorted(os.sched_getaffinity(0))
+        own = ",".join(map(str, cores[number::MACHINES] or cores))
+        namespace = f"--net=/proc/{self._machines[number].pid}/ns/net"
+        return ["taskset", "--cpu-list", own, "nsenter", namespace, *command]
 
     def _run_in(self, number: int, *command: str) -> None:
         _run(self.command(number, *command))

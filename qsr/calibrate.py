@@ -1,9 +1,10 @@
-"""How fast these machines are, measured: a step on all ranks at once, and all-reduces."""
+"""How fast these machines are, measured: steps on all ranks at once, and all-reduces."""
 
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -11,66 +12,147 @@ from qsr.build import join, make_workers
 from qsr.config.costs import parameter_bytes, speed_key
 from qsr.config.planning import make_plan, make_sampler
 from qsr.config.profiles import Measurement
-from qsr.config.schema import Config
+from qsr.config.schema import Config, DataParallelSteps
 from qsr.data import Batch
 from qsr.distributed import Communicator
+from qsr.gradients import GradientAverager
 from qsr.losses import TrainingLoss
 from qsr.monitor import Monitor
 from qsr.precision import Precision
 from qsr.runfolder import environment
 from qsr.step import Stepper
+from qsr.stopping import MAX_PENDING, Agreement, StopFlag
 
 WARMUP = 3
 """Repetitions before those that count: kernels are chosen, buffers made, loss scales found."""
-REPETITIONS = 30
-"""Of which the median counts: a few say little where anything else happens on the machine."""
-ALLREDUCE_REPETITIONS = 50
+BLOCKS, STEPS = 3, 10
+"""Of each kind of steps, so many blocks of so many steps; the kinds take turns. Their mean counts,
+not the median: a run takes the sum of its steps, slow ones included."""
+ALLREDUCE_REPETITIONS = 30
 """Of an all-reduce, which is short, so that one of them says little on a busy machine."""
 
 
 def measure(config: Config, num_classes: int, train_images: int, command: str) -> Measurement:
-    """Collective: time steps of the run on images in memory, on all ranks at once, and all-reduces
-    up to the size of its parameters. `command` is named as the source. Raises ClusterError if the
-    run does not fit the ranks."""
+    """Collective: time steps of the run on images in memory, on all ranks at once, alone and with
+    data parallel training's all-reduces, and all-reduces up to the size of its parameters.
+    `command` is named as the source. Raises ClusterError if the run does not fit the ranks."""
     communicator = join(config)
-    place, device = communicator.topology, communicator.device
-    workers = make_workers(config, num_classes, communicator)
-    sampler, plan = make_sampler(config, train_images), make_plan(config, train_images)
-    precision = Precision(config.precision, device)
-    stepper = Stepper(
-        loss=TrainingLoss(config.loss),
-        micro_batch=config.micro_batch_size,
-        clip_norm=config.optimizer.clip_norm,
-        precision=precision,
-        monitor=Monitor(plan, sampler, communicator, precision, ""),
-        gradients=None,
-        seed=config.seed,
-    )
-    batch = _synthetic_batch(config, num_classes, device)
-
-    def step() -> None:
-        for worker in workers:
-            stepper.forward_backward(worker, batch, 0, data_parallel=False)
-        for worker in workers:
-            stepper.update(worker, lr=0.0)  # the same work, and no loss that grows
-
-    seconds = _slowest_median(communicator, lambda: _time(step, device))
-    parameters = sum(p.numel() for p in workers[0].model.module.parameters())
-    sizes = _sizes(parameter_bytes(parameters)) if place.ranks > 1 else []
-    found = environment(place, str(device))
+    place = communicator.topology
+    images = config.local_batch * len(place.workers)
+    kinds = {"alone": _Steps(config, num_classes, train_images, communicator)}
+    if place.ranks > 1:
+        buckets: dict[str, float | None] = {"blocking": None}
+        if len(place.workers) == 1:
+            buckets["overlapped"] = config.cluster.bucket_mib
+        for kind, bucket_mib in buckets.items():
+            steps = _Steps(config, num_classes, train_images, communicator)
+            steps.average_gradients(bucket_mib)
+            kinds[kind] = steps
+    seconds = _step_seconds(communicator, kinds)
+    sizes = _sizes(kinds["alone"].parameter_bytes) if place.ranks > 1 else []
+    found = environment(place, str(communicator.device))
     ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    data_parallel = None
+    if "blocking" in seconds:
+        data_parallel = DataParallelSteps(
+            ranks=place.ranks,
+            images=images,
+            micro_batches=images // config.micro_batch_size,
+            blocking_seconds=seconds["blocking"],
+            overlapped_seconds=seconds.get("overlapped"),
+            bucket_mib=config.cluster.bucket_mib,
+        )
     return Measurement(
         key=speed_key(config),
         machines=place.ranks // ranks_per_machine,
         ranks_per_machine=ranks_per_machine,
-        seconds_per_image=seconds / (len(workers) * config.local_batch),
+        seconds_per_image=seconds["alone"] / images,
         sizes_bytes=tuple(sizes),
         allreduce_seconds=tuple(_allreduce_seconds(communicator, size) for size in sizes),
+        data_parallel=data_parallel,
         how=(
             f"measured by {command} on {found['gpu'] or found['cpu']}, torch "
-            f"{found['packages']['torch']}: median of {REPETITIONS}, slowest of {place.ranks} ranks"
+            f"{found['packages']['torch']}: {BLOCKS} x {STEPS} steps, slowest of {place.ranks} "
+            f"ranks"
         ),
     )
+
+
+class _Steps:
+    """Steps of this rank's workers on one batch of images in memory."""
+
+    def __init__(
+        self, config: Config, num_classes: int, train_images: int, communicator: Communicator
+    ) -> None:
+        precision = Precision(config.precision, communicator.device)
+        sampler, plan = make_sampler(config, train_images), make_plan(config, train_images)
+        self._config = config
+        self._communicator = communicator
+        self._workers = make_workers(config, num_classes, communicator)
+        self._gradients: GradientAverager | None = None
+        self._batch = _synthetic_batch(config, num_classes, communicator.device)
+        self._monitor = Monitor(plan, sampler, communicator, precision, "")
+        self._agreement = Agreement(communicator, StopFlag())
+        self._mark = self._monitor.fingerprint(plan.round_at(0), 1)
+        self._stepper = self._make_stepper()
+
+    def average_gradients(self, bucket_mib: float | None) -> None:
+        """Collective: take data parallel steps from here on, with GradientAverager's buckets."""
+        self._gradients = GradientAverager(self._workers, self._communicator, bucket_mib)
+        self._gradients.settle(self._batch.images[: self._config.micro_batch_size])
+        self._stepper = self._make_stepper()
+
+    def _make_stepper(self) -> Stepper:
+        return Stepper(
+            loss=TrainingLoss(self._config.loss),
+            micro_batch=self._config.micro_batch_size,
+            clip_norm=self._config.optimizer.clip_norm,
+            precision=Precision(self._config.precision, self._communicator.device),
+            monitor=self._monitor,
+            gradients=self._gradients,
+            seed=self._config.seed,
+        )
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of one worker."""
+        parameters = self._workers[0].model.module.parameters()
+        return parameter_bytes(sum(p.numel() for p in parameters))
+
+    def take(self, steps: int) -> None:
+        """Collective. As the trainer takes them, with the questions that ranks ask each other, for
+        whose answers local steps do not wait."""
+        averages = self._gradients is not None
+        for _ in range(steps):
+            self._agreement.begin(self._mark)
+            for worker in self._workers:
+                self._stepper.forward_backward(worker, self._batch, 0, data_parallel=averages)
+            if self._gradients is not None:
+                self._gradients.finish()
+            for worker in self._workers:
+                self._stepper.update(worker, lr=0.0)  # the same work, and no loss that grows
+            self._agreement.settle(0 if averages else MAX_PENDING)
+
+    def settle(self) -> None:
+        """Collective: after the last step that is timed."""
+        self._agreement.settle()
+
+
+def _step_seconds(communicator: Communicator, kinds: Mapping[str, _Steps]) -> dict[str, float]:
+    """Collective: mean seconds of a step of each kind, on the slowest rank."""
+    blocks: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for steps in kinds.values():
+        steps.take(WARMUP)
+        steps.settle()
+    for _ in range(BLOCKS):
+        for kind, steps in kinds.items():
+            communicator.barrier()
+            seconds = _time(partial(steps.take, STEPS), communicator.device) / STEPS
+            steps.settle()
+            blocks[kind].append(seconds)
+    means = [statistics.fmean(seconds) for seconds in blocks.values()]
+    slowest = map(max, zip(*communicator.gather_floats(means), strict=True))
+    return dict(zip(kinds, slowest, strict=True))
 
 
 def _synthetic_batch(config: Config, num_classes: int, device: torch.device) -> Batch:
@@ -97,17 +179,9 @@ def _allreduce_seconds(communicator: Communicator, num_bytes: int) -> float:
         communicator.sum_(buffer)
         return communicator.seconds() - before
 
-    return _slowest_median(communicator, timed, ALLREDUCE_REPETITIONS)
-
-
-def _slowest_median(
-    communicator: Communicator, timed: Callable[[], float], repetitions: int = REPETITIONS
-) -> float:
-    """Collective: the median of what `timed` returns, on the rank where it is largest. All ranks
-    begin each repetition together."""
     seconds = []
-    for _ in range(WARMUP + repetitions):
-        communicator.barrier()
+    for _ in range(WARMUP + ALLREDUCE_REPETITIONS):
+        communicator.barrier()  # all begin together
         seconds.append(timed())
     medians = communicator.gather_floats([statistics.median(seconds[WARMUP:])])
     return max(median for (median,) in medians)

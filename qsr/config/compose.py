@@ -109,15 +109,20 @@ def mark_given_speed(settings: dict[str, Any], parsed: Iterable[Override]) -> No
     speed = settings["cluster"].get("speed")
     if not isinstance(speed, dict) or "sources" not in speed:
         return  # refused later
+    given = set()
     for override in parsed:
         group, _, name = override.key_or_group.rpartition(".")
         if group != "cluster.speed":
             continue
+        given.add(name)
         value = override.value()
         for constant in value if isinstance(value, dict) else [name]:
             speed["sources"][str(constant)] = GIVEN
-        if name in ("link_gbit_per_second", "latency_seconds"):
-            speed["allreduce"] = None  # measured times would hide them
+    link = {"link_gbit_per_second", "latency_seconds"}
+    if given & link:
+        speed["allreduce"] = None  # measured times would hide them
+    if given & (link | {"seconds_per_image"}) and "data_parallel" not in given:
+        speed["data_parallel"] = {}
 
 
 def _config_groups(config_dir: Path) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Config -> cost model: the one place where a cluster's profile becomes seconds and bytes."""
 
 import math
+from dataclasses import replace
 
 from qsr.config import schema
 from qsr.config.load import ConfigError
@@ -66,15 +67,26 @@ def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
             f"no hours: cluster={config.cluster.name} does not know {key}; {calibrate}, or give "
             f"cluster.speed.seconds_per_image={{{key}:SECONDS}}"
         )
-    workers_per_rank = config.workers // allreduce.ranks
-    return CostModel(
+    images = config.local_batch * (config.workers // allreduce.ranks)
+    model = CostModel(
         allreduce=allreduce,
-        compute_seconds=speed.seconds_per_image[key] * config.local_batch * workers_per_rank,
-        micro_batches=config.local_batch // config.micro_batch_size * workers_per_rank,
+        compute_seconds=speed.seconds_per_image[key] * images,
+        micro_batches=images // config.micro_batch_size,
         parameter_bytes=parameter_bytes(parameters),
         moment_bytes=moment_bytes(config.sync, parameters),
         delay_steps=config.sync.delay_steps,
         bucket_bytes=config.cluster.bucket_mib * 2**20,
+    )
+    measured = speed.data_parallel.get(key)
+    own = (allreduce.ranks, images, model.micro_batches)
+    if measured is None or own != (measured.ranks, measured.images, measured.micro_batches):
+        return model
+    waiting = measured.blocking_seconds - model.compute_seconds - model.gradient_seconds
+    same_buckets = config.cluster.bucket_mib == measured.bucket_mib
+    return replace(
+        model,
+        waiting_seconds=max(0.0, waiting),
+        overlapped_step_seconds=measured.overlapped_seconds if same_buckets else None,
     )
 
 

@@ -10,7 +10,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from qsr.config.load import CONFIG_DIR, ConfigError
-from qsr.config.schema import AllReduceTimes, AnyCluster, ClusterConfig, SpeedConfig
+from qsr.config.schema import (
+    AllReduceTimes,
+    AnyCluster,
+    ClusterConfig,
+    DataParallelSteps,
+    SpeedConfig,
+)
 from qsr.core.cost import fit_link
 
 MARK = "# Written by `python scripts/plan.py calibrate`, which renews it; edit a copy."
@@ -25,11 +31,13 @@ class Measurement:
     machines: int
     ranks_per_machine: int
     seconds_per_image: float
-    """Of the slowest rank, while all compute."""
+    """Of the slowest rank, while all compute and none waits."""
     sizes_bytes: tuple[int, ...]
     """Of the all-reduces, rising up to the model's size; empty for one rank."""
     allreduce_seconds: tuple[float, ...]
     """Of the slowest rank."""
+    data_parallel: DataParallelSteps | None
+    """Data parallel steps; None for one rank."""
     how: str
     """On which hardware, by which command."""
 
@@ -109,6 +117,10 @@ def updated_profile(
         seconds_per_image={
             **(before.seconds_per_image if before else {}),
             found.key: _rounded(found.seconds_per_image),
+        },
+        data_parallel={
+            **(before.data_parallel if before else {}),
+            **({found.key: found.data_parallel} if found.data_parallel else {}),
         },
         price_per_gpu_hour=before.price_per_gpu_hour if before else None,
         fitted_to=(),

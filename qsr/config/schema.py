@@ -336,6 +336,24 @@ class AllReduceTimes:
 
 
 @dataclass(frozen=True, config=STRICT)
+class DataParallelSteps:
+    """Measured steps of data parallel training, for all that a step of it is made of."""
+
+    ranks: PositiveInt
+    """Ranks that took part, all of the profile's."""
+    images: PositiveInt
+    """Of a rank in a step."""
+    micro_batches: PositiveInt
+    """Backward passes of a rank in a step."""
+    blocking_seconds: Positive
+    """Of a step whose all-reduce follows the backward pass."""
+    overlapped_seconds: Positive | None
+    """Of a step whose all-reduces overlap with it; null where a rank holds several workers."""
+    bucket_mib: Positive
+    """Size of the buckets of that one."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class FittedRun:
     """A published run whose time a profile was fitted to, so that it cannot be predicted by it."""
 
@@ -372,6 +390,10 @@ class SpeedConfig:
     """Training time of one image on one rank while all ranks compute: forward, backward, update.
     By "MODEL@IMAGE_SIZE/PRECISION", as in "vit_b16@224/fp16"; timm's models are "timm/NAME@...".
     """
+    data_parallel: dict[str, DataParallelSteps]
+    """Measured data parallel steps, by the keys of seconds_per_image. They tell how long ranks wait
+    for each other, and come before the formula for steps that overlap, in runs whose steps are of
+    the same images on as many ranks."""
     price_per_gpu_hour: Positive | None
     """Price of an hour of one rank, in any currency."""
     fitted_to: tuple[FittedRun, ...]

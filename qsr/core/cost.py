@@ -1,8 +1,9 @@
 """What a run costs: seconds of computing and of all-reduces, bytes, GPU hours.
 
 The model: every step computes for the same time, every average is one all-reduce of the same
-bytes, and data parallel training may hide part of its all-reduces behind the backward pass.
-Stragglers, evaluations, checkpoints and input are left out. docs/planning.md discusses it.
+bytes, before which ranks may wait for the slowest, and data parallel training may hide part of its
+all-reduces behind the backward pass. Evaluations, checkpoints and input are left out.
+docs/planning.md discusses it.
 """
 
 import math
@@ -136,7 +137,7 @@ class RunCost:
 
     compute_seconds: float
     communication_seconds: float
-    """Of all-reduces that nothing hides."""
+    """Of all-reduces that nothing hides, and of waiting for the slowest rank before them."""
     ranks: int
 
     @property
@@ -166,6 +167,11 @@ class CostModel:
     """Steps behind which the average of a round of local steps hides, but for the run's last."""
     bucket_bytes: float = 25 * 2**20
     """Of gradients, in which DDP reduces them. Its default."""
+    waiting_seconds: float = 0.0
+    """What one step takes longer if all ranks end it together, beside the all-reduce: on average
+    they wait that long for the slowest."""
+    overlapped_step_seconds: float | None = None
+    """Of a data parallel step that overlaps, as measured; None: by the formula."""
 
     @property
     def gradient_seconds(self) -> float:
@@ -174,11 +180,19 @@ class CostModel:
 
     @property
     def exposed_gradient_seconds(self) -> float:
-        """What is left of it when DDP overlaps it with the backward pass: of the last micro-batch
-        only, because gradients are accumulated over those before."""
+        """What a step takes longer than its computing when DDP overlaps the all-reduce with the
+        backward pass: of the last micro-batch only, because gradients are accumulated over those
+        before."""
+        if self.overlapped_step_seconds is not None:
+            return max(0.0, self.overlapped_step_seconds - self.compute_seconds)
         window = BACKWARD_SHARE * self.compute_seconds / self.micro_batches
         last_bucket = self.allreduce.seconds(min(self.bucket_bytes, self.parameter_bytes))
-        return exposed_seconds(self.gradient_seconds, window, last_bucket)
+        return exposed_seconds(self.gradient_seconds, window, last_bucket) + self.waiting_seconds
+
+    def round_waiting_seconds(self, h: int) -> float:
+        """At the end of a round of `h` local steps: what a step takes longer here and shorter there
+        evens out, so that waiting grows as the square root of the steps."""
+        return math.sqrt(h) * self.waiting_seconds
 
     @property
     def average_seconds(self) -> float:
@@ -188,19 +202,25 @@ class CostModel:
 
     def data_parallel(self, steps: int, *, overlapped: bool) -> RunCost:
         """Data parallel training, its all-reduces after the backward pass or overlapped with it."""
-        each = self.exposed_gradient_seconds if overlapped else self.gradient_seconds
-        return self._run(steps, steps * each)
+        return self._run(steps, steps * self._gradient_step_seconds(overlapped))
 
     def run(self, plan: Plan, *, overlapped: bool) -> RunCost:
         """The rounds of a plan; `overlapped` concerns those that average gradients."""
-        each = self.exposed_gradient_seconds if overlapped else self.gradient_seconds
-        local_rounds = plan.num_rounds - plan.gradient_rounds
-        seconds = plan.gradient_rounds * each
-        if local_rounds:
-            hidden = self.delay_steps * self.compute_seconds
-            exposed = max(0.0, self.average_seconds - hidden)
-            seconds += (local_rounds - 1) * exposed + self.average_seconds
+        seconds = plan.gradient_rounds * self._gradient_step_seconds(overlapped)
+        hidden = self.delay_steps * self.compute_seconds
+        if plan.gradient_rounds < plan.num_rounds:
+            for round_ in plan.rounds():
+                if round_.averages == "parameters":
+                    each = self.average_seconds + self.round_waiting_seconds(round_.length)
+                    last = round_.end == plan.total_steps
+                    seconds += each if last else max(0.0, each - hidden)
         return self._run(plan.total_steps, seconds)
+
+    def _gradient_step_seconds(self, overlapped: bool) -> float:
+        """What a data parallel step takes beside its computing."""
+        if overlapped:
+            return self.exposed_gradient_seconds
+        return self.gradient_seconds + self.waiting_seconds
 
     def _run(self, steps: int, communication_seconds: float) -> RunCost:
         return RunCost(steps * self.compute_seconds, communication_seconds, self.allreduce.ranks)

@@ -6,6 +6,7 @@ import torch
 import yaml
 
 from qsr.config import schema
+from qsr.config.compose import mark_given_speed, parse_overrides
 from qsr.config.costs import (
     UnknownSpeedError,
     make_cost_model,
@@ -220,6 +221,44 @@ def test_measured_times_hold_for_as_many_ranks_and_until_a_link_is_given() -> No
     wrong = MEASURED.replace("1.0,", "")
     with pytest.raises(ConfigError, match=r"cluster\.speed\.allreduce: measured all-reduces need"):
         make_cost_model(load_config([*base, wrong]), 1)
+
+
+STEPS = (
+    "cluster.speed.data_parallel={vit_b16@224/fp16:{ranks:16,images:256,micro_batches:2,"
+    "blocking_seconds:2.0,overlapped_seconds:1.9,bucket_mib:25}}"
+)
+IMAGE = "cluster.speed.seconds_per_image={vit_b16@224/fp16:0.005}"
+
+
+def test_measured_steps_hold_for_the_same_steps_on_as_many_ranks() -> None:
+    # 16 workers of 256 images, 1.28 s; an all-reduce of 1 s was not waited for otherwise
+    allreduce = "cluster.speed.allreduce={ranks:16,sizes_bytes:[4],seconds:[0.5]}"
+    base = [*VIT_16, *QSR, "cluster=paper_2x8", allreduce, STEPS, IMAGE]
+    model = make_cost_model(load_config(base), 1)
+    assert model.compute_seconds == pytest.approx(1.28)
+    assert model.waiting_seconds == pytest.approx(2.0 - 1.28 - 0.5)
+    assert model.overlapped_step_seconds == 1.9
+    other_buckets = make_cost_model(load_config([*base, "cluster.bucket_mib=50"]), 1)
+    assert other_buckets.waiting_seconds == model.waiting_seconds
+    assert other_buckets.overlapped_step_seconds is None
+    others = (
+        "micro_batch=64",
+        "global_batch=8192",
+        "cluster.ranks=8",
+    )
+    for setting in others:
+        other = make_cost_model(load_config([*base, setting]), 1)
+        assert (other.waiting_seconds, other.overlapped_step_seconds) == (0.0, None), setting
+    # measured with what a profile says, they do not hold for constants of the command line
+    known: dict[str, object] = {"sources": {}, "data_parallel": {"a": 1}}
+    price = "cluster.speed.price_per_gpu_hour=1"
+    mark_given_speed({"cluster": {"speed": known}}, parse_overrides([price]))
+    assert known["data_parallel"] == {"a": 1}
+    mark_given_speed({"cluster": {"speed": known}}, parse_overrides([IMAGE]))
+    assert known["data_parallel"] == {}
+    # steps that took less time than their parts did, measured one by one: no waiting
+    faster = STEPS.replace("2.0", "1.5")
+    assert make_cost_model(load_config([*base, faster]), 1).waiting_seconds == 0.0
 
 
 def test_a_constant_of_the_command_line_loses_the_profiles_source() -> None:

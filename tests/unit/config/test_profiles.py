@@ -15,10 +15,12 @@ from qsr.config.profiles import (
     read_profile,
     updated_profile,
 )
+from qsr.config.schema import DataParallelSteps
 from qsr.core.cost import Link
 
 CLUSTER = replace(load_config(["experiment=demo/quadratic", "cluster.ranks=2"]).cluster, name="x")
 LINK = Link(2, 1, 1e9, 50e-6)
+STEPS = DataParallelSteps(2, 32, 2, 0.05, 0.045, bucket_mib=25.0)
 SIZES = (4096, 65_536, 1_048_576)
 FOUND = Measurement(
     key="small_resnet@32/fp32",
@@ -27,6 +29,7 @@ FOUND = Measurement(
     seconds_per_image=0.00123456789,
     sizes_bytes=SIZES,
     allreduce_seconds=tuple(LINK.seconds(size) for size in SIZES),
+    data_parallel=STEPS,
     how="measured by a test",
 )
 
@@ -42,6 +45,7 @@ def test_a_first_profile() -> None:
     assert (speed.link_gbit_per_second, speed.latency_seconds) == (8.0, 50e-6)
     assert speed.allreduce is not None
     assert speed.allreduce.sizes_bytes == SIZES
+    assert speed.data_parallel == {"small_resnet@32/fp32": STEPS}
     assert speed.sources["small_resnet@32/fp32"] == "measured by a test"
     assert speed.sources["link_gbit_per_second"] == (
         "fitted to all-reduces of 3 sizes, to within 0 % (root mean square); measured by a test"
@@ -53,9 +57,11 @@ def test_another_network_is_added_and_the_link_renewed() -> None:
     assert first.speed is not None
     first = replace(first, speed=replace(first.speed, price_per_gpu_hour=0.5))
     faster = Link(2, 1, 2e9, 0.0)
+    slower = replace(STEPS, blocking_seconds=0.5)
     other = replace(
         FOUND,
         key="small_vit@32/fp32",
+        data_parallel=slower,
         seconds_per_image=0.5,
         allreduce_seconds=tuple(faster.seconds(size) for size in SIZES),
         how="measured later",
@@ -63,6 +69,7 @@ def test_another_network_is_added_and_the_link_renewed() -> None:
     speed = updated_profile(CLUSTER, first, other).speed
     assert speed is not None
     assert speed.seconds_per_image == {"small_resnet@32/fp32": 0.00123457, "small_vit@32/fp32": 0.5}
+    assert speed.data_parallel == {"small_resnet@32/fp32": STEPS, "small_vit@32/fp32": slower}
     assert speed.link_gbit_per_second == pytest.approx(16.0)
     assert speed.price_per_gpu_hour == 0.5
     assert speed.sources["small_resnet@32/fp32"] == "measured by a test"
@@ -74,9 +81,10 @@ def test_another_network_is_added_and_the_link_renewed() -> None:
 
 def test_one_rank_has_no_link() -> None:
     alone = replace(FOUND, ranks_per_machine=1, sizes_bytes=(), allreduce_seconds=())
+    alone = replace(alone, data_parallel=None)
     speed = updated_profile(CLUSTER, None, alone).speed
     assert speed is not None
-    assert (speed.link_gbit_per_second, speed.allreduce) == (None, None)
+    assert (speed.link_gbit_per_second, speed.allreduce, speed.data_parallel) == (None, None, {})
     assert speed.sources.keys() == {"small_resnet@32/fp32"}
 
 

@@ -1,6 +1,7 @@
 """Seconds and bytes by hand, and a fit against an independent solver."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,6 +184,29 @@ def test_a_delay_hides_all_averages_but_the_last(delay_steps: int, seconds: floa
     cost = model.run(plan, overlapped=True)
     assert cost.communication_seconds == pytest.approx(seconds)
     assert cost.compute_seconds == pytest.approx(4.0)
+
+
+def test_ranks_wait_for_the_slowest() -> None:
+    # an all-reduce takes 1 s, of which 0.25 s are left over if it overlaps
+    model = replace(MODEL, waiting_seconds=0.1)
+    assert model.data_parallel(10, overlapped=False).communication_seconds == pytest.approx(11.0)
+    assert model.data_parallel(10, overlapped=True).communication_seconds == pytest.approx(3.5)
+    # rounds of 4, 4 and 1 steps: twice, twice and once as long
+    plan = Plan(ConstantSchedule(0.1, 9), ConstantRule(4))
+    assert model.run(plan, overlapped=False).communication_seconds == pytest.approx(3.0 + 0.5)
+    assert model.run(plan, overlapped=False).compute_seconds == pytest.approx(9 * 1.2)
+    # behind a step of 1.2 s there is nothing left of 1.2 s, but for the last average
+    late = replace(model, delay_steps=1)
+    assert late.run(plan, overlapped=False).communication_seconds == pytest.approx(1.1)
+
+
+def test_a_measured_step_comes_before_the_formula() -> None:
+    model = replace(MODEL, waiting_seconds=0.1, overlapped_step_seconds=1.3)
+    assert model.exposed_gradient_seconds == pytest.approx(0.1)
+    assert model.data_parallel(10, overlapped=True).total_seconds == pytest.approx(13.0)
+    # faster than the computing alone: within the scatter of two measurements
+    faster = replace(MODEL, overlapped_step_seconds=1.1)
+    assert faster.exposed_gradient_seconds == 0.0
 
 
 def test_bytes_and_hours_of_gpus() -> None:
