@@ -22,6 +22,7 @@ from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
 from qsr.report.records import add_record, read_summaries
 from qsr.report.speed import read_benchmarks
+from qsr.report.theory import read_theory
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "runs"
@@ -54,7 +55,8 @@ def _tables(*, check: bool) -> int:
     plan_of = partial(experiment_plan, config_dir=ROOT / "configs")
     faults = json.loads((ROOT / "results" / "faults.json").read_text())
     benchmarks = read_benchmarks(ROOT / "results" / "bench")
-    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of, faults, benchmarks)
+    theory = read_theory(ROOT / "results" / "theory")
+    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of, faults, benchmarks, theory)
     paths = stale(files)
     if not check:
         write(files, paths)

@@ -10,6 +10,7 @@ from typing import Any
 # one thread per test process: the suite runs in parallel processes on few cores
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,9 @@ from tests.killing import SCRIPT
 from tests.support import CPU
 
 torch.set_num_threads(1)
+# a test that takes longer on a busy machine has not failed
+hypothesis.settings.register_profile("qsr", deadline=None)
+hypothesis.settings.load_profile("qsr")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -52,9 +52,11 @@ def expand_sweeps(overrides: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*choices)]
 
 
-def compose_settings(parsed: Sequence[Override], config_dir: Path) -> dict[str, Any]:
-    """Nested dictionaries of all settings: configs/train.yaml, the files that it and the overrides
-    choose, and the overrides. Raises ConfigError."""
+def compose_settings(
+    parsed: Sequence[Override], config_dir: Path, primary: str = "train"
+) -> dict[str, Any]:
+    """Nested dictionaries of all settings: configs/train.yaml, or another `primary` file, the files
+    that it and the overrides choose, and the overrides. Raises ConfigError."""
     groups = _config_groups(config_dir)
     arguments = []
     for override in parsed:
@@ -68,7 +70,7 @@ def compose_settings(parsed: Sequence[Override], config_dir: Path) -> dict[str, 
         arguments.append(text)
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
-            composed = compose("train", arguments)
+            composed = compose(primary, arguments)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,7 +12,13 @@ from qsr.config.compose import ConfigError, suggest
 
 T = TypeVar("T")
 
-_KINDS = {"cluster": "launcher", "optimizer": "name", "schedule": "name", "sync": "rule"}
+_KINDS = {
+    "cluster": "launcher",
+    "optimizer": "name",
+    "problem": "kind",
+    "schedule": "name",
+    "sync": "rule",
+}
 """The settings that have kinds, and which of their fields names the kind."""
 
 
@@ -51,8 +57,11 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
 def _field_names(path: Sequence[str], raw: Mapping[str, Any], root: type) -> list[str]:
     """The fields that exist at `path`, for the kind chosen there."""
     node: Any = root
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         hint = {field.name: field.type for field in dataclasses.fields(node)}[part]
+        if get_origin(hint) is dict:
+            next(parts, None)  # a key, which is no field
         candidates = list(_dataclasses_of(hint))
         chosen = raw.get(part)
         word = chosen.get(_KINDS.get(part)) if isinstance(chosen, Mapping) else None

@@ -7,7 +7,7 @@ and what a scheduler that looks one step ahead asks for after the last update.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 
@@ -134,6 +134,28 @@ class LinearSchedule(_DecayingSchedule):
 
     def _share(self, step: int) -> float:
         return (self.total_steps - step) / (self.total_steps - self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule:
+    """peak_lr in step 0, and in each step less by the same factor, down to final_lr at the end."""
+
+    peak_lr: float
+    final_lr: float
+    total_steps: int
+    warmup_steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        _check_run(self.peak_lr, self.warmup_steps, self.total_steps)
+        if not 0 < self.final_lr <= self.peak_lr:
+            raise ValueError(
+                f"final_lr must lie in (0, peak_lr = {self.peak_lr}], got {self.final_lr}"
+            )
+
+    def __call__(self, step: int) -> float:
+        _check_step(step, self.total_steps)
+        share: float = (self.final_lr / self.peak_lr) ** (step / self.total_steps)
+        return self.peak_lr * share
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from qsr.report.comparison import comparison_markdown, comparison_table, table_t
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
 from qsr.report.speed import Record, speed_markdown
+from qsr.report.theory import theory_markdown
 
 HEADLINES = (
     "vit_b16_b4096/parallel",
@@ -43,6 +44,7 @@ def generate(
     plan_of: Callable[[str], Plan],
     faults: Mapping[str, Any],
     benchmarks: Mapping[str, Record],
+    theory: Mapping[str, Record],
 ) -> dict[Path, str]:
     """All generated files of the repository in `root`, and what each should hold: a table of the
     paper as results/tables/table_NAME.md and .csv, their index, and README.md and docs/*.md with
@@ -64,6 +66,7 @@ def generate(
     blocks["headlines"] = comparison_markdown(headlines)
     blocks["faults"] = faults_markdown(faults)
     blocks |= {f"bench_{name}": speed_markdown(name, of) for name, of in benchmarks.items()}
+    blocks |= {f"theory_{name}": theory_markdown(name, of) for name, of in theory.items()}
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

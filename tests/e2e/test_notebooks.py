@@ -50,7 +50,7 @@ def test_a_notebook_is_current(path: Path) -> None:
 
 
 def test_notebooks_are_small_and_need_no_torch() -> None:
-    names = ["01_rules", "02_tables", "03_cost", "04_runs", "05_speed"]
+    names = ["01_rules", "02_tables", "03_cost", "04_runs", "05_speed", "06_generalization"]
     assert [path.stem for path in NOTEBOOKS] == names
     for path in NOTEBOOKS:
         assert path.stat().st_size < 300_000

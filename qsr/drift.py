@@ -1,0 +1,86 @@
+"""The drift along a valley of minima, measured by simulation and predicted: core/drift.py."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qsr.core.drift import drift_multiplier, psi, psi_discrete
+from qsr.core.plan import Plan
+from qsr.core.seeds import seed_for
+
+
+@dataclass(frozen=True)
+class Valley:
+    """Outputs f_i = c_i u v_i of parameters (u, v_1, ..., v_m), all with target 1 and half the
+    squared error: the minima are a curve, v_i = 1 / (c_i u). One output is the model with one
+    non-zero eigenvalue, u^2 + v^2 (c = 1)."""
+
+    scales: tuple[float, ...]
+    """c_i: one for each output, and as many non-zero eigenvalues."""
+    u: float
+    """Where on the curve."""
+
+    def eigenvalues(self, u: float | None = None) -> NDArray[np.floating[Any]]:
+        """Of the Hessian there, rising: of J J^T, J the outputs' derivatives."""
+        u = self.u if u is None else u
+        scales = np.array(self.scales)
+        return np.linalg.eigvalsh(1 / u**2 + np.diag(scales**2 * u**2))
+
+    def predicted(self, workers: int, psi_of: Callable[[float], float]) -> float:
+        """Drift along the curve relative to data parallel training's. `psi_of` an eigenvalue."""
+        step = 1e-5 * self.u
+        slopes = self.eigenvalues(self.u + step) - self.eigenvalues(self.u - step)
+        psis = [psi_of(float(each)) for each in self.eigenvalues()]
+        return drift_multiplier(workers, float(slopes @ psis / slopes.sum()))
+
+    def predicted_continuous(self, workers: int, h: int, lr: float) -> float:
+        """By the slow SDE."""
+        return self.predicted(workers, lambda eigenvalue: psi(2 * h * lr * eigenvalue))
+
+    def predicted_discrete(self, workers: int, h: int, lr: float) -> float:
+        """For steps of finite size."""
+        return self.predicted(workers, lambda eigenvalue: psi_discrete(h, lr, eigenvalue))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Of u^2 - v^2, which gradient flow leaves as it is, per step; over many simulated runs."""
+
+    per_step: float
+    standard_error: float
+
+
+def measure_drift(
+    valley: Valley, plan: Plan, *, workers: int, noise: float, runs: int, settle_steps: int
+) -> Drift:
+    """Simulate `runs` runs of local SGD from the valley's point, with label noise of the standard
+    deviation `noise`, through the rounds of a plan, and see how far they went after those rounds
+    that the first `settle_steps` are in: so long the fluctuations need to become stationary."""
+    generator = torch.Generator().manual_seed(seed_for(1, "drift", workers=workers))
+    scales = torch.tensor(valley.scales, dtype=torch.float64)
+    u = torch.full((runs, workers, 1), valley.u, dtype=torch.float64)
+    v = 1 / (scales * u)
+    shape = (runs, workers, len(valley.scales))
+    start, first_step = _invariant(u, v), 0
+    for round_ in plan.rounds():
+        for step in range(round_.start, round_.end):
+            lr = plan.schedule(step)
+            target = torch.randn(shape, generator=generator, dtype=torch.float64) * noise + 1
+            residuals = (scales * u * v - target) * scales
+            u, v = u - lr * (residuals * v).sum(-1, keepdim=True), v - lr * residuals * u
+        u = u.mean(1, keepdim=True).expand(-1, workers, -1)
+        v = v.mean(1, keepdim=True).expand(-1, workers, -1)
+        if first_step == 0 and round_.end >= settle_steps:
+            start, first_step = _invariant(u, v), round_.end
+    moved = (_invariant(u, v) - start) / (plan.total_steps - first_step)
+    return Drift(moved.mean().item(), moved.std().item() / math.sqrt(runs))
+
+
+def _invariant(u: Tensor, v: Tensor) -> Tensor:
+    return u[:, 0].square().sum(-1) - v[:, 0].square().sum(-1)

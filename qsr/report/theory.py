@@ -1,0 +1,111 @@
+"""Results of scripts/simulate.py -> Markdown: the tables of docs/evidence.md and its notebook."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qsr.report.statistics import Comparison, Estimate, compare, estimate
+from qsr.report.tables import markdown_table
+
+Record = Mapping[str, Any]
+"""What scripts/simulate.py wrote: results/theory/NAME.json."""
+
+DRIFT = "drift"
+"""Name of the record of the drift; the others are simulations."""
+
+
+def read_theory(folder: Path) -> dict[str, Record]:
+    """The records in results/theory/, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def theory_markdown(name: str, record: Record) -> str:
+    """The table of the record of this name."""
+    return drift_markdown(record) if name == DRIFT else simulation_markdown(record)
+
+
+def simulation_markdown(record: Record) -> str:
+    """One row per rule: means and 95 % intervals over the seeds that did not diverge; the paired
+    difference in test error to the first rule's, in how many of the pairs that one's is smaller,
+    and p of a paired t-test."""
+    rules = record["rules"]
+    seeds = record["config"]["seeds"]
+    unit = " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else ""
+    reference, *_ = rules
+    lines = []
+    for name, about in rules.items():
+        test = estimate(finite(about["test_error"]))
+        trace = estimate(finite(about["hessian_trace"]))
+        against = compare(about["test_error"], rules[reference]["test_error"])
+        is_reference = name == reference
+        line = {
+            "rule": name,
+            "volume": f"{about['volume']:.3f}",
+            f"test error{unit}": _estimate(test),
+            "tr(Hessian)": _estimate(trace, 1),
+            "train error (%)": _estimate(estimate(finite(about.get("train_error", [])))),
+            "diverged": f"{about['diverged']} of {seeds}" if about["diverged"] else "",
+            f"difference to {reference}": "" if is_reference else _estimate(against.difference),
+            f"{reference} better": "" if is_reference else _wins(against),
+            "p": "" if is_reference else _p(against.p),
+        }
+        lines.append(line)
+    table = pd.DataFrame(lines)
+    return markdown_table(table.loc[:, [bool(table[name].any()) for name in table]])
+
+
+def finite(values: Sequence[float | None]) -> list[float]:
+    """Of the seeds that did not diverge."""
+    return [value for value in values if value is not None]
+
+
+def _estimate(about: Estimate, digits: int = 2) -> str:
+    if math.isnan(about.mean):
+        return ""
+    if math.isnan(about.half_width):
+        return f"{about.mean:.{digits}f}"
+    return f"{about.mean:.{digits}f} ± {about.half_width:.{digits}f}"
+
+
+def _wins(about: Comparison) -> str:
+    return f"{about.larger} of {about.pairs}" if about.pairs else ""
+
+
+def _p(p: float) -> str:
+    if math.isnan(p):
+        return ""
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
+def drift_markdown(record: Record) -> str:
+    """One row per valley, workers and learning rate at small noise: how far the measured multiplier
+    is from what the slow SDE says, and from the same for steps of finite size."""
+    rows = pd.DataFrame(record["rows"])
+    small = rows[(rows["noise"] == rows["noise"].min()) & (rows["h"] > 1)]
+    lines = []
+    for (valley, lr, workers), part in small.groupby(["valley", "lr", "workers"], sort=False):
+        lines.append(
+            {
+                "Hessian": valley,
+                "learning rate": f"{lr:g}",
+                "K": f"{workers}",
+                "H": f"{part['h'].min()} to {part['h'].max()}",
+                "measured": f"{part['multiplier'].min():.2f} to {part['multiplier'].max():.2f}",
+                "largest standard error": f"{_largest(part['standard_error'], part):.1%}",
+                "off slow SDE": f"{_off(part, 'predicted_continuous'):.1%}",
+                "off discrete formula": f"{_off(part, 'predicted_discrete'):.1%}",
+            }
+        )
+    return markdown_table(pd.DataFrame(lines))
+
+
+def _off(rows: pd.DataFrame, prediction: str) -> float:
+    return float((rows["multiplier"] / rows[prediction] - 1).abs().max())
+
+
+def _largest(errors: pd.Series, rows: pd.DataFrame) -> float:
+    return float((errors / rows["multiplier"]).max())

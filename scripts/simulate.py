@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Small problems on which the effect of the rules on generalization can be seen, in minutes.
+
+    python scripts/simulate.py                                     all studies: make evidence
+    python scripts/simulate.py experiment=theory/digits_mlp        one, or several with commas
+    python scripts/simulate.py experiment=theory/digits_mlp workers=32 seeds=4
+    python scripts/simulate.py drift                               the drift along a valley
+
+Prints a table for each, and writes results/theory/NAME.json where no setting was changed, and all
+pictures after all studies; docs/evidence.md says what they show. Exit status: 0 done, 2 refused.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from qsr.config.compose import ConfigError, expand_sweeps
+from qsr.config.simulation import SimulationConfig, load_simulation, simulation_names
+from qsr.drift import Drift
+from qsr.report.theory import drift_markdown, simulation_markdown
+from qsr.report.theory_plots import draw
+from qsr.runfolder import write_json
+from qsr.simulation import Outcome
+from qsr.studies import DriftCase, drift_cases, drift_record, run_studies, simulation_record
+
+RESULTS = Path(__file__).parents[1] / "results" / "theory"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="drift | SETTING=VALUE")
+    settings = parser.parse_args(arguments).settings
+    started = time.monotonic()
+    everything, drift = not settings, settings == ["drift"]
+    try:
+        simulations = {} if drift else _simulations(settings)
+    except ConfigError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    cases = drift_cases() if everything or drift else []
+    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in simulations}
+    drifts: dict[DriftCase, Drift] = {}
+    for what, found in run_studies(simulations, cases):
+        if isinstance(what, DriftCase):
+            assert isinstance(found, Drift)
+            drifts[what] = found
+            if len(drifts) == len(cases):
+                drift_found = drift_record({case: drifts[case] for case in cases})
+                _write("drift", drift_found)
+                print(f"\n{drift_markdown(drift_found)}", flush=True)
+            continue
+        assert isinstance(found, Outcome)
+        name, rule = what
+        outcomes[name][rule] = found
+        if len(outcomes[name]) == len(simulations[name].rules):
+            record = simulation_record(name, simulations[name], outcomes[name])
+            print(f"\n{name}\n\n{simulation_markdown(record)}", flush=True)
+            if everything or all(setting.startswith("experiment=") for setting in settings):
+                _write(name.rpartition("/")[2], record)
+    if everything:
+        draw(RESULTS)
+    print(f"{time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _simulations(settings: list[str]) -> dict[str, SimulationConfig]:
+    """By their experiments' names. Raises ConfigError."""
+    if not settings:
+        return {name: load_simulation([f"experiment={name}"]) for name in simulation_names()}
+    simulations = {}
+    for overrides in expand_sweeps(settings):
+        names = [o.partition("=")[2] for o in overrides if o.startswith("experiment=")]
+        if not names:
+            raise ConfigError(
+                f"no experiment: give experiment=NAME; there are {', '.join(simulation_names())}"
+            )
+        others = [o for o in overrides if not o.startswith("experiment=")]
+        simulations[" ".join([names[-1], *others])] = load_simulation(overrides)
+    return simulations
+
+
+def _write(name: str, record: dict[str, object]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"{name}.json", record)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""scripts/simulate.py as a user gives it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qsr.config.load import CONFIG_DIR
+
+ROOT = CONFIG_DIR.parent
+SMALL = ("experiment=theory/diagonal", "seeds=2", "total_steps=40", "workers=2")
+
+
+def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/simulate.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_settings_of_the_command_line_print_a_table_and_write_nothing() -> None:
+    records = ROOT / "results" / "theory"
+    before = {path: path.stat().st_mtime_ns for path in records.iterdir()}
+    done = simulate(*SMALL, "label_noise=0.5,1.0")
+    assert (done.returncode, done.stderr) == (0, "")
+    for noise in ("0.5", "1.0"):
+        assert (
+            f"theory/diagonal seeds=2 total_steps=40 workers=2 label_noise={noise}" in done.stdout
+        )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 * (1 + 5)
+    assert {path: path.stat().st_mtime_ns for path in records.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["workers=2"], "no experiment: give experiment=NAME; there are theory/diagonal, "),
+        (["experiment=theory/diagonl"], "did you mean theory/diagonal"),
+        ([*SMALL, "local_bach=2"], "did you mean local_batch"),
+        (["drift", "workers=2"], "drift"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_a_line(arguments: list[str], message: str) -> None:
+    done = simulate(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("refused: ")
+    assert message in line
