@@ -3,7 +3,7 @@ programs over many replicas at once.
 
 A replica is one copy of the parameters. Parameters have leading dimensions [seeds, workers], and
 every function here treats the replicas alike and apart. All losses are half a squared error, and
-workers see targets with fresh noise ("label noise"), as in the theory (Gu et al. 2023, section 3).
+workers see targets with fresh noise ("label noise"), as in the theory (Gu et al. 2023).
 """
 
 import math

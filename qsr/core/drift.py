@@ -13,7 +13,7 @@ Its mean over a round's steps s = 0 .. H - 1, over V / K, is 1 + (K - 1) psi wit
 
     psi = 1 - (1 - a^2H) / (H (1 - a^2)),    for small lr L: (exp(-x) - 1 + x) / x,  x = 2 H lr L
 
-The latter is the function of Gu et al. 2023 (theorem 3.3), whose slow SDE has the drift of SGD and
+The latter is the function of Gu et al. 2023, whose slow SDE has the drift of SGD and
 K - 1 times that by the gradient of sum F(2 H lr L) / (2 H lr) over the eigenvalues, F' = psi. psi
 rises from 0 to 1: rounds much shorter than 1 / (lr L) steps gain nothing, much longer ones a factor
 of K. docs/evidence.md has the derivation in full.
