@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint rehearse evidence bench tables notebooks test-faults test-slurm test-gpu golden clean
+.PHONY: demo test lint rehearse evidence evidence-deep bench tables notebooks test-faults test-slurm test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
@@ -25,6 +25,9 @@ rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, a
 
 evidence: $(INSTALLED)  ## small networks on which the rules' effect is seen: results/theory/, under 10 minutes on 2 cores
 	$(BIN)/python scripts/simulate.py
+
+evidence-deep: $(INSTALLED)  ## small deep networks under four rules: results/evidence/, about 45 minutes on 2 cores
+	$(BIN)/python scripts/deep_evidence.py
 
 bench: $(INSTALLED)  ## all benchmarks that need no GPU: results/bench/, under 20 minutes on 2 idle cores
 	$(BIN)/python scripts/bench.py

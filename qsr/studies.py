@@ -112,7 +112,7 @@ def drift_record(measured: Mapping[DriftCase, Drift]) -> dict[str, Any]:
         }
         for name, valley in VALLEYS.items()
     }
-    return {"environment": _environment(), "valleys": valleys, "rows": drift_rows(measured)}
+    return {"environment": study_environment(), "valleys": valleys, "rows": drift_rows(measured)}
 
 
 def make_problem(config: SimulationConfig) -> Problem:
@@ -160,7 +160,12 @@ def simulation_record(
         }
         rows[rule] = {"volume": outcome.volume, "diverged": sum(outcome.diverged), **measured}
     settings = dataclasses.asdict(config)
-    return {"experiment": name, "environment": _environment(), "config": settings, "rules": rows}
+    return {
+        "experiment": name,
+        "environment": study_environment(),
+        "config": settings,
+        "rules": rows,
+    }
 
 
 def run_studies(
@@ -180,7 +185,8 @@ def run_studies(
             yield jobs[done], done.result()
 
 
-def _environment() -> dict[str, Any]:
+def study_environment() -> dict[str, Any]:
+    """Versions, revision and hardware, for a record of a study on this machine's processors."""
     about = environment(Topology(0, 1, 0, 1), "cpu")
     del about["host"]  # nobody else's concern
     return about

@@ -1,6 +1,7 @@
 """Make and check data sets; docs/data.md says more.
 
 python scripts/prepare.py digits                        write the small digits data set
+python scripts/prepare.py few_digits                    and two of few training images
 python scripts/prepare.py imagenet --root PATH ...      unpack ImageNet's archives
 python scripts/prepare.py check --root PATH             decode every image, write a manifest
 python scripts/prepare.py check --root PATH --imagenet    and expect ImageNet's counts
@@ -18,12 +19,13 @@ from pathlib import Path
 from qsr.data import DataError, open_image_folders
 from qsr.data.check import check_images
 from qsr.data.datasets import IMAGENET, Counts
-from qsr.data.digits import DIGITS, prepare_digits
+from qsr.data.digits import DIGITS, FEW_DIGITS, HeldOut, prepare_digits, prepare_few_digits
 from qsr.data.ground_truth import read_devkit, read_labels
 from qsr.data.imagenet import prepare_imagenet
 from qsr.data.subset import choose_classes, link_subset, read_classes
 
-DIGITS_ROOT = Path(__file__).resolve().parents[1] / "data" / "digits"
+FEW_DIGITS_FOLDERS: dict[HeldOut, str] = {"test": "few_digits", "tuning": "few_digits_tuning"}
+DATA = Path(__file__).resolve().parents[1] / "data"
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -48,8 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     digits = commands.add_parser("digits", help="write the small digits data set")
-    digits.add_argument("--root", type=Path, default=DIGITS_ROOT)
+    digits.add_argument("--root", type=Path, default=DATA / "digits")
     digits.set_defaults(run=_digits)
+
+    few = commands.add_parser(
+        "few_digits", help="write digits with few training images: to test, and to tune"
+    )
+    few.add_argument("--to", type=Path, default=DATA, help="the folder of both data sets")
+    few.set_defaults(run=_few_digits)
 
     imagenet = commands.add_parser("imagenet", help="unpack ImageNet's archives")
     imagenet.add_argument("--root", type=Path, required=True, help="where train/ and val/ go")
@@ -97,6 +105,14 @@ def _positive(text: str) -> int:
 def _digits(arguments: argparse.Namespace) -> int:
     prepare_digits(arguments.root)
     print(f"{arguments.root}: {DIGITS.train} training, {DIGITS.val} validation images")
+    return 0
+
+
+def _few_digits(arguments: argparse.Namespace) -> int:
+    for val, (_, train_images, val_images) in FEW_DIGITS.items():
+        root = arguments.to / FEW_DIGITS_FOLDERS[val]
+        prepare_few_digits(root, val)
+        print(f"{root}: {train_images} training, {val_images} {val} images")
     return 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qsr.config.load import ConfigError
 from qsr.report.collect import ReportError
+from qsr.report.deep import read_deep
 from qsr.report.generated import generate, stale, write
 from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
@@ -56,7 +57,9 @@ def _tables(*, check: bool) -> int:
     faults = json.loads((ROOT / "results" / "faults.json").read_text())
     benchmarks = read_benchmarks(ROOT / "results" / "bench")
     theory = read_theory(ROOT / "results" / "theory")
-    files = generate(ROOT, rows, read_summaries(RECORDS), plan_of, faults, benchmarks, theory)
+    deep = read_deep(ROOT / "results")
+    summaries = read_summaries(RECORDS)
+    files = generate(ROOT, rows, summaries, plan_of, faults, benchmarks, theory, deep)
     paths = stale(files)
     if not check:
         write(files, paths)

@@ -17,6 +17,7 @@ import pandas as pd
 from qsr.core.plan import Plan
 from qsr.report.collect import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
+from qsr.report.deep import deep_markdown
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
 from qsr.report.speed import Record, speed_markdown
@@ -45,6 +46,7 @@ def generate(
     faults: Mapping[str, Any],
     benchmarks: Mapping[str, Record],
     theory: Mapping[str, Record],
+    deep: Record,
 ) -> dict[Path, str]:
     """All generated files of the repository in `root`, and what each should hold: a table of the
     paper as results/tables/table_NAME.md and .csv, their index, and README.md and docs/*.md with
@@ -67,6 +69,7 @@ def generate(
     blocks["faults"] = faults_markdown(faults)
     blocks |= {f"bench_{name}": speed_markdown(name, of) for name, of in benchmarks.items()}
     blocks |= {f"theory_{name}": theory_markdown(name, of) for name, of in theory.items()}
+    blocks["evidence_deep"] = deep_markdown(deep)
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

@@ -45,13 +45,13 @@ def simulation_markdown(record: Record) -> str:
         line = {
             "rule": name,
             "volume": f"{about['volume']:.3f}",
-            f"test error{unit}": _estimate(test),
-            "tr(Hessian)": _estimate(trace, 1),
-            "train error (%)": _estimate(estimate(finite(about.get("train_error", [])))),
+            f"test error{unit}": estimate_text(test),
+            "tr(Hessian)": estimate_text(trace, 1),
+            "train error (%)": estimate_text(estimate(finite(about.get("train_error", [])))),
             "diverged": f"{about['diverged']} of {seeds}" if about["diverged"] else "",
-            f"difference to {reference}": "" if is_reference else _estimate(against.difference),
+            f"difference to {reference}": "" if is_reference else estimate_text(against.difference),
             f"{reference} better": "" if is_reference else _wins(against),
-            "p": "" if is_reference else _p(against.p),
+            "p": "" if is_reference else p_text(against.p),
         }
         lines.append(line)
     table = pd.DataFrame(lines)
@@ -63,7 +63,8 @@ def finite(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _estimate(about: Estimate, digits: int = 2) -> str:
+def estimate_text(about: Estimate, digits: int = 2) -> str:
+    """mean ± half width; empty where there is nothing."""
     if math.isnan(about.mean):
         return ""
     if math.isnan(about.half_width):
@@ -75,7 +76,8 @@ def _wins(about: Comparison) -> str:
     return f"{about.larger} of {about.pairs}" if about.pairs else ""
 
 
-def _p(p: float) -> str:
+def p_text(p: float) -> str:
+    """Two digits; empty where there is none."""
     if math.isnan(p):
         return ""
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"

@@ -16,7 +16,7 @@ from qsr.report.paper import ReferenceRow, read_reference
 PUBLISHED = sorted(
     path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
-    if path.parent.name != "demo"
+    if path.parent.name not in ("demo", "evidence")
 )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from qsr.data import DataError, EvalTransform, Loader, Request, open_image_folders
-from qsr.data.digits import DIGITS, prepare_digits
+from qsr.data.digits import DIGITS, FEW_DIGITS, prepare_digits, prepare_few_digits
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,40 @@ def test_a_faster_process_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Path, "rename", overtaken)
     prepare_digits(root)
     assert list(tmp_path.iterdir()) == [root]
+
+
+def test_few_digits_are_split_into_three_parts(root: Path, tmp_path: Path) -> None:
+    """Disjoint, all digits together, the same pixels, and 20 of each class to train."""
+    test, tuning = tmp_path / "test", tmp_path / "tuning"
+    prepare_few_digits(test, "test")
+    prepare_few_digits(tuning, "tuning")
+    counts = Counter({"test": 1001, "tuning": 596, "train": 200})
+    assert [FEW_DIGITS["test"].val, FEW_DIGITS["tuning"].val] == [1001, 596]
+    found: dict[str, str] = {}
+    files = Counter[str]()
+    for folder, part in (
+        (test / "train", "train"),
+        (test / "val", "test"),
+        (tuning / "val", "tuning"),
+    ):
+        parts = content(folder)
+        files[part] = len(parts)
+        found |= parts
+    assert files == counts
+    assert len(found) == 1797
+    whole = content(root / "train") | content(root / "val")
+    assert found == whole
+    assert content(tuning / "train") == content(test / "train")
+    train, _ = open_image_folders(test)
+    assert [train.labels.count(label) for label in range(10)] == [20] * 10
+
+
+def test_few_digits_are_not_taken_for_others(root: Path, tmp_path: Path) -> None:
+    prepare_few_digits(tmp_path / "few", "test")
+    with pytest.raises(DataError, match="1,001 images, not 596"):
+        prepare_few_digits(tmp_path / "few", "tuning")
+    with pytest.raises(DataError, match="not the digits data"):
+        prepare_few_digits(root, "test")
 
 
 def test_both_loaders_read_them(kind: str, new_loader: Callable[..., Loader], root: Path) -> None:

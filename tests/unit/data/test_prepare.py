@@ -15,6 +15,13 @@ def test_digits(prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1442 training, 355 validation images" in capsys.readouterr().out
 
 
+def test_few_digits(prepare: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare("few_digits", "--to", str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'few_digits'}: 200 training, 1001 test images" in printed
+    assert f"{tmp_path / 'few_digits_tuning'}: 200 training, 596 tuning images" in printed
+
+
 def test_check_accepts_sound_files(
     prepare: Prepare, own_photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

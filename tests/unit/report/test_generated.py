@@ -75,6 +75,7 @@ def project(reference: Path, tmp_path: Path) -> Path:
     (root / "results" / "paper").mkdir(parents=True)
     reference.rename(root / "results" / "paper" / "tables.csv")
     shutil.copy(ROOT / "results" / "faults.json", root / "results")
+    shutil.copytree(ROOT / "results" / "evidence", root / "results" / "evidence")
     (root / "docs").mkdir()
     for name in ("README.md", "docs/limits.md"):
         (root / name).write_text(
