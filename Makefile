@@ -26,7 +26,7 @@ rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, a
 evidence: $(INSTALLED)  ## small networks on which the rules' effect is seen: results/theory/, under 10 minutes on 2 cores
 	$(BIN)/python scripts/simulate.py
 
-evidence-deep: $(INSTALLED)  ## small deep networks under four rules: results/evidence/, about 45 minutes on 2 cores
+evidence-deep: $(INSTALLED)  ## small deep networks under four rules: results/evidence/, about an hour on 2 cores
 	$(BIN)/python scripts/deep_evidence.py
 
 bench: $(INSTALLED)  ## all benchmarks that need no GPU: results/bench/, under 20 minutes on 2 idle cores

@@ -35,7 +35,7 @@ from qsr.deep_study import (
     tuning_runs,
 )
 from qsr.processes import RunFailedError
-from qsr.report.deep import deep_markdown, rates_markdown
+from qsr.report.deep import deep_report
 from qsr.runfolder import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     except RunFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    tables = f"{deep_markdown(record)}\n{rates_markdown(record)}"
+    tables = deep_report(record)
     options.results.mkdir(parents=True, exist_ok=True)
     write_json(options.results / "deep.json", record)
     write_text(options.results / "deep.md", tables)

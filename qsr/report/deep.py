@@ -33,6 +33,21 @@ def read_deep(results: Path) -> DeepRecord:
     return record
 
 
+def deep_report(record: DeepRecord) -> str:
+    """results/evidence/deep.md: both tables, and what they show in a line each."""
+    study = record["study"]
+    return f"""\
+Each rule at the peak rate that was best for it on the tuning images, {len(study["seeds"])} seeds, \
+tested on other images;
+± the 95 % interval over seeds; p of paired t-tests, not corrected for their number.
+
+{deep_markdown(record)}
+All rules at the same peak rates: mean error % on the tuning images / tr(Hessian), \
+{len(study["tuning_seeds"])} seeds.
+
+{rates_markdown(record)}"""
+
+
 def deep_markdown(record: DeepRecord) -> str:
     """One row per model and rule, each at the peak rate that was best for it on the tuning images:
     means and 95 % intervals over seeds, and the paired differences to QSR's with p of a t-test.

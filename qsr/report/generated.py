@@ -17,7 +17,7 @@ import pandas as pd
 from qsr.core.plan import Plan
 from qsr.report.collect import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
-from qsr.report.deep import deep_markdown
+from qsr.report.deep import deep_report
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
 from qsr.report.speed import Record, speed_markdown
@@ -69,7 +69,7 @@ def generate(
     blocks["faults"] = faults_markdown(faults)
     blocks |= {f"bench_{name}": speed_markdown(name, of) for name, of in benchmarks.items()}
     blocks |= {f"theory_{name}": theory_markdown(name, of) for name, of in theory.items()}
-    blocks["evidence_deep"] = deep_markdown(deep)
+    blocks["evidence_deep"] = deep_report(deep)
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

@@ -1,10 +1,12 @@
 """The table of the deep networks, from a record that can be worked out by hand."""
 
+import json
 from typing import Any
 
 import pytest
 
-from qsr.report.deep import deep_markdown, rates_markdown
+from qsr.config.load import CONFIG_DIR
+from qsr.report.deep import deep_markdown, deep_report, rates_markdown
 from qsr.report.statistics import compare, needed_pairs
 
 
@@ -71,6 +73,13 @@ def test_the_table_by_hand() -> None:
         "error of its estimate": "2.89",
         "train error %": "0.00 ± 0.00",
     }
+
+
+def test_the_committed_table_is_that_of_the_committed_record() -> None:
+    folder = CONFIG_DIR.parent / "results" / "evidence"
+    record = json.loads((folder / "deep.json").read_text())
+    assert (folder / "deep.md").read_text() == deep_report(record)
+    assert "small ResNet | QSR " in deep_report(record)
 
 
 def test_all_rules_at_the_same_rates() -> None:
