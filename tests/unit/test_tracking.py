@@ -256,6 +256,10 @@ def test_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     assert run.stdout is not None
     mirror = int(run.stdout.readline())
     assert is_running(mirror)
+    deadline = time.monotonic() + 60.0
+    while not list(tmp_path.glob("wandb/*run-*/run-*.wandb")):  # it has heard of the run
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     run.communicate("x")
     assert run.returncode == -9
     deadline = time.monotonic() + 20.0
