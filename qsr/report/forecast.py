@@ -128,7 +128,7 @@ class Forecast:
             notes.append("fitted: the profile was fitted to this time; that it agrees says nothing")
         if any(self.unverified(method) for method in self.methods):
             notes.append("?: an unverified constant enters this number, see the sources")
-        if allreduce.ranks > 1:
+        if allreduce.ranks > 1 and self.model.overlapped_step_seconds is None:
             notes.append(
                 "overlapped: assumes that the backward pass hides all-reduces without slowing down"
             )

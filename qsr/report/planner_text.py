@@ -97,6 +97,14 @@ def print_calibration(profile: ClusterConfig, found: Measurement) -> None:
     if speed.link_gbit_per_second is None:
         console.print("one rank: no all-reduce to measure")
         return
+    steps = found.data_parallel
+    if steps is not None:
+        text = f"a step of {steps.images} images per rank takes "
+        text += f"{1000 * found.seconds_per_image * steps.images:.4g} ms alone, "
+        text += f"{1000 * steps.blocking_seconds:.4g} ms with its all-reduce"
+        if steps.overlapped_seconds is not None:
+            text += f", {1000 * steps.overlapped_seconds:.4g} ms if that overlaps"
+        console.print(text)
     link = Link(
         found.ranks,
         found.machines,

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Pat
     plan = "scripts/plan.py"
     text = call(project, plan, "calibrate", DEMO, "name=mine", "cluster.ranks=2")
     assert "small_resnet@32/fp32: " in text
+    assert re.search(r"a step of 32 images per rank takes \S+ ms alone, \S+ ms with its", text)
     path = project / "configs" / "cluster" / "mine.yaml"
     assert path.read_text().startswith(MARK)
     first = yaml.safe_load(path.read_text())
