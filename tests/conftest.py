@@ -23,7 +23,6 @@ from tests.image_trees import write_tree
 from tests.killing import SCRIPT
 from tests.support import CPU
 
-torch.set_num_threads(1)
 # a test that takes longer on a busy machine has not failed
 hypothesis.settings.register_profile("qsr", deadline=None)
 hypothesis.settings.load_profile("qsr")
@@ -42,6 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
     in_a_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose controller records
     if config.getoption("--record-faults") and not in_a_worker:
         config.pluginmanager.register(FaultRecord())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A run in this process takes all cores, and with another number of threads sums differ in
+    their last bits: later tests must not see it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
