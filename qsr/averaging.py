@@ -1,7 +1,8 @@
 """The average over the workers, in place on their flat buffers."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,14 +33,7 @@ class Fingerprint(NamedTuple):
 
     def encode(self) -> list[float]:
         """Every field as `_DIGITS` numbers below 4,096, drawn from its hash."""
-        numbers = []
-        for value in self:
-            digest = hashlib.blake2b(str(value).encode(), digest_size=2 * _DIGITS).digest()
-            numbers += [
-                float(int.from_bytes(digest[i : i + 2], "big") & 0xFFF)
-                for i in range(0, 2 * _DIGITS, 2)
-            ]
-        return numbers
+        return [number for value in self for number in _draw_numbers(value)]
 
     def disagreement(self, rank: int, wrong: Sequence[bool]) -> DisagreementError:
         """The error of a `rank` that has this fingerprint while others have another; `wrong`: which
@@ -56,6 +50,14 @@ class Fingerprint(NamedTuple):
             f"go on from here: start all ranks from the same code, settings and data, and it "
             f"resumes from the last checkpoint"
         )
+
+
+@lru_cache(maxsize=64, typed=True)  # most fields are the same in the next step
+def _draw_numbers(value: Hashable) -> list[float]:
+    digest = hashlib.blake2b(str(value).encode(), digest_size=2 * _DIGITS).digest()
+    return [
+        float(int.from_bytes(digest[i : i + 2], "big") & 0xFFF) for i in range(0, 2 * _DIGITS, 2)
+    ]
 
 
 FINGERPRINT_SIZE = _DIGITS * len(Fingerprint._fields)

@@ -16,7 +16,8 @@ class FlatBuffers:
 
     `views[i]` has the shape, memory format (channels_last too) and value of `tensors[i]` and lies
     in the buffer of its dtype. `tail` is `extra` more float32 elements, at the end of the float32
-    buffer, that travel with the tensors.
+    buffer, that travel with the tensors. `bytes` is the size of the tensors, without what lies
+    between them and the tail.
     """
 
     def __init__(self, tensors: Sequence[Tensor], extra: int = 0) -> None:
@@ -41,12 +42,8 @@ class FlatBuffers:
             view = self.buffers[tensor.dtype].as_strided(tensor.shape, strides, offset)
             view.copy_(tensor.detach())
             self.views.append(view)
+        self.bytes = sum(view.numel() * view.element_size() for view in self.views)
         self.tail = self.buffers[torch.float32][-extra:] if extra else torch.empty(0)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the tensors, without what lies between them and the tail."""
-        return sum(view.numel() * view.element_size() for view in self.views)
 
 
 class FlatModule:

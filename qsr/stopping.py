@@ -88,9 +88,13 @@ class Agreement:
     def begin(self, mark: Fingerprint) -> None:
         """Collective: tell the other ranks what this one is about to do, and whether it was asked
         to stop. The answer travels while the ranks compute on."""
+        asked = self._flag.reason is not None
+        if self._communicator.topology.ranks == 1:  # agrees with itself
+            self._stop = self._stop or asked
+            return
         numbers = mark.encode()
-        asked = float(self._flag.reason is not None)
-        self._pending.append((mark, numbers, self._communicator.begin_sum([asked, *numbers])))
+        total = self._communicator.begin_sum([float(asked), *numbers])
+        self._pending.append((mark, numbers, total))
 
     def settle(self, pending: int = 0) -> bool:
         """Collective: whether any rank had been asked to stop, as far as the answers tell. Waits

@@ -230,8 +230,8 @@ class Trainer:
                 yield Request(indices, seed)
 
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
-        self._agreement.begin(self._monitor.fingerprint(round_, step + 1))
-        lr = self._plan.schedule(step)
+        mark = self._monitor.fingerprint(round_, step + 1)
+        self._agreement.begin(mark)
         data_parallel = round_.averages == "gradients"
         for worker in self._workers:
             batch = next(batches)
@@ -241,7 +241,7 @@ class Trainer:
             self.progress.averages += 1
             self.progress.averaged_bytes += self._averaged_bytes
         for worker in self._workers:
-            self._stepper.update(worker, lr)
+            self._stepper.update(worker, mark.lr)
 
     def _end_round(self, round_: Round) -> None:
         if round_.averages == "gradients":

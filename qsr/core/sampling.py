@@ -53,14 +53,14 @@ class Sampler:
             raise ValueError(f"worker {worker} lies outside 0..{self.num_workers - 1}")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch + worker * self.local_batch
-        order = epoch_order(self.num_samples, seed_for(self.seed, "order", epoch=epoch))
+        order = epoch_order(self.num_samples, self.seed, epoch)
         return order[start : start + self.local_batch].tolist()
 
 
 @lru_cache(maxsize=2)
-def epoch_order(num_samples: int, seed: int) -> "array[int]":
-    """A permutation of 0..num_samples - 1. Cached: a loader that reads ahead crosses the border
-    of two epochs, and 1.3 million indices take 0.5 s to shuffle."""
+def epoch_order(num_samples: int, seed: int, epoch: int) -> "array[int]":
+    """A permutation of 0..num_samples - 1, by a run's seed and the epoch. Cached: a loader that
+    reads ahead crosses the border of two epochs, and 1.3 million indices take 0.5 s to shuffle."""
     order = array("q", range(num_samples))
-    random.Random(seed).shuffle(order)
+    random.Random(seed_for(seed, "order", epoch=epoch)).shuffle(order)
     return order
