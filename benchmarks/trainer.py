@@ -3,28 +3,27 @@
     python scripts/bench.py trainer
 
 Both train the same network by the same optimizer on batches that already lie in memory; the trainer
-with its plan, averages of a single worker, fingerprints, counts and a log every 20 steps. The first
-20 steps count for neither: memory is found and kernels are chosen in them. A step of one linear
-layer, which has next to no arithmetic, shows what the trainer's own work takes; a small step and a
-large one, whether anything comes to it where there is arithmetic. The difference in milliseconds is
-of the same pair of runs.
+with its plan, averages of a single worker, fingerprints, counts and a log every 20 steps. They take
+turns of 20 steps in one process, the bare loop whenever the trainer asks for the next batch, so
+that whatever slows the machine down for a second slows both. The first 20 steps count for neither:
+memory is found and kernels are chosen in them. All that several times with new networks, because
+where a network's tensors lie changes its step a little. A step of one linear layer, which has next
+to no arithmetic, shows what the trainer's own work takes; a small step and a large one, whether
+anything comes to it where there is arithmetic.
 """
 
-import ctypes
 import dataclasses
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import alternate, ratio, record, summary
+from benchmarks.measure import ratio, record, summary
 from qsr import CosineSchedule, Plan, QuadraticRule
 from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
 from qsr.checkpoint import Checkpointer
@@ -35,6 +34,7 @@ from qsr.distributed import Communicator, Topology
 from qsr.evaluation import BatchNormSource, Evaluator
 from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
+from qsr.memory import keep_freed_memory
 from qsr.models import build_model
 from qsr.optim import build_optimizer
 from qsr.precision import Precision
@@ -44,6 +44,7 @@ from qsr.trainer import Due, Trainer
 from qsr.worker import Worker
 
 CPU = torch.device("cpu")
+BARE, TRAINER = "bare loop", "trainer"
 ADAMW = AdamWConfig("adamw", 0.9, 0.999, 1e-8, 0.05, None)
 
 
@@ -54,16 +55,19 @@ class Case:
     model: Literal["linear", "small_resnet", "small_vit"]
     image_size: int
     batch: int
-    steps: int
+    turns: int
+    """Of each of the two."""
 
 
-WARMUP = 20
-"""Steps that do not count, and steps from log to log."""
+TURN = 20
+"""Steps, at the end of which the trainer logs."""
+REPETITIONS = 5
+"""With networks made anew."""
 
 CASES = {
-    "next to no arithmetic": Case("linear", 8, 8, 2020),
-    "small step": Case("small_resnet", 32, 8, 120),
-    "large step": Case("small_vit", 32, 24, 60),
+    "next to no arithmetic": Case("linear", 8, 8, 100),
+    "small step": Case("small_resnet", 32, 8, 30),
+    "large step": Case("small_vit", 32, 24, 8),
 }
 
 
@@ -76,86 +80,108 @@ def network(case: Case) -> nn.Module:
     return build_model(settings, 10, case.image_size)
 
 
-class MemoryLoader:
-    """A few batches again and again."""
+def random_batches(case: Case) -> list[Batch]:
+    """A few, to be used again and again."""
+    generator = torch.Generator().manual_seed(1)
+    size = (case.batch, 3, case.image_size, case.image_size)
+    return [
+        Batch(
+            torch.randn(size, generator=generator),
+            torch.randint(10, (case.batch,), generator=generator),
+        )
+        for _ in range(4)
+    ]
+
+
+class BareLoop:
+    """The shortest correct loop."""
 
     def __init__(self, case: Case) -> None:
-        generator = torch.Generator().manual_seed(1)
-        size = (case.batch, 3, case.image_size, case.image_size)
-        self.batches_there = [
-            Batch(
-                torch.randn(size, generator=generator),
-                torch.randint(10, (case.batch,), generator=generator),
-            )
-            for _ in range(4)
-        ]
+        self._batches = random_batches(case)
+        self._model = network(case)
+        self._model.train()
+        self._optimizer = build_optimizer(ADAMW, self._model.parameters(), fused=False)
+        self._loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
+        self._schedule = CosineSchedule(1e-3, 1e-6, 10, total_steps(case))
+        self._step = 0
+
+    def take(self, steps: int) -> None:
+        """Train so many steps more."""
+        for step in range(self._step, self._step + steps):
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._schedule(step)
+            images, labels = self._batches[step % 4]
+            # before the forward pass, as PyTorch's own loops do: activations reuse their memory
+            self._optimizer.zero_grad(set_to_none=True)
+            loss: Tensor = self._loss_function(self._model(images), labels)
+            loss.backward()
+            self._optimizer.step()
+        self._step += steps
+
+
+class MemoryLoader:
+    """Batches in memory. Between turns of steps of the trainer, which asks for them, the bare loop
+    has its turn."""
+
+    def __init__(self, case: Case) -> None:
+        self._batches = random_batches(case)
+        self._bare = BareLoop(case)
+        self.seconds_per_step: dict[str, list[float]] = {BARE: [], TRAINER: []}
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        resumed = time.perf_counter()
         for number, _ in enumerate(requests):
-            yield self.batches_there[number % 4]
+            if number > 0 and number % TURN == 0:
+                paused = time.perf_counter()
+                self._bare.take(TURN)
+                ended = time.perf_counter()
+                if number > TURN:
+                    self.seconds_per_step[TRAINER].append((paused - resumed) / TURN)
+                    self.seconds_per_step[BARE].append((ended - paused) / TURN)
+                resumed = time.perf_counter()
+            yield self._batches[number % 4]
 
     def close(self) -> None:
         """Nothing to close."""
 
 
-def bare_loop(case: Case) -> float:
-    """Seconds for each step."""
-    model, loader = network(case), MemoryLoader(case)
-    optimizer = build_optimizer(ADAMW, model.parameters(), fused=False)
-    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
-    model.train()
-    schedule = CosineSchedule(1e-3, 1e-6, 10, case.steps)
-
-    def train_step(step: int) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step)
-        images, labels = loader.batches_there[step % 4]
-        # before the forward pass, as PyTorch's own loops do: their memory serves activations then
-        optimizer.zero_grad(set_to_none=True)
-        loss: Tensor = loss_function(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    for step in range(WARMUP):
-        train_step(step)
-    started = time.perf_counter()
-    for step in range(WARMUP, case.steps):
-        train_step(step)
-    return (time.perf_counter() - started) / (case.steps - WARMUP)
+def total_steps(case: Case) -> int:
+    """Of the trainer's session: the last one asks for the batch after the last turn."""
+    return TURN * (case.turns + 1) + 1
 
 
-def with_the_trainer(case: Case) -> float:
-    """Seconds for each step."""
+def take_turns(case: Case) -> dict[str, list[float]]:
+    """Seconds for each step, turn by turn."""
+    loader, steps = MemoryLoader(case), total_steps(case)
     communicator = Communicator(Topology(0, 1, 0, 1), CPU, timeout_seconds=60.0)
     precision = Precision("fp32", CPU)
-    sampler = Sampler(case.batch * case.steps, case.batch, 1, seed=1)
+    # the session ends before the plan does: at its end there would be an evaluation
+    schedule = CosineSchedule(1e-3, 1e-6, 10, steps + 100)
+    sampler = Sampler(case.batch * (steps + 100), case.batch, 1, seed=1)
     flat = FlatModule(network(case), FINGERPRINT_SIZE)
     optimizer = build_optimizer(ADAMW, flat.module.parameters(), fused=False)
     worker = Worker(0, flat, optimizer, precision.scaler())
-    # the session ends before the plan does: at its end there would be an evaluation
-    schedule = CosineSchedule(1e-3, 1e-6, 10, case.steps + 100)
-    batchnorm = BatchNormSource(MemoryLoader(case), sampler, case.batch, 1)
+    batchnorm = BatchNormSource(loader, sampler, case.batch, 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tracker = JsonlTracker(folder / "metrics.jsonl")
         trainer = Trainer(
             plan=Plan(schedule, QuadraticRule(h_base=4, alpha=1e-3)),
-            sampler=Sampler(case.batch * (case.steps + 100), case.batch, 1, seed=1),
+            sampler=sampler,
             workers=[worker],
             moments=MomentBuffers([optimizer], []),
-            loader=MemoryLoader(case),
+            loader=loader,
             loss=TrainingLoss(LossConfig(label_smoothing=0.1, mixup_alpha=0.0)),
             micro_batch=case.batch,
             clip_norm=None,
             precision=precision,
             communicator=communicator,
             evaluator=Evaluator(
-                network(case), MemoryLoader(case), case.batch, case.batch, batchnorm, communicator,
-                precision,
+                network(case), loader, case.batch, case.batch, batchnorm, communicator, precision
             ),
             checkpointer=Checkpointer(folder / "checkpoints", 1, communicator),
             tracker=tracker,
-            due=Due(WARMUP, 10**9, None, case.steps),
+            due=Due(TURN, 10**9, None, steps),
             config_hash="0123456789abcdef",
             stop=StopFlag(),
             bucket_mib=25.0,
@@ -163,41 +189,27 @@ def with_the_trainer(case: Case) -> float:
         )  # fmt: skip
         trainer.train()
         tracker.close()
-        first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["step"] == WARMUP
-    seconds: float = trainer.progress.train_seconds - first["train_seconds"]
-    return seconds / (case.steps - WARMUP)
+    return loader.seconds_per_step
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The two in turn."""
-    bare, ours = "bare loop", "trainer"
-    seconds = alternate(
-        {bare: partial(bare_loop, case), ours: partial(with_the_trainer, case)}, repetitions=11
-    )
-    overhead = [t - b for t, b in zip(seconds[ours], seconds[bare], strict=True)]
+    """All turns of all repetitions; differences and ratios are of neighbours."""
+    seconds: dict[str, list[float]] = {BARE: [], TRAINER: []}
+    for _ in range(REPETITIONS):
+        for name, values in take_turns(case).items():
+            seconds[name] += values
+    overhead = [t - b for t, b in zip(seconds[TRAINER], seconds[BARE], strict=True)]
     return {
         "case": dataclasses.asdict(case),
         "seconds_per_step": {name: summary(values) for name, values in seconds.items()},
-        "ratio": ratio(seconds[ours], seconds[bare]),
+        "ratio": ratio(seconds[TRAINER], seconds[BARE]),
         "overhead_seconds": summary(overhead),
     }
 
 
-def keep_memory() -> None:
-    """Have the C library keep the memory that was freed. By default it gives large pieces back, and
-    whether a tensor then costs new pages depends on what was freed before it: several per cent of a
-    step that no trainer is to blame for. glibc only; elsewhere nothing changes."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3
-        library.mallopt(mmap_threshold, 2**30)
-        library.mallopt(trim_threshold, 2**31 - 1)
-
-
 def main() -> int:
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()  # as a run's ranks do on the CPU
     results = {name: measure(case) for name, case in CASES.items()}
     for name, found in results.items():
         bare, ours = (1e3 * about["median"] for about in found["seconds_per_step"].values())

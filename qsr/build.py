@@ -31,6 +31,7 @@ from qsr.distributed import Communicator, Topology, choose_device, topology
 from qsr.evaluation import BatchNormSource, Evaluator
 from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
+from qsr.memory import keep_freed_memory
 from qsr.models import build_model, check_model
 from qsr.optim import averaged_state_keys, build_optimizer
 from qsr.place import find_place
@@ -186,6 +187,8 @@ def join(config: Config) -> Communicator:
     ClusterError before a process group exists."""
     place = topology(config.cluster, config.workers)
     device = choose_device(config.cluster.device, place.local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.set_num_threads(config.cluster.threads_per_rank or find_place().cores)
     return Communicator(place, device, config.cluster.timeout_seconds)
 

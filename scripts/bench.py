@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("slow_link", "average", "trainer", "loaders", "delay", "scale", "checkpoint")
+NAMES = (
+    *("slow_link", "average", "trainer", "host_memory"),
+    *("loaders", "delay", "scale", "checkpoint"),
+)
 """Modules of benchmarks/, in the order in which they run."""
 
 

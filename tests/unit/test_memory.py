@@ -1,0 +1,38 @@
+"""Freed memory stays with the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+MIB = 2**20
+PROGRAM = """
+import resource
+import sys
+from pathlib import Path
+import torch
+from qsr.memory import keep_freed_memory
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+torch.ones(1)
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+before = resident_bytes()
+torch.ones(6, 2**20)  # 24 MiB, freed at once
+print(resident_bytes() - before)
+"""
+
+
+def bytes_after_a_tensor(how: str) -> int:
+    """What a process holds more after a tensor of 24 MiB has come and gone."""
+    command = [sys.executable, "-c", PROGRAM, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc only")
+def test_freed_memory_is_kept() -> None:
+    assert bytes_after_a_tensor("keep") >= 24 * MIB
+    assert bytes_after_a_tensor("default") < 4 * MIB
