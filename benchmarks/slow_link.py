@@ -6,19 +6,17 @@ Two machines of one rank each, in network namespaces on this one, joined by a li
 set so that blocking data parallel training spends a given share of its time in all-reduces: 27 %
 and 43 % are those of the paper's clusters of 2 x 8 and 8 x 8 GPUs. Part of that time a rank waits
 for the other, whose step took longer: without any limit it is what is left. On each link one launch
-calibrates as scripts/plan.py does and trains by each method, through the trainer, and all that
-again. Beside the measured times stand the planner's, from the calibrations between them: medians
-over the repetitions, because one step takes a third longer than another on a machine that is
-shared.
+trains by each method, through the trainer, and all that again. Beside each measured time stands the
+planner's. A machine that is shared takes a tenth longer for a step now than some seconds ago, so
+the calibration for a run, the one of scripts/plan.py, is of steps right before and after it, and
+what is reported is the median over the repetitions.
 
-The network is much smaller than ViT-B/16, and DDP's buckets, of 25 MiB there, are made smaller by
-as much: with torch's own there were a single one, and nothing to overlap. The runs are short, so
-that QSR's volume is 13 % and not 10.4 %. Images were decoded before: a GPU's host does that beside
-it, and here it would take the cores that compute. What is not in proportion concerns overlapped
-data parallel training: all-reduces need the cores too, as they hardly do on a GPU, and slow down
-the backward pass; and the first bucket, with one layer that has half of the parameters, is complete
-only after a fifth of it. Needs root, ip and tc:
-elsewhere nothing is measured.
+The network is a vision transformer like the paper's, but small, and DDP's buckets, of 25 MiB there,
+are made smaller by as much: with torch's own there were a single one, and nothing to overlap. The
+runs are short, so that QSR's volume is 13 % and not 10.4 %. Images were decoded before: a GPU's
+host does that beside it, and here it would take the cores that compute. What is not in proportion
+concerns overlapped data parallel training: all-reduces need the cores too, as they hardly do on a
+GPU, and slow down the backward pass. Needs root, ip and tc: elsewhere nothing is measured.
 """
 
 import functools
@@ -34,9 +32,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import ROOT, ratio, record, summary
-from benchmarks.network import MACHINES, PACKET_BYTES, PAYLOAD_BYTES, Network, missing_reason
+from benchmarks.network import (
+    MACHINES,
+    PACKET_BYTES,
+    PAYLOAD_BYTES,
+    Network,
+    missing_reason,
+    put_network_first,
+)
 from qsr import build
-from qsr.calibrate import measure
+from qsr.calibrate import Calibration
 from qsr.config.load import ConfigError, load_config
 from qsr.config.planning import make_plan, parameter_count
 from qsr.config.profiles import Measurement, updated_profile
@@ -46,30 +51,38 @@ from qsr.data import Batch, EvalTransform, ImageFolder, Request, make_loader
 from qsr.data.digits import prepare_digits
 from qsr.report.forecast import forecast, known_classes, known_images
 
+PEAK_LR = 0.004
 BLOCKING = "data parallel, blocking"
+QSR = ("experiment=demo/quadratic", f"sync.alpha={0.0175 / 0.008 * PEAK_LR}")
 METHODS = {
     BLOCKING: ("experiment=demo/parallel", "cluster.overlap_gradients=false"),
     "data parallel, overlapped": ("experiment=demo/parallel",),
     "constant H = 4": ("experiment=demo/constant",),
-    "QSR": ("experiment=demo/quadratic",),
-    "QSR, 3 steps late": ("experiment=demo/quadratic", "sync.delay_steps=3"),
+    "QSR": QSR,
+    "QSR, 3 steps late": (*QSR, "sync.delay_steps=3"),
 }
 """The settings of each; H_base, and alpha over the peak rate, are those of the paper's ViT-B."""
 
-SHARES = (0.01, 0.10, 0.27, 0.43, 0.70)
-"""Of the blocking method's time, in all-reduces. From a fast link to a slow one."""
+SHARES = (0.10, 0.27, 0.43, 0.70)
+"""Of the blocking method's time, in all-reduces. From a fast link to a slow one; before them comes
+the link as it is, with as little as can be had here."""
 PUBLISHED = {0.27: 20.2 / 26.7, 0.43: 5.5 / 8.6}
 """The paper's QSR over blocking data parallel (abstract): 2 x 8 and 8 x 8 GPUs."""
-REPETITIONS = 4
+REPETITIONS = 3
 """Of everything, on each link."""
+SOURCE = "bench.py slow_link"
+TRIES = 5
+"""At the most, until measured all-reduces make sense."""
 
 SETTINGS = (
     f"workers={MACHINES}",
     "global_batch=48",
     "epochs=2",
+    "model=small_vit",
+    "optimizer=adamw",
+    f"schedule.peak_lr={PEAK_LR}",
     "schedule.warmup_epochs=null",
     "schedule.warmup_steps=6",
-    "data.image_size=64",  # more computing for each byte of the parameters
     "evaluation.every_epochs=1000",
     "evaluation.batchnorm_micro_batches=2",
     "checkpoint.every_steps=null",
@@ -78,6 +91,10 @@ SETTINGS = (
     "tracking=none",
     "tracking.progress=false",
 )
+
+
+Found = dict[str, tuple[dict[str, Any], Measurement]]
+"""For each method the summary of its run, and the calibration around it."""
 
 
 def bucket_mib(parameters: int) -> float:
@@ -122,48 +139,57 @@ def load_from_memory(config: Config) -> None:
     build.make_loader = lambda _kind, dataset, *_, **__: decoded(dataset, transform)  # type: ignore[attr-defined]
 
 
-def measure_rank(
-    configs: Mapping[str, Config], repetitions: int
-) -> list[tuple[Measurement, dict[str, dict[str, Any]]]]:
-    """Collective: for each repetition a calibration, and the summary of each method's run."""
+def measure_rank(configs: Mapping[str, Config], repetitions: int) -> list[Found]:
+    """Collective: every method's run between two blocks of the calibration's steps, and all that
+    again."""
     load_from_memory(configs[BLOCKING])
     results = []
     # the first steps of a process are slower: they count for nothing
     first = configs[BLOCKING]
     build.run(replace(first, runs_dir=f"{first.runs_dir}/first", stop_after_steps=20))
+    put_network_first()
     for number in range(repetitions):
-        found = calibrate(configs[BLOCKING])
-        summaries = {}
+        calibration = Calibration(first, known_classes(first), known_images(first))
+        calibration.time_steps()
+        time_allreduces(calibration, first)
+        found: Found = {}
         for name, config in configs.items():
             outcome = build.run(replace(config, runs_dir=f"{config.runs_dir}/{number}/{name}"))
             assert isinstance(outcome, dict)  # not stopped
-            summaries[name] = outcome
-        results.append((found, summaries))
+            calibration.time_steps()
+            found[name] = (outcome, calibration.measurement(SOURCE, blocks=2))
+        results.append(found)
     return results
 
 
-def calibrate(config: Config) -> Measurement:
-    """Collective. As a person would, again if it makes no sense: where the link is not limited the
-    sizes of all-reduces can hardly be told apart."""
-    while True:
-        found = measure(config, known_classes(config), known_images(config), "bench.py slow_link")
+def time_allreduces(calibration: Calibration, config: Config) -> None:
+    """Collective. As a person would, again if they make no sense: where the link is not limited
+    their sizes can hardly be told apart."""
+    for _ in range(TRIES):
+        calibration.time_allreduces()
         try:
-            updated_profile(config.cluster, None, found)
-            return found
+            updated_profile(config.cluster, None, calibration.measurement(SOURCE, blocks=1))
+            return
         except ConfigError as error:  # on all ranks alike
-            print(f"rank 0: {error}", file=sys.stderr)
+            reason = str(error)
+            print(f"rank 0: {reason}", file=sys.stderr)
+    raise RuntimeError(f"{TRIES} measurements of all-reduces made no sense: {reason}")
 
 
-def rate_for(share: float, found: Measurement, blocking: Mapping[str, Any]) -> float | None:
+def rate_for(share: float, unlimited: Sequence[Found]) -> float | None:
     """Bits per second that make all-reduces take the share; None: they take longer on the link as
-    it is. `found` and the summary `blocking` are from there."""
-    waiting: float = blocking["communication_seconds"] / blocking["averages"]
-    computing: float = blocking["train_seconds"] / blocking["averages"] - waiting
-    seconds = share / (1 - share) * computing - waiting
+    it is, where `unlimited` was measured."""
+    blocking = [found[BLOCKING][0] for found in unlimited]
+    calibrations = [found[BLOCKING][1] for found in unlimited]
+    steps = blocking[0]["averages"]
+    waiting: float = statistics.median(each["communication_seconds"] / steps for each in blocking)
+    total: float = statistics.median(each["train_seconds"] / steps for each in blocking)
+    seconds = share / (1 - share) * (total - waiting) - waiting
     if seconds <= 0:
         return None
-    sent = cost.ring_bytes(MACHINES, found.sizes_bytes[-1]) * PACKET_BYTES / PAYLOAD_BYTES
-    return 8 * sent / (seconds + found.allreduce_seconds[-1])
+    sent = cost.ring_bytes(MACHINES, calibrations[0].sizes_bytes[-1]) * PACKET_BYTES / PAYLOAD_BYTES
+    allreduce = statistics.median(each.allreduce_seconds[-1] for each in calibrations)
+    return 8 * sent / (seconds + allreduce)
 
 
 def predict(config: Config, found: Measurement) -> cost.RunCost:
@@ -174,30 +200,31 @@ def predict(config: Config, found: Measurement) -> cost.RunCost:
     return predicted
 
 
-def compare(
-    configs: Mapping[str, Config],
-    repetitions: Sequence[tuple[Measurement, dict[str, dict[str, Any]]]],
-) -> dict[str, Any]:
+def compare(configs: Mapping[str, Config], repetitions: Sequence[Found]) -> dict[str, Any]:
     """Measured and predicted, by method."""
     methods = {}
-    seconds = {n: [runs[n]["train_seconds"] for _, runs in repetitions] for n in configs}
-    costs = {n: [predict(c, found) for found, _ in repetitions] for n, c in configs.items()}
-    predicted = {n: [each.total_seconds for each in costs[n]] for n in configs}
+    runs = {name: [found[name][0] for found in repetitions] for name in configs}
+    costs = {n: [predict(c, found[n][1]) for found in repetitions] for n, c in configs.items()}
+    seconds = {name: [run["train_seconds"] for run in runs[name]] for name in configs}
+    predicted = {name: [each.total_seconds for each in costs[name]] for name in configs}
+    blocking = configs[BLOCKING]
     for name, config in configs.items():
-        deviation = statistics.median(seconds[name]) / statistics.median(predicted[name]) - 1
         # DDP's, which overlaps, cannot be told apart
-        own = [runs[name].get("communication_seconds", math.nan) for _, runs in repetitions]
+        own = [run.get("communication_seconds", math.nan) for run in runs[name]]
         methods[name] = {
             "seconds": summary(seconds[name]),
             "predicted_seconds": summary(predicted[name]),
-            "deviation": deviation,
+            "ratio_to_prediction": ratio(seconds[name], predicted[name]),
             "relative": ratio(seconds[name], seconds[BLOCKING]),
-            "predicted_relative": ratio(predicted[name], predicted[BLOCKING]),
+            "predicted_relative": ratio(  # by the same calibration
+                predicted[name],
+                [predict(blocking, found[name][1]).total_seconds for found in repetitions],
+            ),
             "communication_seconds": None if math.isnan(own[0]) else summary(own),
             "predicted_communication_seconds": summary(
                 [each.communication_seconds for each in costs[name]]
             ),
-            "averages": repetitions[0][1][name]["averages"],
+            "averages": runs[name][0]["averages"],
             "h": [round_.length for round_ in make_plan(config, known_images(config)).rounds()],
         }
     return methods
@@ -217,19 +244,23 @@ def main() -> int:
         settings.append(f"cluster.bucket_mib={bucket_mib(parameters):.6f}")
         configs = {name: load_config([*own, *settings]) for name, own in METHODS.items()}
         blocking = configs[BLOCKING]
-        alone = {BLOCKING: replace(blocking, runs_dir=f"{folder}/unlimited")}
-        ((found, summaries),) = network.call(measure_rank, alone, 1)
-        rows: list[dict[str, Any]] = []
-        for share in SHARES:
-            rate = rate_for(share, found, summaries[BLOCKING])
-            if rate is not None:
-                network.limit(rate)
-            elif rows:
-                continue  # the link is the same as in the row before
+
+        def measure_here(share: float | None, rate: float | None) -> list[Found]:
             here = {n: replace(c, runs_dir=f"{folder}/{share}") for n, c in configs.items()}
             results = network.call(measure_rank, here, REPETITIONS)
             rows.append(describe(share, rate, here, results))
             print_row(rows[-1])
+            return results
+
+        rows: list[dict[str, Any]] = []
+        unlimited = measure_here(None, None)
+        for share in SHARES:
+            rate = rate_for(share, unlimited)
+            if rate is None:
+                print(f"{100 * share:.0f} % wanted: all-reduces take longer without a limit")
+                continue
+            network.limit(rate)
+            measure_here(share, rate)
     about = {
         "model": blocking.model.name,
         "parameters": parameters,
@@ -244,32 +275,35 @@ def main() -> int:
 
 
 def describe(
-    share: float,
+    share: float | None,
     rate: float | None,
     configs: Mapping[str, Config],
-    repetitions: Sequence[tuple[Measurement, dict[str, dict[str, Any]]]],
+    repetitions: Sequence[Found],
 ) -> dict[str, Any]:
     """All that was found on one link."""
     batch = configs[BLOCKING].local_batch
-    blocking = [runs[BLOCKING] for _, runs in repetitions]
+    blocking = [found[BLOCKING][0] for found in repetitions]
+    calibrations = [calibration for found in repetitions for _, calibration in found.values()]
     return {
         "share": share,
         "measured_share": summary(
             [each["communication_seconds"] / each["train_seconds"] for each in blocking]
         ),
         "rate_mbit_per_second": None if rate is None else rate / 1e6,
-        "compute_seconds": summary([f.seconds_per_image * batch for f, _ in repetitions]),
-        "allreduce_seconds": summary([f.allreduce_seconds[-1] for f, _ in repetitions]),
-        "published_relative": PUBLISHED.get(share),
+        "compute_seconds": summary([batch * each.seconds_per_image for each in calibrations]),
+        "allreduce_seconds": summary([each.allreduce_seconds[-1] for each in calibrations]),
+        "published_relative": None if share is None else PUBLISHED.get(share),
         "methods": compare(configs, repetitions),
     }
 
 
 def print_row(row: Mapping[str, Any]) -> None:
-    rate, published = row["rate_mbit_per_second"], row["published_relative"]
+    share, rate = row["share"], row["rate_mbit_per_second"]
+    published = row["published_relative"]
     print(
-        f"{100 * row['share']:.0f} % wanted, {100 * row['measured_share']['median']:.1f} % "
-        f"measured: {'link not limited' if rate is None else f'{rate:.0f} Mbit/s'}, a step "
+        f"{'as little as it is' if share is None else f'{100 * share:.0f} %'} wanted, "
+        f"{100 * row['measured_share']['median']:.1f} % measured: "
+        f"{'link not limited' if rate is None else f'{rate:.0f} Mbit/s'}, a step "
         f"{1e3 * row['compute_seconds']['median']:.1f} ms, an all-reduce "
         f"{1e3 * row['allreduce_seconds']['median']:.1f} ms"
         + (f"; the paper's QSR: {published:.3f}" if published else ""),
@@ -279,7 +313,7 @@ def print_row(row: Mapping[str, Any]) -> None:
         print(
             f"  {name:28} {about['seconds']['median']:6.2f} s, predicted "
             f"{about['predicted_seconds']['median']:6.2f} s, "
-            f"{100 * about['deviation']:+5.1f} %; relative "
+            f"{100 * (about['ratio_to_prediction']['median'] - 1):+5.1f} %; relative "
             f"{about['relative']['median']:.3f}, predicted "
             f"{about['predicted_relative']['median']:.3f}; {about['averages']} averages",
             flush=True,

@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -36,46 +36,85 @@ def measure(config: Config, num_classes: int, train_images: int, command: str) -
     """Collective: time steps of the run on images in memory, on all ranks at once, alone and with
     data parallel training's all-reduces, and all-reduces up to the size of its parameters.
     `command` is named as the source. Raises ClusterError if the run does not fit the ranks."""
-    communicator = join(config)
-    place = communicator.topology
-    images = config.local_batch * len(place.workers)
-    kinds = {"alone": _Steps(config, num_classes, train_images, communicator)}
-    if place.ranks > 1:
-        buckets: dict[str, float | None] = {"blocking": None}
-        if len(place.workers) == 1:
-            buckets["overlapped"] = config.cluster.bucket_mib
-        for kind, bucket_mib in buckets.items():
-            steps = _Steps(config, num_classes, train_images, communicator)
-            steps.average_gradients(bucket_mib)
-            kinds[kind] = steps
-    seconds = _step_seconds(communicator, kinds)
-    sizes = _sizes(kinds["alone"].parameter_bytes) if place.ranks > 1 else []
-    found = environment(place, str(communicator.device))
-    ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    data_parallel = None
-    if "blocking" in seconds:
-        data_parallel = DataParallelSteps(
-            ranks=place.ranks,
-            images=images,
-            micro_batches=images // config.micro_batch_size,
-            blocking_seconds=seconds["blocking"],
-            overlapped_seconds=seconds.get("overlapped"),
-            bucket_mib=config.cluster.bucket_mib,
+    calibration = Calibration(config, num_classes, train_images)
+    for _ in range(BLOCKS):
+        calibration.time_steps()
+    calibration.time_allreduces()
+    return calibration.measurement(command, BLOCKS)
+
+
+class Calibration:
+    """What `measure` does, in pieces, for who does other things between them. All is collective."""
+
+    def __init__(self, config: Config, num_classes: int, train_images: int) -> None:
+        self._config = config
+        self._communicator = join(config)
+        place = self._communicator.topology
+        self._kinds = {"alone": _Steps(config, num_classes, train_images, self._communicator)}
+        if place.ranks > 1:
+            buckets: dict[str, float | None] = {"blocking": None}
+            if len(place.workers) == 1:
+                buckets["overlapped"] = config.cluster.bucket_mib
+            for kind, bucket_mib in buckets.items():
+                steps = _Steps(config, num_classes, train_images, self._communicator)
+                steps.average_gradients(bucket_mib)
+                self._kinds[kind] = steps
+        self._seconds: dict[str, list[float]] = {kind: [] for kind in self._kinds}
+        self._allreduce_seconds: dict[int, float] = {}
+        for steps in self._kinds.values():
+            steps.take(WARMUP)
+            steps.settle()
+
+    def time_steps(self) -> None:
+        """One block of each kind of steps."""
+        for kind, steps in self._kinds.items():
+            self._communicator.barrier()
+            work = partial(steps.take, STEPS)
+            self._seconds[kind].append(_time(work, self._communicator.device) / STEPS)
+            steps.settle()
+
+    def time_allreduces(self) -> None:
+        """All sizes; what was measured before is forgotten."""
+        if self._communicator.topology.ranks > 1:
+            self._allreduce_seconds = {
+                size: _allreduce_seconds(self._communicator, size)
+                for size in _sizes(self._kinds["alone"].parameter_bytes)
+            }
+
+    def measurement(self, command: str, blocks: int) -> Measurement:
+        """What the last `blocks` of steps and the all-reduces have shown."""
+        config, communicator = self._config, self._communicator
+        place = communicator.topology
+        images = config.local_batch * len(place.workers)
+        means = [statistics.fmean(seconds[-blocks:]) for seconds in self._seconds.values()]
+        slowest = map(max, zip(*communicator.gather_floats(means), strict=True))
+        seconds = dict(zip(self._kinds, slowest, strict=True))
+        found = environment(place, str(communicator.device))
+        ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        data_parallel = None
+        if "blocking" in seconds:
+            data_parallel = DataParallelSteps(
+                ranks=place.ranks,
+                images=images,
+                micro_batches=images // config.micro_batch_size,
+                blocking_seconds=seconds["blocking"],
+                overlapped_seconds=seconds.get("overlapped"),
+                bucket_mib=config.cluster.bucket_mib,
+            )
+        return Measurement(
+            key=speed_key(config),
+            machines=place.ranks // ranks_per_machine,
+            ranks_per_machine=ranks_per_machine,
+            seconds_per_image=seconds["alone"] / images,
+            sizes_bytes=tuple(self._allreduce_seconds),
+            allreduce_seconds=tuple(self._allreduce_seconds.values()),
+            data_parallel=data_parallel,
+            how=(
+                f"measured by {command} on {found['gpu'] or found['cpu']}, torch "
+                f"{found['packages']['torch']}: {blocks} x {STEPS} steps, slowest of "
+                f"{place.ranks} ranks"
+            ),
         )
-    return Measurement(
-        key=speed_key(config),
-        machines=place.ranks // ranks_per_machine,
-        ranks_per_machine=ranks_per_machine,
-        seconds_per_image=seconds["alone"] / images,
-        sizes_bytes=tuple(sizes),
-        allreduce_seconds=tuple(_allreduce_seconds(communicator, size) for size in sizes),
-        data_parallel=data_parallel,
-        how=(
-            f"measured by {command} on {found['gpu'] or found['cpu']}, torch "
-            f"{found['packages']['torch']}: {BLOCKS} x {STEPS} steps, slowest of {place.ranks} "
-            f"ranks"
-        ),
-    )
 
 
 class _Steps:
@@ -136,23 +175,6 @@ class _Steps:
     def settle(self) -> None:
         """Collective: after the last step that is timed."""
         self._agreement.settle()
-
-
-def _step_seconds(communicator: Communicator, kinds: Mapping[str, _Steps]) -> dict[str, float]:
-    """Collective: mean seconds of a step of each kind, on the slowest rank."""
-    blocks: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for steps in kinds.values():
-        steps.take(WARMUP)
-        steps.settle()
-    for _ in range(BLOCKS):
-        for kind, steps in kinds.items():
-            communicator.barrier()
-            seconds = _time(partial(steps.take, STEPS), communicator.device) / STEPS
-            steps.settle()
-            blocks[kind].append(seconds)
-    means = [statistics.fmean(seconds) for seconds in blocks.values()]
-    slowest = map(max, zip(*communicator.gather_floats(means), strict=True))
-    return dict(zip(kinds, slowest, strict=True))
 
 
 def _synthetic_batch(config: Config, num_classes: int, device: torch.device) -> Batch:

@@ -38,7 +38,9 @@ def slow_link_markdown(record: Record) -> str:
         methods = dict(row["methods"])
         blocking = next(iter(methods))
         rate, published = row["rate_mbit_per_second"], row["published_relative"]
-        deviations = sorted(100 * about["deviation"] for about in methods.values())
+        deviations = sorted(
+            100 * (about["ratio_to_prediction"]["median"] - 1) for about in methods.values()
+        )
         del methods[blocking]
         lines.append(
             {
@@ -77,15 +79,30 @@ def trainer_markdown(record: Record) -> str:
     """One row per size of a step."""
     lines = []
     for name, found in record["cases"].items():
-        case = found["case"]
         seconds, overhead = found["seconds_per_step"], found["overhead_seconds"]
         low, high = (1e3 * quartile for quartile in overhead["quartiles"])
         lines.append(
             {
-                "": f"{name}: {case['model']}, {case['batch']} images of {case['image_size']} px",
+                "": _step(name, found["case"]),
                 **{f"{k} (ms)": f"{1e3 * v['median']:.2f}" for k, v in seconds.items()},
                 "overhead (ms)": f"{1e3 * overhead['median']:+.2f} ({low:+.2f} to {high:+.2f})",
                 "ratio": _ratio(found["ratio"]),
+            }
+        )
+    return markdown_table(pd.DataFrame(lines))
+
+
+def host_memory_markdown(record: Record) -> str:
+    """One row per size of a step."""
+    lines = []
+    for name, found in record["cases"].items():
+        kinds, peak = found["seconds_per_step"], found["peak_bytes"]
+        lines.append(
+            {
+                "": _step(name, found["case"]),
+                **{f"{kind} (ms)": f"{1e3 * v['median']:.2f}" for kind, v in kinds.items()},
+                "ratio": _ratio(found["ratio"]),
+                **{f"{kind}, peak (MB)": f"{v['median'] / 1e6:.0f}" for kind, v in peak.items()},
             }
         )
     return markdown_table(pd.DataFrame(lines))
@@ -143,6 +160,10 @@ def scale_markdown(record: Record) -> str:
     return markdown_table(table.map("{:.2f}".format).reset_index())
 
 
+def _step(name: str, case: Record) -> str:
+    return f"{name}: {case['model']}, {case['batch']} images of {case['image_size']} px"
+
+
 def _ratio(values: Record) -> str:
     low, high = values["quartiles"]
     return f"{values['median']:.3f} ({low:.3f} to {high:.3f})"
@@ -152,6 +173,7 @@ SPEED_TABLES: dict[str, Callable[[Record], str]] = {
     "slow_link": slow_link_markdown,
     "average": average_markdown,
     "trainer": trainer_markdown,
+    "host_memory": host_memory_markdown,
     "loaders": loaders_markdown,
     "delay": delay_markdown,
     "scale": scale_markdown,

@@ -29,7 +29,7 @@ def method(relative: float, predicted: float, deviation: float) -> dict[str, Any
     return {
         "relative": value(relative),
         "predicted_relative": value(predicted),
-        "deviation": deviation,
+        "ratio_to_prediction": value(1 + deviation),
     }
 
 
