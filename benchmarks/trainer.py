@@ -67,7 +67,7 @@ REPETITIONS = 5
 CASES = {
     "next to no arithmetic": Case("linear", 8, 8, 100),
     "small step": Case("small_resnet", 32, 8, 30),
-    "large step": Case("small_vit", 32, 24, 8),
+    "large step": Case("small_vit", 32, 24, 12),
 }
 
 
