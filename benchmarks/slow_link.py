@@ -153,7 +153,9 @@ def measure_rank(configs: Mapping[str, Config], repetitions: int) -> list[Found]
         calibration.time_steps()
         time_allreduces(calibration, first)
         found: Found = {}
-        for name, config in configs.items():
+        # there and back: a machine that gets slower meanwhile does so for the first and the last
+        order = list(configs.items())[:: -1 if number % 2 else 1]
+        for name, config in order:
             outcome = build.run(replace(config, runs_dir=f"{config.runs_dir}/{number}/{name}"))
             assert isinstance(outcome, dict)  # not stopped
             calibration.time_steps()
