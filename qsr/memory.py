@@ -14,9 +14,9 @@ def keep_freed_memory() -> None:
 
     By default it gives it back to the kernel whenever some megabytes are free, and asks for new
     pages, which must be cleared, in the next step. On the CPU, where activations come from it, that
-    is a sixth of a step with activations of megabytes, and nothing of one with small ones; at its
-    peak the process takes no more memory for it (benchmarks/host_memory.py). For glibc only;
-    elsewhere nothing changes.
+    takes some per cent of a step whose activations have megabytes, sometimes a fifth, and none of
+    one with small ones; at its peak the process takes no more memory (benchmarks/host_memory.py).
+    For glibc only; elsewhere nothing changes.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):

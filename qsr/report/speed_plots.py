@@ -30,12 +30,15 @@ def slow_link_figure(record: Record) -> Figure:
             axes.plot(x, predicted, color=color, linewidth=1)
         axes.axhline(1.0, color="0.5", linewidth=1, linestyle=":", label=blocking)
         axes.plot([], [], color="0.4", linewidth=1, label="predicted")
-        published = [(100 * row["share"], row["published_relative"]) for row in shares]
-        paper = [(share, value) for share, value in published if value is not None]
+        paper = [
+            (100 * row["share"], row["published_relative"])
+            for row in shares
+            if row["published_relative"] is not None
+        ]
         there = list(zip(*paper, strict=True))
         axes.plot(*there, "D", ms=7, mfc="none", color="black", label="the paper's QSR")
         axes.set_xlim(0)
-        axes.set_ylim(0, 1.1)
+        axes.set_ylim(0, 1.15)
         axes.set_xlabel("communication's share of blocking data parallel training (%)")
         axes.set_ylabel("time, relative to it")
         legend_once(figure, ncols=3)

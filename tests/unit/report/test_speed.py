@@ -36,7 +36,7 @@ def method(relative: float, predicted: float, deviation: float) -> dict[str, Any
 SLOW_LINK = {
     "shares": [
         {
-            "share": 0.01,
+            "share": None,
             "measured_share": value(0.012),
             "rate_mbit_per_second": None,
             "published_relative": None,
