@@ -47,11 +47,14 @@ def missing_reason() -> str | None:
     try:
         with Network() as network:
             network.limit(1e9)
-        before = os.sched_getscheduler(0)
-        _schedule(0, os.SCHED_FIFO, 1)
-        _schedule(0, before, 0)
-    except (NetworkError, PermissionError) as error:
+    except NetworkError as error:
         return str(error)
+    before = os.sched_getscheduler(0)
+    try:
+        _schedule(0, os.SCHED_FIFO, 1)
+    except PermissionError:
+        return "no thread may have real-time priority here (CAP_SYS_NICE)"
+    _schedule(0, before, 0)
     return None
 
 

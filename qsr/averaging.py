@@ -53,11 +53,10 @@ class Fingerprint(NamedTuple):
 
 
 @lru_cache(maxsize=64, typed=True)  # most fields are the same in the next step
-def _draw_numbers(value: Hashable) -> list[float]:
+def _draw_numbers(value: Hashable) -> tuple[float, ...]:
     digest = hashlib.blake2b(str(value).encode(), digest_size=2 * _DIGITS).digest()
-    return [
-        float(int.from_bytes(digest[i : i + 2], "big") & 0xFFF) for i in range(0, 2 * _DIGITS, 2)
-    ]
+    pairs = (digest[i : i + 2] for i in range(0, 2 * _DIGITS, 2))
+    return tuple(float(int.from_bytes(pair, "big") & 0xFFF) for pair in pairs)
 
 
 FINGERPRINT_SIZE = _DIGITS * len(Fingerprint._fields)

@@ -12,6 +12,8 @@ import resource
 import sys
 from pathlib import Path
 import torch
+from qsr.build import join
+from qsr.config.load import load_config
 from qsr.memory import keep_freed_memory
 
 def resident_bytes():
@@ -20,6 +22,8 @@ def resident_bytes():
 torch.ones(1)
 if sys.argv[1] == "keep":
     keep_freed_memory()
+elif sys.argv[1] == "join":
+    join(load_config(["experiment=demo/quadratic", "workers=1", "cluster.device=cpu"]))
 before = resident_bytes()
 torch.ones(6, 2**20)  # 24 MiB, freed at once
 print(resident_bytes() - before)
@@ -36,3 +40,8 @@ def bytes_after_a_tensor(how: str) -> int:
 def test_freed_memory_is_kept() -> None:
     assert bytes_after_a_tensor("keep") >= 24 * MIB
     assert bytes_after_a_tensor("default") < 4 * MIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc only")
+def test_ranks_on_the_cpu_keep_it() -> None:
+    assert bytes_after_a_tensor("join") >= 24 * MIB
