@@ -111,7 +111,6 @@ class Trainer:
         self._gradients = (
             GradientAverager(workers, communicator, bucket_mib) if plan.gradient_rounds else None
         )
-        self._averaged_bytes = workers[0].model.flat.bytes
         self._monitor = Monitor(plan, sampler, communicator, precision, config_hash)
         self._stepper = Stepper(
             loss=loss,
@@ -239,7 +238,7 @@ class Trainer:
         if data_parallel and self._gradients is not None:
             self._gradients.finish()
             self.progress.averages += 1
-            self.progress.averaged_bytes += self._averaged_bytes
+            self.progress.averaged_bytes += self._workers[0].model.flat.bytes
         for worker in self._workers:
             self._stepper.update(worker, mark.lr)
 
