@@ -12,8 +12,8 @@ from qsr.config.schema import LossConfig
 class TrainingLoss:
     """Mean loss of a micro-batch.
 
-    With mixup (Zhang et al. 2018) every image is blended with another one of the micro-batch by
-    one coefficient drawn from Beta(a, a), and the two labels' losses likewise.
+    With mixup (Zhang et al. 2018) every image is blended with another one of the micro-batch, and
+    the losses of the two labels likewise. One coefficient is drawn for the whole micro-batch.
     """
 
     def __init__(self, settings: LossConfig) -> None:
@@ -39,7 +39,10 @@ class TrainingLoss:
 
 
 def draw_mixup(samples: int, alpha: float, seed: int) -> tuple[float, Tensor]:
-    """(weight of the image itself, partner of each of the `samples` images)."""
-    keep = random.Random(seed).betavariate(alpha, alpha)
+    """(weight of the image itself, partner of each of the `samples` images).
+
+    The weight is max(z, 1 - z) with z ~ Beta(alpha, alpha), as composer 0.15.1 draws it for the
+    released code: an image keeps at least half of itself."""
+    z = random.Random(seed).betavariate(alpha, alpha)
     generator = torch.Generator().manual_seed(seed)
-    return keep, torch.randperm(samples, generator=generator)
+    return max(z, 1.0 - z), torch.randperm(samples, generator=generator)

@@ -4,14 +4,13 @@ from difflib import get_close_matches
 
 import timm
 import torch
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models import resnet152
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from qsr.config.load import ConfigError
 from qsr.config.schema import ModelConfig
+from qsr.vit import SimpleViT
 
 
 def build_model(settings: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -22,11 +21,25 @@ def build_model(settings: ModelConfig, num_classes: int, image_size: int) -> nn.
         case "resnet152":
             model = resnet152(weights=None, num_classes=num_classes)
         case "vit_b16":
-            model = SimpleViT(image_size, 16, num_classes, width=768, depth=12, heads=12)
+            model = SimpleViT(
+                image_size=image_size,
+                patch_size=16,
+                num_classes=num_classes,
+                width=768,
+                depth=12,
+                heads=12,
+            )
         case "small_resnet":
             model = SmallResNet(num_classes)
         case "small_vit":
-            model = SimpleViT(image_size, 4, num_classes, width=64, depth=4, heads=4)
+            model = SimpleViT(
+                image_size=image_size,
+                patch_size=4,
+                num_classes=num_classes,
+                width=64,
+                depth=4,
+                heads=4,
+            )
         case "timm":
             model = timm.create_model(settings.timm_name or "", num_classes=num_classes)
     if settings.channels_last:
@@ -80,29 +93,3 @@ def _downsampling_block(channels_in: int, channels_out: int) -> nn.Module:
         conv1x1(channels_in, channels_out, stride=2), nn.BatchNorm2d(channels_out)
     )
     return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut)
-
-
-class SimpleViT(VisionTransformer):
-    """The "simple ViT" of Beyer et al. (2022), from timm's parts: fixed 2-D sin-cos positions,
-    global average pooling before the last norm's head, no class token, no dropout."""
-
-    def __init__(
-        self, image_size: int, patch: int, num_classes: int, width: int, depth: int, heads: int
-    ) -> None:
-        super().__init__(
-            img_size=image_size,
-            patch_size=patch,
-            num_classes=num_classes,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            class_token=False,
-            global_pool="avg",
-            fc_norm=False,
-            pos_embed="learn",  # shapes the positions; replaced by fixed ones below
-        )
-        side = image_size // patch
-        positions = build_sincos2d_pos_embed([side, side], dim=width, interleave_sin_cos=False)
-        del self.pos_embed
-        # recomputed from the sizes above: no part of the weights
-        self.register_buffer("pos_embed", positions.unsqueeze(0), persistent=False)
