@@ -32,6 +32,7 @@ from benchmarks.measure import alternate, ratio, record, summary
 from benchmarks.photos import SIZE, write_photos
 from qsr.data import EvalTransform, ImageFolder, Request, TrainTransform, make_loader
 from qsr.data.dali_graph import read_files
+from qsr.data.randaugment import RandAugment
 from qsr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Read = Callable[[str], Any]
@@ -101,7 +102,7 @@ def training(photos: ImageFolder, *, randaugment: bool) -> dict[str, Load]:
     ours, policy = TrainTransform(PIXELS), None
     if randaugment:
         steps.append(v2.RandAugment(num_ops=2, magnitude=10))  # of 30
-        ours = TrainTransform(PIXELS, randaugment_depth=2, randaugment_strength=1 / 3)
+        ours = TrainTransform(PIXELS, randaugment=RandAugment("torchvision", depth=2, severity=10))
         policy = "rand-m3-n2"  # of 10
     return {
         QSR: with_qsr(photos, ours),

@@ -27,7 +27,14 @@ from qsr.config.compose import (
 from qsr.config.parsing import flatten, parse
 from qsr.config.planning import make_plan, smallest_h
 from qsr.config.rehearsal import Rehearsal, rehearse
-from qsr.config.schema import Config, DataConfig, SlurmCluster, SyncConfig
+from qsr.config.schema import (
+    AugmentationConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    SlurmCluster,
+    SyncConfig,
+)
 
 __all__ = [
     "CONFIG_DIR",
@@ -35,7 +42,9 @@ __all__ = [
     "GIVEN",
     "ConfigError",
     "check",
+    "check_model_name",
     "check_plan",
+    "check_reading",
     "config_hash",
     "differences",
     "expand_sweeps",
@@ -63,7 +72,7 @@ EXECUTION = (
 """Settings that say how a run is carried out and not what it computes. They are no part of a
 run's identity: not of its folder's name, not of its hash, and they may change at a resumption."""
 
-LATER = {"sync.delay_steps": 0}
+LATER = {"sync.delay_steps": 0, "schedule.final_lr": 0.0, "fp16_overflow": "skip"}
 """Settings that came after the first runs, with what those runs did. At that value they are no part
 of a run's identity, so that older runs stay what they are."""
 
@@ -144,6 +153,7 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
         for part in path:
             target, source = target[part], source[part]
         target[leaf] = source[leaf]
+    _translate_randaugment(settings)
     for name, value in LATER.items():
         *path, leaf = name.split(".")
         target = settings
@@ -151,6 +161,25 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
             target = target[part]
         target.setdefault(leaf, value)
     return parse_config(settings)
+
+
+def _translate_randaugment(settings: dict[str, Any]) -> None:
+    """Settings of the first version into today's. Raises ConfigError if it trained otherwise."""
+    if settings["model"]["name"] in ("vit_b16", "small_vit") and "fp16_overflow" not in settings:
+        raise ConfigError(
+            "an earlier version made it, whose vit_b16 and small_vit were other networks than the "
+            "paper's"
+        )
+    augmentation = settings["data"]["augmentation"]
+    if "randaugment_strength" not in augmentation:
+        return
+    if augmentation["randaugment_depth"]:
+        raise ConfigError(
+            "an earlier version made it, whose RandAugment was weaker than the paper's"
+        )
+    for name in ("randaugment_strength", "randaugment_uniform"):
+        del augmentation[name]
+    augmentation |= {"randaugment": "none", "randaugment_depth": None, "randaugment_severity": None}
 
 
 def check(config: Config) -> None:
@@ -178,16 +207,20 @@ def check(config: Config) -> None:
                 f"cluster.signal={config.cluster.signal} is none of checkpoint.stop_signals: the "
                 f"run would end without saving"
             )
-    if (config.model.timm_name is None) == (config.model.name == "timm"):
-        raise ConfigError("model.timm_name goes with model.name=timm, and only with it")
+    check_model_name(config.model)
     if config.schedule.warmup_steps is not None and config.schedule.warmup_epochs is not None:
         raise ConfigError("give schedule.warmup_steps or schedule.warmup_epochs, not both")
+    if config.schedule.final_lr > config.schedule.peak_lr:
+        raise ConfigError(
+            f"schedule.final_lr={config.schedule.final_lr:g} exceeds "
+            f"schedule.peak_lr={config.schedule.peak_lr:g}"
+        )
     if config.data.augmentation.min_area > config.data.augmentation.max_area:
         raise ConfigError("data.augmentation.min_area exceeds max_area")
     if config.data.augmentation.min_aspect > config.data.augmentation.max_aspect:
         raise ConfigError("data.augmentation.min_aspect exceeds max_aspect")
-    if min(config.data.std) <= 0:
-        raise ConfigError(f"data.std must be positive, got {list(config.data.std)}")
+    _check_randaugment(config.data.augmentation)
+    check_reading(config.data, config.cluster.device)
     if getattr(config.optimizer, "nesterov", False) and not getattr(
         config.optimizer, "momentum", 0
     ):
@@ -200,12 +233,52 @@ def check(config: Config) -> None:
         )
     if config.sync.delay_steps:
         _check_delay(config.sync)
-    if config.data.decode == "gpu" and config.cluster.device == "cpu":
-        raise ConfigError("data.decode=gpu goes with a GPU: take data.decode=auto")
-    if config.data.decode == "gpu" and config.data.loader == "torchvision":
-        raise ConfigError("data.decode=gpu goes with DALI: take data.loader=dali")
     if config.data.train_images is not None:
         check_plan(config, config.data.train_images)
+
+
+def check_model_name(model: ModelConfig) -> None:
+    """Raise ConfigError unless timm's models, and only they, have a name there."""
+    if (model.timm_name is None) == (model.name == "timm"):
+        raise ConfigError("model.timm_name goes with model.name=timm, and only with it")
+
+
+def check_reading(data: DataConfig, device: str) -> None:
+    """Checks of how images are read. Raises ConfigError."""
+    if min(data.std) <= 0:
+        raise ConfigError(f"data.std must be positive, got {list(data.std)}")
+    if data.decode == "gpu" and device == "cpu":
+        raise ConfigError("data.decode=gpu goes with a GPU: take data.decode=auto")
+    if data.decode == "gpu" and data.loader == "torchvision":
+        raise ConfigError("data.decode=gpu goes with DALI: take data.loader=dali")
+
+
+_RANDAUGMENT_SEVERITY = {"composer": 10, "torchvision": 30, "timm": 10}
+"""The highest data.augmentation.randaugment_severity of each library."""
+
+
+def _check_randaugment(settings: AugmentationConfig) -> None:
+    kind = f"data.augmentation.randaugment={settings.randaugment}"
+    depth, severity = settings.randaugment_depth, settings.randaugment_severity
+    if settings.randaugment == "none":
+        if depth is not None or severity is not None:
+            raise ConfigError(
+                f"{kind}: then randaugment_depth and randaugment_severity must be null; or choose "
+                f"composer (the paper's), torchvision or timm"
+            )
+        return
+    highest = _RANDAUGMENT_SEVERITY[settings.randaugment]
+    if depth is None or severity is None:
+        raise ConfigError(
+            f"{kind} needs data.augmentation.randaugment_depth (usually 2) and "
+            f"randaugment_severity (0 to {highest})"
+        )
+    if severity > highest or (settings.randaugment == "torchvision" and severity % 1):
+        whole = ", and is a whole number" if settings.randaugment == "torchvision" else ""
+        raise ConfigError(
+            f"data.augmentation.randaugment_severity={severity:g}: {settings.randaugment}'s lies "
+            f"between 0 and {highest}{whole}"
+        )
 
 
 def _check_delay(sync: SyncConfig) -> None:

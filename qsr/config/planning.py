@@ -38,23 +38,23 @@ def make_plan(config: schema.Config, train_images: int) -> Plan:
 
 def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch: int) -> Schedule:
     """The schedule over epochs * steps_per_epoch steps."""
-    total, peak = epochs * steps_per_epoch, settings.peak_lr
+    total, peak, final = epochs * steps_per_epoch, settings.peak_lr, settings.final_lr
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = (settings.warmup_epochs or 0) * steps_per_epoch
     match settings:
-        case schema.CosineConfig(final_lr=final, stop_epoch=stop_epoch):
+        case schema.CosineConfig(stop_epoch=stop_epoch):
             stop = None if stop_epoch is None else stop_epoch * steps_per_epoch
             return CosineSchedule(peak, final, warmup, total, stop)
-        case schema.LinearConfig(final_lr=final):
+        case schema.LinearConfig():
             return LinearSchedule(peak, final, warmup, total)
-        case schema.PowerOfTwoConfig(final_lr=final):
+        case schema.PowerOfTwoConfig():
             return PowerOfTwoSchedule(CosineSchedule(peak, final, warmup, total))
         case schema.StepConfig(milestone_epochs=epochs_, factor=factor):
             milestones = tuple(epoch * steps_per_epoch for epoch in epochs_)
-            return StepSchedule(peak, milestones, factor, total, warmup)
+            return StepSchedule(peak, milestones, factor, total, warmup, final)
         case schema.ConstantConfig():
-            return ConstantSchedule(peak, total, warmup)
+            return ConstantSchedule(peak, total, warmup, final)
     assert_never(settings)
 
 
@@ -97,11 +97,11 @@ def parameter_count(model: schema.ModelConfig, classes: int) -> int:
         case "resnet152":
             return 58_143_808 + 2049 * classes
         case "vit_b16":
-            return 85_646_592 + 769 * classes
+            return 85_612_800 + 769 * classes
         case "small_resnet":
             return 77_392 + 65 * classes
         case "small_vit":
-            return 203_200 + 65 * classes
+            return 202_400 + 65 * classes
         case "timm":
             raise ValueError(f"only timm knows the parameters of {model.timm_name}")
     assert_never(model.name)

@@ -104,20 +104,18 @@ def _small_schedule(
     small = replace(
         schedule,
         peak_lr=schedule.peak_lr * lr,
+        final_lr=schedule.final_lr * lr,
         warmup_steps=warmup_steps,
         warmup_epochs=None,
     )
     match small:
-        case schema.CosineConfig(final_lr=final, stop_epoch=stop):
-            stop = None if stop is None else round(stop * epochs)
-            return replace(small, final_lr=final * lr, stop_epoch=stop)
-        case schema.LinearConfig(final_lr=final) | schema.PowerOfTwoConfig(final_lr=final):
-            return replace(small, final_lr=final * lr)
+        case schema.CosineConfig(stop_epoch=int(stop)):
+            return replace(small, stop_epoch=round(stop * epochs))
         case schema.StepConfig(milestone_epochs=milestones):
             return replace(
                 small, milestone_epochs=tuple(round(epoch * epochs) for epoch in milestones)
             )
-        case schema.ConstantConfig():
+        case _:
             return small
 
 

@@ -79,6 +79,9 @@ class WarmupConfig:
 
     peak_lr: Positive
     """Learning rate at the end of the warm-up."""
+    final_lr: NonNegative
+    """Learning rate where the warm-up starts, as in the released code; and at the end, for the
+    schedules that decay to it (cosine, linear, power_of_two)."""
     warmup_steps: Annotated[int, Field(ge=0)] | None
     """Length of the warm-up in steps."""
     warmup_epochs: Annotated[int, Field(ge=0)] | None
@@ -91,8 +94,6 @@ class CosineConfig(WarmupConfig):
 
     name: Literal["cosine"]
     """Kind of schedule."""
-    final_lr: NonNegative
-    """Learning rate at the end, and where the warm-up starts."""
     stop_epoch: PositiveInt | None
     """Epoch from which the rate stays constant (the "modified cosine"); null: never."""
 
@@ -103,8 +104,6 @@ class LinearConfig(WarmupConfig):
 
     name: Literal["linear"]
     """Kind of schedule."""
-    final_lr: NonNegative
-    """Learning rate at the end, and where the warm-up starts."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -113,8 +112,6 @@ class PowerOfTwoConfig(WarmupConfig):
 
     name: Literal["power_of_two"]
     """Kind of schedule."""
-    final_lr: NonNegative
-    """Learning rate at the end of the cosine, and where the warm-up starts."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -237,7 +234,7 @@ class LossConfig:
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     """Probability mass spread evenly over the classes."""
     mixup_alpha: NonNegative
-    """Beta(a, a) parameter of mixup, one coefficient a micro-batch; 0: no mixup."""
+    """Beta(a, a) parameter of mixup, one coefficient per micro-batch; 0: no mixup."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -254,12 +251,15 @@ class AugmentationConfig:
     """Largest width / height of a crop."""
     flip_probability: Fraction
     """Probability of a horizontal flip."""
-    randaugment_depth: Annotated[int, Field(ge=0)]
-    """Operations per image; 0: no RandAugment."""
-    randaugment_strength: Fraction
-    """Strength as a fraction of each operation's full range (libraries' "m" scales differ)."""
-    randaugment_uniform: bool
-    """Draw each operation's strength uniformly up to that one, instead of always taking it."""
+    randaugment: Literal["none", "composer", "torchvision", "timm"]
+    """Whose RandAugment: they differ in their operations, in how strong "9" is, and in the corners.
+    composer: the paper's, of version 0.15.1. torchvision: transforms.v2.RandAugment. timm:
+    "rand-m{severity}-n{depth}-mstd0.5-inc1"."""
+    randaugment_depth: PositiveInt | None
+    """Operations per image; null without RandAugment. The paper: 2."""
+    randaugment_severity: NonNegative | None
+    """Strength in that library's unit; null without RandAugment. composer: 0 to 10 (the paper: 10),
+    each operation draws uniformly up to it. torchvision: 0 to 30, a whole number. timm: 0 to 10."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -537,6 +537,10 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"]
     """Autocast type of the forward pass. Parameters and averages stay fp32. fp16 scales the loss
     dynamically, on each worker by itself."""
+    fp16_overflow: Literal["repeat", "skip"]
+    """What follows when fp16 gradients overflow. repeat: the worker goes through its batch again at
+    half the loss scale, as the paper's code does, while the right scale is being looked for; later,
+    and with skip: the worker skips the update."""
     model: ModelConfig
     """The network."""
     optimizer: OptimizerConfig

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch.utils.dlpack import from_dlpack
 from qsr.data.batch import Batch, DataError, Request, check_request
 from qsr.data.dali_graph import Decode, eval_pipeline, train_pipeline
 from qsr.data.datasets import ImageFolder, unreadable_files
+from qsr.data.randaugment_torch import augment_batch
 from qsr.data.resize import Resizer
-from qsr.data.transforms import EvalTransform, TrainTransform, draw
+from qsr.data.torchvision import Normalisation
+from qsr.data.transforms import EvalTransform, TrainDraws, TrainTransform, draw
 
 
 class DaliLoader:
@@ -51,9 +53,12 @@ class DaliLoader:
         self._decode = decode
         self._gpu = device.type == "cuda"
         self._labels = np.array(dataset.labels, dtype=np.int64)
-        self._resizer = None if self._gpu else Resizer(transform.size, max(1, threads))
+        self._randaugment = getattr(transform, "randaugment", None)
+        self._fill = self._randaugment.fill(transform.mean) if self._randaugment else (0, 0, 0)
+        self._normalise = Normalisation(transform, device)
+        self._resizer = None if self._gpu else Resizer(transform.size, max(1, threads), self._fill)
         self._pipeline = self._build(batch_size)
-        self._in_work: deque[Request] = deque()  # in the order of the pipeline's outputs
+        self._in_work: deque[_InWork] = deque()  # in the order of the pipeline's outputs
         self._stream: object = None  # the newest stream; older ones end
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
@@ -102,26 +107,31 @@ class DaliLoader:
             return None
         return torch.cuda.current_device() if self._device.index is None else self._device.index
 
-    def _inputs(self, request: Request) -> dict[str, Any]:
+    def _draw(self, request: Request) -> TrainDraws | None:
+        if isinstance(self._transform, EvalTransform):
+            return None
+        return draw(self._transform, request.seed, len(request.indices))
+
+    def _inputs(self, request: Request, draws: TrainDraws | None) -> dict[str, Any]:
         """The pipeline's inputs by name; each has one row per sample."""
         paths = [
             np.frombuffer(os.fsencode(self._dataset.path(index)), dtype=np.uint8)
             for index in request.indices
         ]
         inputs = {"paths": paths, "labels": self._labels[list(request.indices)]}
-        if isinstance(self._transform, TrainTransform):
-            draws = draw(self._transform, request.seed, len(request.indices))
+        if draws is not None:
             inputs |= {"windows": draws.windows, "flips": draws.flips}
-            if self._transform.randaugment_depth > 0:
-                inputs |= {"ops": draws.ops, "values": draws.values}
+            if draws.randaugment is not None and not self._gpu:
+                inputs |= draws.randaugment._asdict()
         return inputs
 
     def _schedule(self, request: Request) -> None:
         if self._pipeline is None:
             raise RuntimeError("the loader is closed: make a new one")
         check_request(request, self._batch_size, len(self._dataset))
-        _start(self._pipeline, self._inputs(request))
-        self._in_work.append(request)
+        draws = self._draw(request)
+        _start(self._pipeline, self._inputs(request, draws))
+        self._in_work.append(_InWork(request, draws))
 
     def _collect(self) -> Batch:
         """The oldest batch in work."""
@@ -135,8 +145,12 @@ class DaliLoader:
             explanation = self._explain(error)
             self.close()
             raise explanation from error
-        self._in_work.popleft()
-        return Batch(from_dlpack(images.as_tensor()), from_dlpack(labels.as_tensor()))
+        draws = self._in_work.popleft().draws
+        pixels = from_dlpack(images.as_tensor())
+        if self._gpu and draws is not None and draws.randaugment is not None:
+            augmented = augment_batch(pixels, draws.randaugment, self._fill)
+            pixels = self._normalise(augmented.permute(0, 3, 1, 2))
+        return Batch(pixels, from_dlpack(labels.as_tensor()))
 
     def _discard(self) -> None:
         """Drop what an abandoned stream left in work; a failure there concerns nobody."""
@@ -150,14 +164,14 @@ class DaliLoader:
 
     def _explain(self, error: RuntimeError) -> DataError:
         """DALI seldom names the file that stopped it: find it among the batches in work."""
-        for request in self._in_work:
+        for request, _ in self._in_work:
             if reasons := self._unreadable(request):
                 return unreadable_files(self._dataset, reasons)
         return DataError(f"DALI failed on a batch whose files load one by one: {_reason(error)}")
 
     def _unreadable(self, request: Request) -> dict[int, str]:
         """Run each sample alone with the same draws; the reason of each failure, by index."""
-        inputs = self._inputs(request)
+        inputs = self._inputs(request, self._draw(request))
         reasons = {}
         pipeline = self._build(1)
         for row, index in enumerate(request.indices):
@@ -168,6 +182,12 @@ class DaliLoader:
                 reasons[index] = _reason(error)
                 pipeline = self._build(1)
         return reasons
+
+
+class _InWork(NamedTuple):
+    request: Request
+    draws: TrainDraws | None
+    """None for validation images."""
 
 
 def _start(pipeline: Any, inputs: Mapping[str, Any]) -> None:

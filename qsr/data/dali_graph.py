@@ -11,18 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.auto_aug import augmentations
-from nvidia.dali.auto_aug.core import select
 from nvidia.dali.data_node import DataNode
 
 from qsr.data.resize import Resizer
-from qsr.data.transforms import (
-    CROP_ATTEMPTS,
-    RANDAUGMENT_FILL,
-    RANDAUGMENT_OPS,
-    EvalTransform,
-    TrainTransform,
-)
+from qsr.data.transforms import CROP_ATTEMPTS, EvalTransform, TrainTransform
 
 Decode = Literal["cpu", "gpu"]
 
@@ -30,9 +22,9 @@ Decode = Literal["cpu", "gpu"]
 @pipeline_def(enable_conditionals=True)
 def train_pipeline(transform: TrainTransform, resizer: Resizer | None, decode: Decode) -> Any:
     """Outputs images [3, size, size] and labels []; inputs are named as the fields of
-    `TrainDraws`, with `paths` and `labels`. What follows the
-    decoder happens on the GPU if there is no `resizer`, which otherwise must outlive the
-    pipeline."""
+    `TrainDraws` and of `RandAugmentDraws`, with `paths` and `labels`. What follows the decoder
+    happens on the GPU if there is no `resizer`, which otherwise must outlive the pipeline.
+    On a GPU, images that RandAugment is still to change leave as uint8 [size, size, 3]."""
     gpu = resizer is None
     encoded = read_files()
     box = crop_box(transform, encoded)
@@ -45,15 +37,17 @@ def train_pipeline(transform: TrainTransform, resizer: Resizer | None, decode: D
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # on the GPU too, as CPU decoders do
     )
+    flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
+    if transform.randaugment is not None and resizer is not None:
+        images = _with_python(resizer.augmented, images, flips, *_randaugment_draws())
+        return _normalise(images, transform), _labels(gpu)
     if resizer is None:
         images = _resize_on_gpu(images.gpu(), transform.size)
     else:
         images = _with_python(resizer.whole, images)
-    flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
-    if transform.randaugment_depth == 0:
-        return _normalise(images, transform, mirror=flips), _labels(gpu)
-    images = _randaugment(fn.flip(images, horizontal=flips), transform)
-    return _normalise(images, transform), _labels(gpu)
+    if transform.randaugment is not None:  # the caller goes on from here
+        return fn.flip(images, horizontal=flips), _labels(gpu)
+    return _normalise(images, transform, mirror=flips), _labels(gpu)
 
 
 @pipeline_def
@@ -91,11 +85,16 @@ def read_files() -> DataNode:
 
 
 def _labels(gpu: bool) -> DataNode:
-    return _to_device(fn.external_source(name="labels", dtype=types.INT64, ndim=0), gpu)
+    labels = fn.external_source(name="labels", dtype=types.INT64, ndim=0)
+    return labels.gpu() if gpu else labels
 
 
-def _to_device(data: DataNode, gpu: bool) -> DataNode:
-    return data.gpu() if gpu else data
+def _randaugment_draws() -> tuple[DataNode, ...]:
+    return (
+        fn.external_source(name="ops", dtype=types.INT32, ndim=1),
+        fn.external_source(name="values", dtype=types.FLOAT64, ndim=1),
+        fn.external_source(name="filters", dtype=types.INT32, ndim=1),
+    )
 
 
 def _resize_on_gpu(images: DataNode, side: int, **region: Any) -> Any:
@@ -137,119 +136,6 @@ def crop_box(transform: TrainTransform, encoded: DataNode) -> DataNode:
         left = math.floor((width - crop_width) / 2)
     box = fn.stack(top, left, crop_height, crop_width)
     return fn.cast(box, dtype=types.INT32)
-
-
-def _randaugment(images: DataNode, transform: TrainTransform) -> DataNode:
-    """The drawn operations, one after the other, on uint8 images."""
-    ops = fn.external_source(name="ops", dtype=types.INT32, ndim=1)
-    values = fn.external_source(name="values", dtype=types.FLOAT, ndim=1)
-    operations: Any = [_AUGMENTATIONS[name] for name in RANDAUGMENT_OPS]
-    for k in range(transform.randaugment_depth):
-        images = select(operations, ops[k], images, values[k])
-    return images
-
-
-# The operations; `value` is a number on the CPU, as in `TrainDraws.values`.
-
-
-def _identity(images: DataNode, value: DataNode) -> DataNode:
-    return images
-
-
-def _shear_x(images: DataNode, value: DataNode) -> DataNode:
-    return _warp(images, fn.transforms.shear(shear=fn.stack(value, 0.0)))
-
-
-def _shear_y(images: DataNode, value: DataNode) -> DataNode:
-    return _warp(images, fn.transforms.shear(shear=fn.stack(0.0, value)))
-
-
-def _translate_x(images: DataNode, value: DataNode) -> DataNode:
-    return _warp(images, fn.transforms.translation(offset=fn.stack(value, 0.0)))
-
-
-def _translate_y(images: DataNode, value: DataNode) -> DataNode:
-    return _warp(images, fn.transforms.translation(offset=fn.stack(0.0, value)))
-
-
-def _warp(images: DataNode, matrix: DataNode) -> DataNode:
-    return fn.warp_affine(
-        images,
-        matrix=matrix,
-        inverse_map=False,
-        fill_value=RANDAUGMENT_FILL,
-        interp_type=types.INTERP_NN,  # linear takes three times as long on a CPU
-    )
-
-
-def _rotate(images: DataNode, value: DataNode) -> DataNode:
-    return fn.rotate(
-        images,
-        angle=value,
-        keep_size=True,
-        fill_value=RANDAUGMENT_FILL,
-        interp_type=types.INTERP_NN,
-    )
-
-
-def _brightness(images: DataNode, value: DataNode) -> DataNode:
-    return fn.brightness(images, brightness=value)
-
-
-def _contrast(images: DataNode, value: DataNode) -> DataNode:
-    if images.device == "gpu":  # where the centre lies on the GPU, and cannot be an argument
-        return augmentations.contrast.op(images, value.gpu())
-    weights = types.Constant(np.array([0.299, 0.587, 0.114], dtype=np.float32))
-    grey = fn.reductions.sum(fn.reductions.mean(images, axis_names="HW") * weights)
-    return fn.contrast(images, contrast=value, contrast_center=grey)
-
-
-def _color(images: DataNode, value: DataNode) -> DataNode:
-    return fn.saturation(images, saturation=value)
-
-
-def _sharpness(images: DataNode, value: DataNode) -> DataNode:
-    # Pillow's blur: away from it by `value`, towards it below 1.
-    blur = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
-    centre = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=np.float32)
-    kernel = types.Constant(blur) + value * types.Constant(centre - blur)
-    return fn.filter(images, _to_device(kernel, images.device == "gpu"))
-
-
-def _posterize(images: DataNode, value: DataNode) -> DataNode:
-    mask = fn.cast(256 - math.pow(2, 8 - value), dtype=types.UINT8)
-    return images & _to_device(mask, images.device == "gpu")
-
-
-def _solarize(images: DataNode, value: DataNode) -> DataNode:
-    threshold = _to_device(value, images.device == "gpu")
-    return images ^ ((images >= threshold) * types.Constant(255, dtype=types.UINT8))
-
-
-def _equalize(images: DataNode, value: DataNode) -> DataNode:
-    return fn.equalize(images)
-
-
-def _autocontrast(images: DataNode, value: DataNode) -> DataNode:
-    return augmentations.auto_contrast.op(images, None)
-
-
-_AUGMENTATIONS = {
-    "identity": _identity,
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
-    "rotate": _rotate,
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "color": _color,
-    "sharpness": _sharpness,
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "equalize": _equalize,
-    "autocontrast": _autocontrast,
-}
 
 
 def _normalise(

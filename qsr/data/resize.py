@@ -1,4 +1,5 @@
-"""Resizing on the CPU, inside a DALI pipeline: torch's kernel takes a fraction of DALI's time."""
+"""What a DALI pipeline leaves to others on the CPU: torch resizes, in a fraction of DALI's time,
+and Pillow carries out RandAugment, whose operations are defined by it."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional
+
+from qsr.data.randaugment import Fill, RandAugmentDraws
+from qsr.data.randaugment_pillow import augment_image
 
 Pixels = NDArray[np.uint8]
 """[h, w, 3]."""
@@ -16,10 +21,12 @@ Pixels = NDArray[np.uint8]
 
 class Resizer:
     """Resizes batches of images with antialiased linear filtering, as Pillow does (to within one
-    level), and cuts out squares of `side` pixels. `threads` work on a batch."""
+    level), and cuts out squares of `side` pixels. `threads` work on a batch. `fill` is what
+    RandAugment moves in from outside."""
 
-    def __init__(self, side: int, threads: int) -> None:
+    def __init__(self, side: int, threads: int, fill: Fill = (0, 0, 0)) -> None:
         self._side = side
+        self._fill = fill
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
         # all threads start now: if one of DALI's started them, Python would list that one for ever
@@ -33,6 +40,21 @@ class Resizer:
     def whole(self, images: Sequence[Pixels]) -> list[Pixels]:
         """Each image as a square."""
         return self._each(lambda image: _resize(image, (self._side, self._side)), images)
+
+    def augmented(
+        self, images: Sequence[Pixels], flips: Sequence[Any], *draws: Sequence[Any]
+    ) -> list[Pixels]:
+        """Each image as a square, mirrored where `flips` says so, and changed as `draws` say: the
+        fields of `RandAugmentDraws`, each a row for an image."""
+
+        def augment(image: Pixels, flip: Any, *row: Any) -> Pixels:
+            square = _resize(image, (self._side, self._side))
+            if flip:
+                square = square[:, ::-1]
+            one = RandAugmentDraws(*(field[None] for field in row))
+            return np.asarray(augment_image(Image.fromarray(square), one, 0, self._fill))
+
+        return self._each(augment, images, flips, *draws)
 
     def cut(
         self, images: Sequence[Pixels], sizes: Sequence[Any], corners: Sequence[Any]

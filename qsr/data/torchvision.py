@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import atan, degrees
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +14,8 @@ from torchvision.transforms.v2 import functional
 
 from qsr.data.batch import Batch, Request, check_request
 from qsr.data.datasets import ImageFolder, unreadable_files
-from qsr.data.transforms import (
-    RANDAUGMENT_FILL,
-    RANDAUGMENT_OPS,
-    EvalTransform,
-    TrainDraws,
-    TrainTransform,
-    crop_box,
-    draw,
-)
+from qsr.data.randaugment_pillow import augment_image
+from qsr.data.transforms import EvalTransform, TrainDraws, TrainTransform, crop_box, draw
 
 
 class TorchvisionLoader:
@@ -54,8 +46,7 @@ class TorchvisionLoader:
         self._device = device
         self._prefetch = prefetch
         self._labels = torch.tensor(dataset.labels)
-        self._mean = 255 * torch.tensor(transform.mean, device=device).view(3, 1, 1)
-        self._std = 255 * torch.tensor(transform.std, device=device).view(3, 1, 1)
+        self._normalise = Normalisation(transform, device)
         self._executor = ThreadPoolExecutor(max(1, threads), thread_name_prefix="decode")
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
@@ -114,9 +105,27 @@ class TorchvisionLoader:
         if reasons:
             raise unreadable_files(self._dataset, reasons)
         pixels = batch.pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         labels = self._labels[list(batch.request.indices)]
-        return Batch(images.sub_(self._mean).div_(self._std), labels.to(self._device))
+        return Batch(self._normalise(pixels), labels.to(self._device))
+
+
+class Normalisation:
+    """uint8 [..., 3, h, w] -> float32 of the same shape, contiguous."""
+
+    def __init__(self, transform: TrainTransform | EvalTransform, device: torch.device) -> None:
+        self._mean = 255 * torch.tensor(transform.mean, device=device).view(3, 1, 1)
+        self._std = 255 * torch.tensor(transform.std, device=device).view(3, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        images = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return images.sub_(self._mean).div_(self._std)
+
+
+def validation_input(image: Image.Image, transform: EvalTransform) -> Tensor:
+    """One image of any mode and size as validation sees it: float32 [3, size, size]."""
+    pixels = np.array(_transform_eval(image.convert("RGB"), transform))
+    normalise = Normalisation(transform, torch.device("cpu"))
+    return normalise(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 class _BatchInWork(NamedTuple):
@@ -157,63 +166,8 @@ def _transform_train(
     )
     if draws.flips[row]:
         image = functional.horizontal_flip(image)
-    for op, value in zip(draws.ops[row], draws.values[row], strict=True):
-        image = _augment(image, RANDAUGMENT_OPS[op], float(value))
+    if draws.randaugment is not None:
+        assert transform.randaugment is not None
+        fill = transform.randaugment.fill(transform.mean)
+        image = augment_image(image, draws.randaugment, row, fill)
     return image
-
-
-def _augment(image: Image.Image, name: str, value: float) -> Image.Image:
-    """One RandAugment operation; `value` as in `TrainDraws.values`."""
-    match name:
-        case "shear_x":
-            image = _warp(image, shear=[degrees(atan(-value)), 0.0], center=[0.0, 0.0])
-        case "shear_y":
-            image = _warp(image, shear=[0.0, degrees(atan(-value))], center=[0.0, 0.0])
-        case "translate_x":
-            image = _warp(image, translate=[value, 0.0])
-        case "translate_y":
-            image = _warp(image, translate=[0.0, value])
-        case "rotate":
-            image = _warp(image, angle=-value)
-        case "brightness":
-            image = functional.adjust_brightness(image, value)
-        case "contrast":
-            image = functional.adjust_contrast(image, value)
-        case "color":
-            image = functional.adjust_saturation(image, value)
-        case "sharpness":
-            image = functional.adjust_sharpness(image, value)
-        case "posterize":
-            image = functional.posterize(image, int(value))
-        case "solarize":
-            image = functional.solarize(image, value)
-        case "equalize":
-            image = functional.equalize(image)
-        case "autocontrast":
-            image = functional.autocontrast(image)
-        case "identity":
-            pass
-        case _:
-            raise ValueError(f"no RandAugment operation {name}")
-    return image
-
-
-def _warp(
-    image: Image.Image,
-    *,
-    angle: float = 0.0,
-    translate: list[float] | None = None,
-    shear: list[float] | None = None,
-    center: list[float] | None = None,
-) -> Image.Image:
-    warped: Image.Image = functional.affine(
-        image,
-        angle=angle,
-        translate=translate or [0.0, 0.0],
-        scale=1.0,
-        shear=shear or [0.0, 0.0],
-        interpolation=InterpolationMode.NEAREST,
-        fill=[RANDAUGMENT_FILL] * 3,
-        center=center,
-    )
-    return warped

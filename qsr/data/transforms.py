@@ -11,32 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qsr.data.randaugment import RandAugment, RandAugmentDraws
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_ATTEMPTS = 10
 """Random windows tried per sample before the central one is taken, as torchvision does."""
-
-RANDAUGMENT_OPS = (
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "contrast",
-    "color",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "equalize",
-    "autocontrast",
-)
-"""RandAugment's operations; `TrainDraws.ops` holds positions in this tuple."""
-
-RANDAUGMENT_FILL = 128
-"""Grey value that shear, translate and rotate move in from outside the image."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +26,7 @@ class TrainTransform:
 
     The crop is torchvision's `RandomResizedCrop`, resized with antialiased linear filtering.
 
-    RandAugment applies `randaugment_depth` operations, drawn uniformly with replacement from
-    `RANDAUGMENT_OPS`, to the flipped crop as uint8. `randaugment_strength` is a fraction of
-    each operation's full range, *not* the "m" of a library, whose meaning differs threefold
-    between libraries. Full range, with a random sign where "+-" stands: rotate +-30 degrees,
-    shear +-0.3, translate +-1/3 of the size, brightness, contrast, color and sharpness 1 +- 0.9,
-    posterize to 4 bits, solarize from threshold 0. Warps take the nearest pixel.
+    RandAugment, if there is one, changes the flipped crop as uint8.
     """
 
     size: int
@@ -62,13 +38,7 @@ class TrainTransform:
     max_aspect: float = 4 / 3
     """Range of the crop's width / height."""
     flip_probability: float = 0.5
-    randaugment_depth: int = 0
-    """Operations per sample; 0 is no RandAugment."""
-    randaugment_strength: float = 0.0
-    """Fraction of the full range, 0 to 1."""
-    randaugment_uniform: bool = False
-    """Draw each magnitude uniformly from 0 to the strength (Composer) instead of fixing it there
-    (the RandAugment paper, timm, torchvision, DALI)."""
+    randaugment: RandAugment | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     """Per channel, of pixels on the scale 0 to 1."""
@@ -89,16 +59,6 @@ class TrainTransform:
             0 <= self.flip_probability <= 1,
             "flip_probability must be in [0, 1]",
             self.flip_probability,
-        )
-        _require(
-            self.randaugment_depth >= 0,
-            "randaugment_depth must not be negative",
-            self.randaugment_depth,
-        )
-        _require(
-            0 <= self.randaugment_strength <= 1,
-            "randaugment_strength is a fraction of the range, in [0, 1]",
-            self.randaugment_strength,
         )
 
 
@@ -136,12 +96,8 @@ class TrainDraws(NamedTuple):
     left position among the possible ones, in [0, 1)."""
     flips: NDArray[np.int32]
     """[b], 1 where the sample is mirrored."""
-    ops: NDArray[np.int32]
-    """[b, depth], positions in RANDAUGMENT_OPS."""
-    values: NDArray[np.float32]
-    """[b, depth], what the operation is told: degrees for rotate, slope for shear, pixels for
-    translate, a factor for brightness, contrast, color and sharpness, bits kept for posterize,
-    a threshold for solarize, 0 for the others."""
+    randaugment: RandAugmentDraws | None
+    """What RandAugment does, if there is one."""
 
 
 def _require(condition: bool, message: str, value: object) -> None:
@@ -163,12 +119,10 @@ def draw(transform: TrainTransform, seed: int, batch: int) -> TrainDraws:
     sides = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=-1)
     flips = random.random(batch) < transform.flip_probability
     windows = np.concatenate([sides, position], axis=-1)
-    choices = (batch, transform.randaugment_depth)
-    ops = random.integers(len(RANDAUGMENT_OPS), size=choices, dtype=np.int32)
-    signs = random.choice([-1.0, 1.0], choices)
-    fractions = random.random(choices) if transform.randaugment_uniform else np.ones(choices)
-    values = _randaugment_values(transform, ops, fractions, signs)
-    return TrainDraws(windows, flips.astype(np.int32), ops, values)
+    randaugment = None
+    if transform.randaugment is not None:
+        randaugment = transform.randaugment.draw(random, batch, transform.size)
+    return TrainDraws(windows, flips.astype(np.int32), randaugment)
 
 
 def crop_box(
@@ -192,36 +146,3 @@ def crop_box(
     top = int(windows[first, 2] * (height - crop_height + 1))
     left = int(windows[first, 3] * (width - crop_width + 1))
     return top, left, crop_height, crop_width
-
-
-def _randaugment_values(
-    transform: TrainTransform,
-    ops: NDArray[np.int32],
-    fractions: NDArray[np.float64],
-    signs: NDArray[np.float64],
-) -> NDArray[np.float32]:
-    """`TrainDraws.values`, from each magnitude's fraction of the strength and its sign."""
-    magnitude = transform.randaugment_strength * fractions
-    signed = magnitude * signs
-    shear = 0.3 * signed
-    # Whole pixels: half a pixel would fall to either side, depending on the library.
-    translate = np.round(transform.size / 3 * signed)
-    factor = 1 + 0.9 * signed
-    values_by_name = {
-        "shear_x": shear,
-        "shear_y": shear,
-        "translate_x": translate,
-        "translate_y": translate,
-        "rotate": 30 * signed,
-        "brightness": factor,
-        "contrast": factor,
-        "color": factor,
-        "sharpness": factor,
-        "posterize": 8 - np.round(4 * magnitude),
-        "solarize": 256 * (1 - magnitude),
-    }
-    values = np.zeros(ops.shape, dtype=np.float32)
-    for op, name in enumerate(RANDAUGMENT_OPS):
-        if name in values_by_name:
-            values = np.where(ops == op, values_by_name[name], values)
-    return values.astype(np.float32)

@@ -24,6 +24,8 @@ from qsr.config.load import (
 from qsr.config.planning import make_plan
 
 DEMO = "experiment=demo/quadratic"
+AUGMENT = "data.augmentation.randaugment"
+VIT = "experiment=vit_b16_b4096/quadratic_h4"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ DEMO = "experiment=demo/quadratic"
         ([DEMO, "global_batch=2048"], "global_batch 2048 exceeds the 1442 samples"),
         ([DEMO, "schedule.warmup_epochs=15"], "warmup_steps must be"),
         ([DEMO, "schedule.warmup_steps=5"], "not both"),
-        ([DEMO, "schedule.final_lr=1"], "final_lr must lie in [0, peak_lr"),
+        ([DEMO, "schedule.final_lr=1"], "schedule.final_lr=1 exceeds schedule.peak_lr=0.2"),
         ([DEMO, "schedule.stop_epoch=1"], "stop_step must lie between"),
         ([DEMO, "stop_after_steps=1000"], "stop_after_steps=1000 exceeds the run's 330 steps"),
         ([DEMO, "sync=swap", "sync.switch_epoch=99"], "not a setting of sync.rule=swap"),
@@ -95,6 +97,23 @@ DEMO = "experiment=demo/quadratic"
         ([DEMO, "data.decode=gpu", "cluster.device=cpu"], "data.decode=gpu goes with a GPU"),
         ([DEMO, "data.decode=gpu", "data.loader=torchvision"], "goes with DALI"),
         ([DEMO, "data.mean=[.nan,0,0]"], "data.mean"),
+        ([DEMO, f"{AUGMENT}=compser"], "data.augmentation.randaugment='compser': input should be "
+         "'none', 'composer', 'torchvision' or 'timm'"),
+        ([DEMO, f"{AUGMENT}=composer"], "data.augmentation.randaugment=composer needs "
+         "data.augmentation.randaugment_depth (usually 2) and randaugment_severity (0 to 10)"),
+        ([VIT, f"{AUGMENT}=none"], "randaugment=none: then randaugment_depth and "
+         "randaugment_severity must be null; or choose composer"),
+        ([VIT, f"{AUGMENT}_severity=11"], "severity=11: composer's lies between 0 and 10"),
+        ([VIT, f"{AUGMENT}_severity=-1"], "randaugment_severity=-1: input should"),
+        ([VIT, f"{AUGMENT}_depth=0"], "randaugment_depth=0: input should be"),
+        ([VIT, f"{AUGMENT}=timm", f"{AUGMENT}_severity=15"], "severity=15: timm's lies between 0 "
+         "and 10"),
+        ([VIT, f"{AUGMENT}=torchvision", f"{AUGMENT}_severity=31"], "torchvision's lies between 0 "
+         "and 30"),
+        ([VIT, f"{AUGMENT}=torchvision", f"{AUGMENT}_severity=9.5"], "9.5: torchvision's lies "
+         "between 0 and 30, and is a whole number"),
+        ([VIT, f"{AUGMENT}_strength=1"], "randaugment_strength is not a setting"),
+        ([VIT, "fp16_overflow=retry"], "fp16_overflow='retry': input should be 'repeat' or 'skip'"),
         ([DEMO, "optimizer.nesterov=true", "optimizer.momentum=0"], "nesterov=true needs"),
         ([DEMO, "optimizer=adamw", "optimizer.beta1=1.0"], "optimizer.beta1=1.0"),
         ([DEMO, "cluster.timeout_seconds=1e300"], "cluster.timeout_seconds"),

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from qsr.data import EvalTransform, ImageFolder, Loader, Request, TrainTransform
+from qsr.data.randaugment import RandAugment
 
 Photos = tuple[ImageFolder, ImageFolder]
 Load = Callable[..., Loader]
 
-TRAIN = TrainTransform(32, randaugment_depth=2, randaugment_strength=0.5)
+TRAIN = TrainTransform(32, randaugment=RandAugment("composer", depth=2, severity=10))
 REQUESTS = [
     Request([3, 1, 2], 10),
     Request(range(16), 11),

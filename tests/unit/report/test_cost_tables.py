@@ -70,7 +70,7 @@ def test_each_constant_is_listed_once_with_its_source() -> None:
         ("paper_8x8", "`latency_seconds`"),
         ("paper_8x8", "`vit_b16@224/fp16`"),
     ]
-    assert rows[0][2:] == ["18.588", "fitted to the abstract's 26.7 h and 20.2 h of ViT-B"]
+    assert rows[0][2:] == ["18.5807", "fitted to the abstract's 26.7 h and 20.2 h of ViT-B"]
     assert rows[2][3].startswith("unverified: from 20.7 h")
 
 

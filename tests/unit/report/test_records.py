@@ -107,6 +107,53 @@ def test_a_record_outlives_changes_of_execution_settings(
     assert read_run(record).config == replace(read_run(second).config, seed=1)
 
 
+FIRST_VERSION = {
+    "randaugment_depth": 0,
+    "randaugment_strength": 0.0,
+    "randaugment_uniform": False,
+}
+"""The settings of RandAugment in the first version, which had no `fp16_overflow` either."""
+
+
+def as_first_version(record: Path, model: str, depth: int) -> None:
+    config = yaml.safe_load((record / "config.yaml").read_text())
+    del config["fp16_overflow"]
+    config["model"]["name"] = model
+    augmentation = config["data"]["augmentation"]
+    for name in ("randaugment", "randaugment_depth", "randaugment_severity"):
+        del augmentation[name]
+    augmentation |= FIRST_VERSION | {"randaugment_depth": depth}
+    (record / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_a_record_of_the_first_version_is_read_where_it_trained_the_same(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    record = write_run("experiment=demo/quadratic")
+    before = read_run(record).config
+    as_first_version(record, "small_resnet", depth=0)
+    assert read_run(record).config == replace(before, fp16_overflow="skip")
+
+
+@pytest.mark.parametrize(
+    ("model", "depth", "message"),
+    [
+        ("vit_b16", 0, "vit_b16 and small_vit were other networks than the paper's"),
+        ("small_vit", 2, "vit_b16 and small_vit were other networks than the paper's"),
+        ("resnet152", 2, "RandAugment was weaker than the paper's"),
+    ],
+)
+def test_a_record_of_the_first_version_is_refused_where_it_trained_something_else(
+    write_run: WriteRun, model: str, depth: int, message: str
+) -> None:
+    record = write_run("experiment=demo/quadratic")
+    as_first_version(record, model, depth)
+    with pytest.raises(ReportError) as raised:
+        read_run(record)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_record_that_this_version_cannot_read_is_named(
     write_run: WriteRun, tmp_path: Path
 ) -> None:

@@ -1,0 +1,231 @@
+"""RandAugment: which operations an image gets, and how strong, as three libraries draw them.
+
+The paper uses composer's. The others are here because other papers use them, and because their
+"severity 9" are three different things. All draws are numpy's, from the caller's generator;
+`randaugment_pillow` and `randaugment_torch` carry them out.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+OPS = (
+    "identity",
+    "autocontrast",
+    "equalize",
+    "invert",
+    "posterize",
+    "rotate",
+    "solarize",
+    "solarize_add",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "color",
+    "contrast",
+    "brightness",
+    "sharpness",
+)
+"""All operations; `RandAugmentDraws.ops` holds positions in this tuple."""
+
+GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+"""The operations that move pixels, and so have a filter and leave corners to fill."""
+
+ENHANCE = ("color", "contrast", "brightness", "sharpness")
+"""The operations whose value is a factor: 0 takes the property away, 1 changes nothing."""
+
+COMPOSER_OPS = (
+    "autocontrast",
+    "equalize",
+    "posterize",
+    "rotate",
+    "solarize",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "color",
+    "contrast",
+    "brightness",
+    "sharpness",
+)
+"""composer 0.15.1's augmentation set "all". All operations are equally likely; there is no
+identity."""
+
+TORCHVISION_OPS = ("identity", *COMPOSER_OPS)
+
+TIMM_OPS = ("invert", "solarize_add", *COMPOSER_OPS)
+"""timm's increasing set. Each operation is left out half of the time."""
+
+NEAREST, BILINEAR, BICUBIC = 0, 2, 3
+"""Filters of the geometric operations, under Pillow's numbers."""
+
+Fill = tuple[int, int, int]
+"""Colour that geometric operations move in from outside the image."""
+
+
+class RandAugmentDraws(NamedTuple):
+    """What happens to each image of a batch, in order. All fields are [b, depth]."""
+
+    ops: NDArray[np.int32]
+    """Positions in `OPS`."""
+    values: NDArray[np.float64]
+    """What the operation is told: degrees (rotate), input columns per row or rows per column
+    (shear), pixels (translate), a factor (color, contrast, brightness, sharpness), bits kept
+    (posterize), a threshold (solarize), what is added below 128 (solarize_add); else 0."""
+    filters: NDArray[np.int32]
+    """NEAREST, BILINEAR or BICUBIC, for geometric operations."""
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """`depth` operations per image, in one library's way. `severity` is in that library's unit, and
+    within its range.
+
+    composer: version 0.15.1, severity 0 to 10 (the paper: depth 2, severity 10). Each strength is
+        drawn uniformly from 0.1 to `severity`. Bilinear, black corners.
+    torchvision: `transforms.v2.RandAugment(depth, severity)`, severity 0 to 30, a whole number.
+        Nearest pixel, black corners.
+    timm: "rand-m{severity}-n{depth}-mstd0.5-inc1", severity 0 to 10. Bilinear or bicubic by a coin,
+        corners in the colour of the data set's mean.
+    """
+
+    kind: Literal["composer", "torchvision", "timm"]
+    depth: int
+    severity: float
+
+    def fill(self, mean: tuple[float, float, float]) -> Fill:
+        """Colour of the corners; `mean` is the data set's, on the scale 0 to 1."""
+        if self.kind != "timm":
+            return (0, 0, 0)
+        red, green, blue = (min(255, round(255 * value)) for value in mean)
+        return (red, green, blue)
+
+    def draw(self, random: np.random.Generator, batch: int, size: int) -> RandAugmentDraws:
+        """Draw for `batch` square images of `size` pixels."""
+        shape = (batch, self.depth)
+        names = {"composer": COMPOSER_OPS, "torchvision": TORCHVISION_OPS, "timm": TIMM_OPS}
+        table = np.array([OPS.index(name) for name in names[self.kind]], dtype=np.int32)
+        ops = table[random.integers(len(table), size=shape)]
+        sign = random.choice([-1.0, 1.0], shape)
+        match self.kind:
+            case "composer":
+                uniform = random.random(shape)
+                values = _composer_values(uniform, sign, self.severity, size)
+                filters = np.full(shape, BILINEAR, np.int32)
+            case "torchvision":
+                values = _torchvision_values(sign, int(self.severity), size)
+                filters = np.full(shape, NEAREST, np.int32)
+            case "timm":
+                level = np.clip(random.normal(self.severity, 0.5, shape), 0, 10)
+                values = _timm_values(level, sign, size)
+                filters = random.choice(np.array([BILINEAR, BICUBIC], np.int32), shape)
+                ops = np.where(random.random(shape) > 0.5, OPS.index("identity"), ops)
+        return RandAugmentDraws(ops.astype(np.int32), _pick(ops, values), filters)
+
+
+_Values = dict[str, NDArray[np.float64]]
+"""By operation, [b, depth]: what it is told if it was drawn there."""
+
+
+def _composer_values(
+    uniform: NDArray[np.float64], sign: NDArray[np.float64], severity: float, size: int
+) -> _Values:
+    """composer.algorithms.utils.augmentation_primitives: strength u ~ U(0.1, severity), whole
+    numbers by cutting off. Factors go up to `severity` and down to 1 - 0.09 severity by a coin."""
+    u = 0.1 + (severity - 0.1) * uniform
+    factor = np.where(sign > 0, 1 + (severity - 1) * uniform, 1 - 0.09 * severity * (1 - uniform))
+    translate = sign * np.trunc(u * (size / 3) / 10)
+    return {
+        "posterize": 4 - np.trunc(u * 4 / 10),
+        "rotate": sign * np.trunc(u * 30 / 10),
+        "solarize": 256 - np.trunc(u * 256 / 10),
+        "shear_x": sign * u * 0.3 / 10,
+        "shear_y": sign * u * 0.3 / 10,
+        "translate_x": translate,
+        "translate_y": translate,
+        "color": factor,
+        "contrast": factor,
+        "brightness": np.where(factor > 1, 0.75 * factor, factor),
+        "sharpness": factor,
+    }
+
+
+def _torchvision_values(sign: NDArray[np.float64], severity: int, size: int) -> _Values:
+    """torchvision.transforms.v2.RandAugment with its 31 magnitudes, of single precision."""
+
+    def signed(highest: float) -> NDArray[np.float64]:
+        return sign * float(torch.linspace(0.0, highest, 31)[severity])
+
+    factor = 1 + signed(0.9)
+    translate = np.trunc(signed(150 / 331 * size))
+    return {
+        "posterize": np.full(sign.shape, 8 - np.round(4 * severity / 30)),
+        "rotate": signed(30.0),
+        "solarize": np.full(sign.shape, 255 * float(torch.linspace(1.0, 0.0, 31)[severity])),
+        "shear_x": signed(0.3),
+        "shear_y": signed(0.3),
+        "translate_x": translate,
+        "translate_y": translate,
+        "color": factor,
+        "contrast": factor,
+        "brightness": factor,
+        "sharpness": factor,
+    }
+
+
+def _timm_values(level: NDArray[np.float64], sign: NDArray[np.float64], size: int) -> _Values:
+    """timm.data.auto_augment, the "increasing" operations; `level` is 0 to 10."""
+    factor = np.maximum(0.1, 1 + sign * 0.9 * level / 10)
+    translate = sign * 0.45 * level / 10 * size
+    return {
+        "posterize": 4 - np.trunc(level / 10 * 4),
+        "rotate": sign * 30 * level / 10,
+        "solarize": 256 - np.trunc(level / 10 * 256),
+        "solarize_add": np.trunc(level / 10 * 110),
+        "shear_x": sign * 0.3 * level / 10,
+        "shear_y": sign * 0.3 * level / 10,
+        "translate_x": translate,
+        "translate_y": translate,
+        "color": factor,
+        "contrast": factor,
+        "brightness": factor,
+        "sharpness": factor,
+    }
+
+
+def _pick(ops: NDArray[np.int32], by_name: _Values) -> NDArray[np.float64]:
+    """The value of each drawn operation."""
+    values = np.zeros(ops.shape)
+    for name, of_name in by_name.items():
+        values = np.where(ops == OPS.index(name), of_name, values)
+    return values
+
+
+def affine_coefficients(name: str, values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """[n, 6]: (a, b, c, d, e, f) of `Image.transform(..., AFFINE, ...)`: the output pixel (x, y) is
+    taken from (a x + b y + c, d x + e y + f). Rotations are about the centre."""
+    one, zero = np.ones_like(values), np.zeros_like(values)
+    rows: list[NDArray[Any]]
+    match name:
+        case "shear_x":
+            rows = [one, values, zero, zero, one, zero]
+        case "shear_y":
+            rows = [one, zero, zero, values, one, zero]
+        case "translate_x":
+            rows = [one, zero, values, zero, one, zero]
+        case "translate_y":
+            rows = [one, zero, zero, zero, one, values]
+        case "rotate":
+            angle = -np.deg2rad(values)
+            cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
+            centre = size / 2
+            c, f = centre * (1 - cos - sin), centre * (1 + sin - cos)
+            rows = [cos, sin, c, -sin, cos, f]
+        case _:
+            raise ValueError(f"{name} moves no pixels")
+    return np.stack(rows, axis=-1)
