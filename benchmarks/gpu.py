@@ -5,7 +5,8 @@
 
 ViT-B/16 and ResNet-152 at 224 pixels, in bf16 and fp16, with and without torch.compile: steps of
 1,024 images in micro-batches of 64, by qsr's workers (1, 4 and 16 on the one GPU; at a round's end
-they would be averaged, which is measured apart) and by the loop of timm's train.py with gradient
+they would be averaged, which is measured apart; in fp16 also while the loss scale is being looked
+for, when the host waits in every step) and by the loop of timm's train.py with gradient
 accumulation, in turn. Beside them what bounds them: large matrix products, qsr's loading of JPEGs,
 and, for the average of several workers on the GPU, a copy of as many bytes. Of each step: images a
 second, the share of the matrix products' speed, the memory, and whether the host ever waits.
@@ -52,13 +53,14 @@ from qsr.averaging import FINGERPRINT_SIZE, mean_
 from qsr.config.schema import AdamWConfig, LossConfig, ModelConfig, OptimizerConfig, SgdConfig
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, ImageFolder, Loader, Request, TrainTransform, make_loader
+from qsr.data.randaugment import RandAugment
 from qsr.distributed import Communicator, Topology
 from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
 from qsr.models import build_model
 from qsr.monitor import Monitor
 from qsr.optim import build_optimizer
-from qsr.precision import Precision
+from qsr.precision import SETTLED_STEPS, Precision
 from qsr.step import Stepper
 from qsr.worker import Worker
 
@@ -75,7 +77,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Network:
-    """A network of qsr and how timm calls the same one."""
+    """A network of qsr and timm's nearest: the same ResNet-152; a ViT-B/16 with the same matrix
+    products, but for biases in attention."""
 
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -93,10 +96,14 @@ class Variant:
     """With cudnn.benchmark, which timm's train.py switches on. qsr does not: it picks algorithms by
     their time, so that a resumed run might differ from the uninterrupted one."""
 
+    searching: bool = False
+    """In fp16: while the loss scale is being looked for, so that the host waits in every step."""
+
     @property
     def name(self) -> str:
         plural = "s" if self.workers > 1 else ""
-        return f"qsr, {self.workers} worker{plural}" + ", cudnn.benchmark" * self.tuned
+        name = f"qsr, {self.workers} worker{plural}" + ", cudnn.benchmark" * self.tuned
+        return name + ", scale searched" * self.searching
 
 
 @dataclass(frozen=True)
@@ -134,8 +141,8 @@ SMALL_VIT = ModelConfig("small_vit", None, channels_last=False)
 SMALL_RESNET = ModelConfig("small_resnet", None, channels_last=True)
 ADAMW = AdamWConfig("adamw", 0.9, 0.999, 1e-8, 0.05, None)
 SGD = SgdConfig("sgd", 0.9, nesterov=False, weight_decay=1e-4, clip_norm=None)
-WORKERS = (Variant(1), Variant(4), Variant(16))
-# without class token, and the average of all tokens before the head
+WORKERS = (Variant(1), Variant(1, searching=True), Variant(4), Variant(16))
+# without class token, with the mean of all tokens before the head
 SIMPLE = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 NETWORKS = (
     Network(VIT, ADAMW, WORKERS, "vit_base_patch16_224", SIMPLE),
@@ -351,7 +358,9 @@ def qsr_step(
     network: Network, precision: Half, compiled: bool, variant: Variant, size: Size
 ) -> Callable[[], None]:
     """A local step of all workers, as the trainer takes it."""
-    workers = [new_worker(network, precision, compiled, i, size) for i in range(variant.workers)]
+    workers = [
+        new_worker(network, precision, compiled, variant, i, size) for i in range(variant.workers)
+    ]
     stepper = new_stepper(precision, variant.workers, size)
     images, labels = batch(size)
     each = size.micro_batches // variant.workers
@@ -362,20 +371,25 @@ def qsr_step(
         tune_convolutions(variant.tuned)
         number = next(numbers)
         for worker in workers:
-            stepper.forward_backward(worker, local, number, data_parallel=False)
+            stepper.find_gradients([worker], [local], number, data_parallel=False)
         for worker in workers:
             stepper.update(worker, LR)
 
     return step
 
 
-def new_worker(network: Network, precision: Half, compiled: bool, index: int, size: Size) -> Worker:
+def new_worker(
+    network: Network, precision: Half, compiled: bool, variant: Variant, index: int, size: Size
+) -> Worker:
     model = build_model(network.model, size.classes, size.pixels).to(size.device)
     flat = FlatModule(model, FINGERPRINT_SIZE)
     optimizer = build_optimizer(network.optimizer, model.parameters(), fused=True)
     if compiled:
         model.compile(backend=size.backend)  # in place: the names of the parameters stay
-    return Worker(index, flat, optimizer, Precision(precision, size.device).scaler())
+    scaler = Precision(precision, size.device).scaler()
+    if scaler.is_enabled() and not variant.searching:
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 256.0, "held_steps": SETTLED_STEPS})
+    return Worker(index, flat, optimizer, scaler)
 
 
 def new_stepper(precision: Half, workers: int, size: Size) -> Stepper:
@@ -414,7 +428,9 @@ def measure_steps(
     """timm's and qsr's in turn; `ceiling` in FLOP/s."""
     torch._dynamo.reset()
     builders = {TIMM: partial(timm_step, network, precision, compiled, size)} | {
-        v.name: partial(qsr_step, network, precision, compiled, v, size) for v in network.variants
+        v.name: partial(qsr_step, network, precision, compiled, v, size)
+        for v in network.variants
+        if precision == "fp16" or not v.searching
     }
     found: Found = {}
     ready = tried({name: partial(warm, build, size) for name, build in builders.items()}, found)
@@ -459,10 +475,7 @@ def measure_loading(size: Size) -> Found:
     transforms = {
         "crop, flip": TrainTransform(size.pixels),
         "crop, flip, RandAugment": TrainTransform(
-            size.pixels,
-            randaugment_depth=2,
-            randaugment_strength=1.0,
-            randaugment_uniform=True,
+            size.pixels, randaugment=RandAugment("composer", depth=2, severity=10)
         ),
     }
     loaders: list[Loader] = []

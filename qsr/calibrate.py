@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -127,7 +128,10 @@ class _Steps:
         sampler, plan = make_sampler(config, train_images), make_plan(config, train_images)
         self._config = config
         self._communicator = communicator
-        self._workers = make_workers(config, num_classes, communicator)
+        # as when the loss scale is settled, which it is in most steps of a run
+        self._workers = make_workers(
+            replace(config, fp16_overflow="skip"), num_classes, communicator
+        )
         self._gradients: GradientAverager | None = None
         self._batch = _synthetic_batch(config, num_classes, communicator.device)
         self._monitor = Monitor(plan, sampler, communicator, precision, "")
@@ -164,10 +168,10 @@ class _Steps:
         averages = self._gradients is not None
         for _ in range(steps):
             self._agreement.begin(self._mark)
-            for worker in self._workers:
-                self._stepper.forward_backward(worker, self._batch, 0, data_parallel=averages)
-            if self._gradients is not None:
-                self._gradients.finish()
+            groups = [self._workers] if averages else [[worker] for worker in self._workers]
+            for group in groups:
+                batches = [self._batch] * len(group)
+                self._stepper.find_gradients(group, batches, 0, data_parallel=averages)
             for worker in self._workers:
                 self._stepper.update(worker, lr=0.0)  # the same work, and no loss that grows
             self._agreement.settle(0 if averages else MAX_PENDING)

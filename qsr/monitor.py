@@ -35,6 +35,8 @@ class Progress:
     """Size of what one worker gave to them."""
     skipped_updates: int = 0
     """Updates that workers skipped because fp16 gradients overflowed."""
+    repeated_batches: int = 0
+    """Local batches that workers went through once more, at half the loss scale, for the same."""
     train_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
@@ -70,6 +72,7 @@ class Monitor:
         # on the device: sum and number of the finite losses, number of the others, skipped updates
         self._sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
         self._losses: list[Tensor] = []  # not in the sums yet
+        self._repeated = 0  # batches that this rank repeated since it was read
         self._communication_before = 0.0  # of earlier sessions
         self._lap_start = 0.0
         self._logged = (0, 0.0)  # step and train_seconds of the last row of training metrics
@@ -113,6 +116,10 @@ class Monitor:
         found = worker.scaler._found_inf_per_device(worker.optimizer)
         self._sums[3] += torch.stack([flag.sum() for flag in found.values()]).sum().clamp(max=1.0)
 
+    def count_repeated(self, batches: int) -> None:
+        """Local batches that are gone through again, because fp16 gradients overflowed."""
+        self._repeated += batches
+
     def read(self, round_: Round) -> None:
         """Collective: bring the counts of all ranks to the host.
 
@@ -121,15 +128,15 @@ class Monitor:
         progress = self.progress
         if self._losses:
             self._add_losses()
-        counts = self._sums.tolist()  # the host waits for the device here
+        counts = [*self._sums.tolist(), self._repeated]  # the host waits for the device here
         self._sums.zero_()
+        self._repeated = 0
         rows = self._communicator.gather_floats(counts)
-        loss_sum, loss_weight, not_finite, skipped = (
-            sum(row[i] for row in rows) for i in range(len(counts))
-        )
+        loss_sum, loss_weight, not_finite, skipped, repeated = map(sum, zip(*rows, strict=True))
         progress.loss_sum += loss_sum
         progress.loss_weight += loss_weight
         progress.skipped_updates += round(skipped)
+        progress.repeated_batches += round(repeated)
         if not_finite and (self._precision.name != "fp16" or loss_weight == 0.0):
             raise TrainingError(
                 f"the loss is not finite at or before step {progress.step} (round {round_.index}, "
@@ -159,6 +166,7 @@ class Monitor:
             row["communication_seconds"] = progress.communication_seconds
         if self._precision.name == "fp16":
             row["skipped_updates"] = progress.skipped_updates
+            row["repeated_batches"] = progress.repeated_batches
         self._logged = (progress.step, progress.train_seconds)
         progress.loss_sum = progress.loss_weight = 0.0
         return row

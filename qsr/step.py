@@ -1,9 +1,10 @@
 """One step of one worker: forward and backward passes over its micro-batches, and the update."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qsr.core.seeds import seed_for
 from qsr.data import Batch
@@ -38,34 +39,76 @@ class Stepper:
         self._gradients = gradients
         self._seed = seed
 
-    def forward_backward(
-        self, worker: Worker, batch: Batch, step: int, *, data_parallel: bool
-    ) -> None:
-        """Leave the mean gradient of the local batch on the worker's parameters. Collective in a
-        data parallel step, whose last backward pass may average."""
+    def find_gradients(
+        self,
+        workers: Sequence[Worker],
+        batches: Sequence[Batch],
+        step: int,
+        *,
+        data_parallel: bool,
+    ) -> int:
+        """Leave on each worker's parameters the gradient of its local batch, or in a data parallel
+        step that of all workers' batches. `update` follows. Collective in a data parallel step.
+
+        While fp16 gradients overflow and the loss scale is being looked for, the batches are
+        repeated (see `LossScale`); workers that average see the same gradients, and all repeat.
+        Returns how often they were gone through: 1 but for that.
+        """
+        tries = 0
+        while True:
+            tries += 1
+            losses = [
+                loss
+                for worker, batch in zip(workers, batches, strict=True)
+                for loss in self._forward_backward(worker, batch, step, average=data_parallel)
+            ]
+            if data_parallel and self._gradients is not None:
+                self._gradients.finish()
+            overflowed = [self._must_repeat(worker) for worker in workers]
+            if not any(overflowed):
+                break
+            self._monitor.count_repeated(len(workers))
+        for loss in losses:
+            self._monitor.count_loss(loss)
+        return tries
+
+    def _forward_backward(
+        self, worker: Worker, batch: Batch, step: int, *, average: bool
+    ) -> list[Tensor]:
+        """The mean gradient of the local batch, times the loss scale. Returns the loss of each
+        micro-batch. Collective if the last backward pass is to `average`."""
         # a fresh seed a step: dropout draws the same in a resumed run, and whether a worker has
         # a process of its own or not
         seed = seed_for(self._seed, "model", worker=worker.index, step=step)
         _seed_generators(seed, batch.images.device)
         worker.zero_gradients()
+        losses = []
         images = batch.images.split(self._micro_batch)
         labels = batch.labels.split(self._micro_batch)
         for number, (x, y) in enumerate(zip(images, labels, strict=True)):
             last = number + 1 == len(images)
-            with self._gradient_context(average=last and data_parallel):
+            with self._gradient_context(average=last and average):
                 seed = seed_for(
                     self._seed, "mixup", worker=worker.index, step=step, micro_batch=number
                 )
                 with self._precision.autocast():
                     loss = self._loss(worker.forward, x, y, seed)
                 worker.scaler.scale(loss / len(images)).backward()
-            self._monitor.count_loss(loss.detach())
+            losses.append(loss.detach())
+        return losses
+
+    def _must_repeat(self, worker: Worker) -> bool:
+        """Divide the loss scale out of the gradients. True if they overflowed and the batch is to
+        be repeated."""
+        if not worker.scaler.is_enabled():
+            return False
+        worker.scaler.unscale_(worker.optimizer)
+        return worker.scaler.must_repeat(worker.optimizer)
 
     def update(self, worker: Worker, lr: float) -> None:
-        """Change the worker's parameters by its gradients."""
+        """Change the worker's parameters by the gradients that `find_gradients` left."""
         set_lr(worker.optimizer, lr)
         if worker.scaler.is_enabled():
-            worker.scaler.unscale_(worker.optimizer)
             self._monitor.count_skipped(worker)
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(worker.model.module.parameters(), self._clip_norm)

@@ -231,14 +231,16 @@ class Trainer:
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
         mark = self._monitor.fingerprint(round_, step + 1)
         self._agreement.begin(mark)
-        data_parallel = round_.averages == "gradients"
-        for worker in self._workers:
-            batch = next(batches)
-            self._stepper.forward_backward(worker, batch, step, data_parallel=data_parallel)
-        if data_parallel and self._gradients is not None:
-            self._gradients.finish()
+        if round_.averages == "gradients":
+            local_batches = [next(batches) for _ in self._workers]
+            tries = self._stepper.find_gradients(
+                self._workers, local_batches, step, data_parallel=True
+            )
             self.progress.averages += 1
-            self.progress.averaged_bytes += self._workers[0].model.flat.bytes
+            self.progress.averaged_bytes += tries * self._workers[0].model.flat.bytes
+        else:
+            for worker in self._workers:
+                self._stepper.find_gradients([worker], [next(batches)], step, data_parallel=False)
         for worker in self._workers:
             self._stepper.update(worker, mark.lr)
 
@@ -382,7 +384,8 @@ class Trainer:
             )
         if run["config_hash"] != self._config_hash:
             raise TrainingError(
-                f"the checkpoint after step {step} was made by a run with other settings"
+                f"the checkpoint after step {step} was made by a run with other settings, or by a "
+                f"version of qsr that has fewer: take another runs_dir"
             )
         self._monitor.start(Progress(**run["progress"]))
         if run["evaluation"] is not None:

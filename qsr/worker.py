@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qsr.flat import FlatBuffers, FlatModule
 from qsr.optim import states_after_a_step
+from qsr.precision import LossScale
 
 
 class Worker:
@@ -21,7 +22,7 @@ class Worker:
         index: int,
         model: FlatModule,
         optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        scaler: LossScale,
     ) -> None:
         self.index = index
         self.model = model

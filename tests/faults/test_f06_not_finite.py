@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
 from qsr.distributed import Topology
 from qsr.monitor import TrainingError
+from qsr.precision import LossScale
 from tests.faults.small import steps_in
 from tests.support import (
     LossWithAccident,
@@ -171,7 +172,7 @@ def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(
 def small_scale(rig: Rig) -> Rig:
     """No overflow but the accident."""
     for worker in rig.workers:
-        worker.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        worker.scaler = LossScale("cpu", repeat=False, init_scale=256.0)
     return rig
 
 
