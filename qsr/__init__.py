@@ -1,7 +1,9 @@
 """qsr: the Quadratic Synchronization Rule for distributed deep learning.
 
-Importing this package imports nothing but the standard library.
+Importing this package imports nothing but the standard library; torch comes with `load_model`.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from qsr.core.plan import Plan, Round
 from qsr.core.rules import (
@@ -20,6 +22,9 @@ from qsr.core.schedules import (
     StepSchedule,
 )
 
+if TYPE_CHECKING:
+    from qsr.model_file import load_model
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -37,4 +42,13 @@ __all__ = [
     "StepSchedule",
     "SwapRule",
     "__version__",
+    "load_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_model":
+        from qsr.model_file import load_model  # torch is slow to import
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from qsr.checkpoint import Checkpointer, CheckpointError
 from qsr.config.costs import make_cost_model, moment_bytes, parameter_bytes
 from qsr.config.load import ConfigError, check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
-from qsr.config.schema import Config
+from qsr.config.schema import AugmentationConfig, Config
 from qsr.core.cost import averaged_bytes, ring_bytes
 from qsr.core.plan import Plan
 from qsr.core.seeds import seed_for
@@ -27,11 +27,13 @@ from qsr.data import (
     open_image_folders,
     uses_dali,
 )
+from qsr.data.randaugment import RandAugment
 from qsr.distributed import Communicator, Topology, choose_device, topology
-from qsr.evaluation import BatchNormSource, Evaluator
+from qsr.evaluation import BatchNormSource, Evaluation, Evaluator
 from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
 from qsr.memory import keep_freed_memory
+from qsr.model_file import Description
 from qsr.models import build_model, check_model
 from qsr.optim import averaged_state_keys, build_optimizer
 from qsr.place import find_place
@@ -135,8 +137,9 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             config, train, val, plan, communicator, tracker, folder, loaders, flag or StopFlag()
         )
         model = evaluator.model.state_dict()
-        trainer.check_space(missing_room(folder, model))
-        _on_main(communicator, folder, lambda: reserve_results(folder, model))
+        about = describe(config, train.classes, plan.total_steps)
+        trainer.check_space(missing_room(folder, model, about))
+        _on_main(communicator, folder, lambda: reserve_results(folder, model, about))
         trainer.restore()
         trainer.train()
         unsaved = trainer.checkpoint_failure
@@ -148,7 +151,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             return Stopped(trainer.progress.step, reason, by_signal=trainer.stopping)
         summary = _summary(config, plan, trainer, place, len(train))
         results = evaluator.model.state_dict()
-        _on_main(communicator, folder, lambda: write_results(folder, results, summary))
+        final = describe(config, train.classes, trainer.progress.step, trainer.evaluation)
+        _on_main(communicator, folder, lambda: write_results(folder, results, final, summary))
         if unsaved is not None:
             raise CheckpointError(f"{unsaved}; but training is done, and the results are written")
         return summary
@@ -206,7 +210,7 @@ def _build(
 ) -> tuple[Trainer, Evaluator]:
     """All parts; opened loaders are appended to `loaders` for the caller to close."""
     device = communicator.device
-    precision = Precision(config.precision, device)
+    precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
     num_classes = len(train.classes)
 
     def open_loader(data: ImageFolder, transform: Any, batch: int) -> Loader:
@@ -273,7 +277,7 @@ def _build(
 def make_workers(config: Config, num_classes: int, communicator: Communicator) -> list[Worker]:
     """The workers of this rank, all with the same weights."""
     device = communicator.device
-    precision = Precision(config.precision, device)
+    precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
     fused = device.type == "cuda" or precision.name == "fp16"
     workers = []
     for index in communicator.topology.workers:
@@ -299,9 +303,7 @@ def transforms(config: Config) -> tuple[TrainTransform, EvalTransform]:
         min_aspect=change.min_aspect,
         max_aspect=change.max_aspect,
         flip_probability=change.flip_probability,
-        randaugment_depth=change.randaugment_depth,
-        randaugment_strength=change.randaugment_strength,
-        randaugment_uniform=change.randaugment_uniform,
+        randaugment=_randaugment(change),
         mean=data.mean,
         std=data.std,
     )
@@ -309,6 +311,39 @@ def transforms(config: Config) -> tuple[TrainTransform, EvalTransform]:
         size=data.image_size, crop_fraction=data.eval_crop_fraction, mean=data.mean, std=data.std
     )
     return train, validation
+
+
+def describe(
+    config: Config, classes: Sequence[str], step: int, result: Evaluation | None = None
+) -> Description:
+    """What the model file of a run says of itself after `step` steps. Runs that compute the same
+    give the same. Without a result it is what will be written but for some digits."""
+    _, transform = transforms(config)
+    return Description(
+        network=config.model.name,
+        timm_name=config.model.timm_name,
+        channels_last=config.model.channels_last,
+        classes=tuple(classes),
+        image_size=transform.size,
+        crop_fraction=transform.crop_fraction,
+        mean=transform.mean,
+        std=transform.std,
+        precision=config.precision,
+        experiment=config.experiment,
+        seed=config.seed,
+        step=step,
+        top1=0.0 if result is None else result.top1,
+        top5=None if result is None else result.top5,
+    )
+
+
+def _randaugment(settings: AugmentationConfig) -> RandAugment | None:
+    if settings.randaugment == "none":
+        return None
+    depth, severity = settings.randaugment_depth, settings.randaugment_severity
+    assert depth is not None  # config.load.check
+    assert severity is not None
+    return RandAugment(settings.randaugment, depth, severity)
 
 
 def _summary(
@@ -347,6 +382,7 @@ def _summary(
         summary["communication_seconds"] = progress.communication_seconds
     if config.precision == "fp16":
         summary["skipped_updates"] = progress.skipped_updates
+        summary["repeated_batches"] = progress.repeated_batches
     return summary
 
 

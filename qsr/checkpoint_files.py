@@ -55,31 +55,33 @@ def values_of(worker: int) -> str:
 
 
 def pack_tensors(
-    tensors: Mapping[str, Tensor], identity: str | None = None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
     """The contents of a safetensors file, piece by piece.
 
     The library would have all of it in memory, twice for views of one buffer; so it is used for
     reading alone. Here a tensor is copied only if it is on a GPU or not contiguous.
     """
-    names, header = _header(tensors, identity)
+    names, header = _header(tensors, metadata)
     yield header
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().data
 
 
-def packed_size(tensors: Mapping[str, Tensor], identity: str | None = None) -> int:
+def packed_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """The bytes of that file, from names and shapes alone: meta tensors will do."""
-    _, header = _header(tensors, identity)
+    _, header = _header(tensors, metadata)
     return len(header) + sum(_bytes(tensor) for tensor in tensors.values())
 
 
-def _header(tensors: Mapping[str, Tensor], identity: str | None) -> tuple[list[str], bytes]:
+def _header(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> tuple[list[str], bytes]:
     """The names in the order of the file, and what stands before the first tensor: the length of
     the JSON, and the JSON itself. Wide elements come first, so that all are aligned."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {_IDENTITY: identity}} if identity else {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         start, end = end, end + _bytes(tensors[name])
@@ -102,13 +104,13 @@ def checkpoint_size(
 ) -> int:
     """What a checkpoint comes to, at most, in bytes: `shared` once and `own` for each worker."""
     small_files = (2 + num_workers) * 4096  # JSON: a block of the disk each
-    names = _identity(0, SHARED), _identity(0, tensors_of(0))
-    return packed_size(shared, names[0]) + num_workers * packed_size(own, names[1]) + small_files
+    each = packed_size(own, _metadata(0, tensors_of(0)))
+    return packed_size(shared, _metadata(0, SHARED)) + num_workers * each + small_files
 
 
 def write_tensors(folder: Path, name: str, step: int, tensors: Mapping[str, Tensor]) -> Written:
     """Raises OSError, as all that writes here does."""
-    return write_file(folder / name, pack_tensors(tensors, _identity(step, name)))
+    return write_file(folder / name, pack_tensors(tensors, _metadata(step, name)))
 
 
 def write_values(folder: Path, name: str, step: int, values: Mapping[str, Any]) -> Written:
@@ -205,6 +207,10 @@ def folder_name(step: int) -> str:
 
 def _identity(step: int, name: str) -> str:
     return f"{folder_name(step)}/{name}"
+
+
+def _metadata(step: int, name: str) -> dict[str, str]:
+    return {_IDENTITY: _identity(step, name)}
 
 
 def _stored_identity(path: Path) -> object:

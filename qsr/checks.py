@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from qsr.build import transforms
+from qsr.build import describe, transforms
 from qsr.checkpoint import readable, room_for_checkpoints
 from qsr.config.load import check_plan, run_folder
 from qsr.config.planning import make_plan
@@ -23,6 +23,7 @@ from qsr.distributed import Communicator
 from qsr.flat import FlatModule
 from qsr.models import build_model, check_model, count_parameters
 from qsr.optim import build_optimizer
+from qsr.precision import LossScale
 from qsr.report.forecast import forecast
 from qsr.report.planner_text import plan_line
 from qsr.runfolder import RunFolder, check_run_folder, missing_room
@@ -69,11 +70,13 @@ class DataChecks:
         with torch.device("meta"):
             model = build_model(config.model, classes, config.data.image_size)
         optimizer = build_optimizer(config.optimizer, model.parameters(), fused=False)
-        worker = Worker(0, FlatModule(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        worker = Worker(0, FlatModule(model), optimizer, LossScale("cpu", enabled=False))
         delayed = config.sync.delay_steps > 0
         each = checkpoint_bytes(make_plan(config, images), worker, config.workers, delayed=delayed)
         folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
-        results = missing_room(folder, model.state_dict())
+        names = self.train.classes if self.train is not None else ("n00000000",) * classes
+        about = describe(config, names, make_plan(config, images).total_steps)
+        results = missing_room(folder, model.state_dict(), about)
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
         return (
             f"{readable(wanted)} needed ({keep} + 1 checkpoints of {readable(each)}, and the "

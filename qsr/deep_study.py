@@ -10,7 +10,6 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from qsr.build import Stopped, transforms
@@ -19,9 +18,8 @@ from qsr.config.schema import Config, PowerSync, QuadraticSync
 from qsr.data import Batch, Request, make_loader, open_image_folders
 from qsr.hessian import hessian_trace
 from qsr.launch import execute
-from qsr.models import build_model
+from qsr.model_file import load_model
 from qsr.processes import START_METHOD, RunFailedError
-from qsr.runfolder import RunFolder
 from qsr.studies import study_environment
 
 Task = TypeVar("Task")
@@ -159,9 +157,8 @@ def measure(config: Config, probes: int) -> Measured:
     if isinstance(outcome, Stopped):
         raise RunFailedError(f"stopped by {outcome.reason}; the same command goes on")
     torch.set_num_threads(1)  # another run is beside
-    batch, classes = _training_images(config)
-    model = build_model(config.model, classes, config.data.image_size)
-    model.load_state_dict(load_file(RunFolder(run_folder(config)).model))
+    batch = _training_images(config)
+    model = load_model(run_folder(config)).module
     trace = hessian_trace(model, batch.images, batch.labels, probes=probes, seed=config.seed)
     with torch.no_grad():
         logits = model(batch.images)  # in evaluation mode, as hessian_trace leaves it
@@ -176,8 +173,8 @@ def measure(config: Config, probes: int) -> Measured:
     )
 
 
-def _training_images(config: Config) -> tuple[Batch, int]:
-    """All of them, seen as validation images are, and the number of classes."""
+def _training_images(config: Config) -> Batch:
+    """All of them, seen as validation images are."""
     images, _ = open_image_folders(config.data.root)
     _, transform = transforms(config)
     loader = make_loader(
@@ -189,7 +186,7 @@ def _training_images(config: Config) -> tuple[Batch, int]:
         threads=config.data.loader_threads,
     )
     try:
-        return next(loader.batches([Request(range(len(images)), 0)])), len(images.classes)
+        return next(loader.batches([Request(range(len(images)), 0)]))
     finally:
         loader.close()
 

@@ -1,4 +1,4 @@
-"""Validation of the averaged model, every image exactly once."""
+"""Validation, every image exactly once: of the averaged model of a run, and of any other."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -108,8 +108,16 @@ class Evaluator:
             with self._precision.autocast():
                 reestimate(model, images, self._communicator)
         between()
-        model.eval()
-        return self._validate(model, shadow=not averaged, between=between)
+        return validate(
+            model,
+            self._loader,
+            self._num_images,
+            self._batch,
+            self._communicator,
+            self._precision,
+            shadow=not averaged,
+            between=between,
+        )
 
     def _take_mean(self, replicas: Sequence[FlatBuffers], averaged: bool) -> None:
         num_workers = self._communicator.topology.num_workers
@@ -122,35 +130,51 @@ class Evaluator:
                 mine.copy_(self._communicator.total(mine))
                 mine.div_(num_workers)
 
-    @torch.no_grad()
-    def _validate(
-        self, model: nn.Module, *, shadow: bool, between: Callable[[], None]
-    ) -> Evaluation:
-        topology = self._communicator.topology
-        own = range(topology.rank, self._num_images, topology.ranks)
-        starts = range(0, len(own), self._batch)
-        requests = (Request(own[start : start + self._batch], seed=0) for start in starts)
-        # loss, top-1, top-5, images: on the device, read once at the end
-        sums = torch.zeros(4, dtype=torch.float64, device=self._communicator.device)
-        classes = 0
-        common = self._num_images // topology.ranks // self._batch  # batches that every rank has
-        for number, batch in enumerate(self._loader.batches(requests)):
-            if number < common:
-                between()
-            with self._precision.autocast():
-                logits = model(batch.images).float()
-            classes = logits.shape[1]
-            sums += _count(logits, batch.labels)
-        loss, top1, top5, images = self._communicator.total(sums).tolist()
-        if images != self._num_images:
-            raise RuntimeError(f"validated {images:.0f} images instead of {self._num_images}")
-        return Evaluation(
-            loss=loss / images,
-            top1=100.0 * top1 / images,
-            top5=100.0 * top5 / images if classes > 5 else None,
-            images=int(images),
-            shadow=shadow,
-        )
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    loader: Loader,
+    num_images: int,
+    batch: int,
+    communicator: Communicator,
+    precision: Precision,
+    *,
+    shadow: bool = False,
+    between: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Collective: count loss, top-1 and top-5 of `model`, in evaluation mode, over the `num_images`
+    images of `loader`, each image on one rank, in batches of at most `batch`.
+
+    `between` is collective, called now and then by all ranks alike; what it raises ends the
+    validation. Raises RuntimeError if the images counted are not all images.
+    """
+    model.eval()
+    topology = communicator.topology
+    own = range(topology.rank, num_images, topology.ranks)
+    starts = range(0, len(own), batch)
+    requests = (Request(own[start : start + batch], seed=0) for start in starts)
+    # loss, top-1, top-5, images: on the device, read once at the end
+    sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
+    classes = 0
+    common = num_images // topology.ranks // batch  # batches that every rank has
+    for number, loaded in enumerate(loader.batches(requests)):
+        if number < common:
+            between()
+        with precision.autocast():
+            logits = model(loaded.images).float()
+        classes = logits.shape[1]
+        sums += _count(logits, loaded.labels)
+    loss, top1, top5, images = communicator.total(sums).tolist()
+    if images != num_images:
+        raise RuntimeError(f"validated {images:.0f} images instead of {num_images}")
+    return Evaluation(
+        loss=loss / images,
+        top1=100.0 * top1 / images,
+        top5=100.0 * top5 / images if classes > 5 else None,
+        images=int(images),
+        shadow=shadow,
+    )
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:

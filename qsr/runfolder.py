@@ -18,12 +18,14 @@ from qsr.config.load import ConfigError, differences, parse_identity, run_folder
 from qsr.config.schema import Config
 from qsr.distributed import Topology
 from qsr.durable import partial_name, replace_file, reserve
+from qsr.model_file import MODEL_NAME, Description
 from qsr.snapshot import git_revision, running_code
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "hydra-core", "safetensors")
 
 _SMALL_FILES_BYTES = 2**20
-"""For summary.json, and the rows of metrics.jsonl that a full disk has held up."""
+"""For summary.json, the rows of metrics.jsonl that a full disk has held up, and the digits of what
+the model file says of the run's end."""
 
 
 class RunFolder:
@@ -41,7 +43,7 @@ class RunFolder:
         self.failure = path / "failure.json"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
-        self.model = path / "model.safetensors"
+        self.model = path / MODEL_NAME
 
     def summary_if_finished(self) -> dict[str, Any] | None:
         """The summary, if this run has come to its end."""
@@ -165,25 +167,32 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, [text.encode()])
 
 
-def reserve_results(folder: RunFolder, model: Mapping[str, Tensor]) -> None:
+def reserve_results(folder: RunFolder, model: Mapping[str, Tensor], about: Description) -> None:
     """Take the room on the disk that `write_results` will need, so that a disk that fills up while
     the run trains does not cost its results. Raises OSError."""
-    reserve(folder.model, packed_size(model) + _SMALL_FILES_BYTES)
+    reserve(folder.model, _results_bytes(model, about))
 
 
-def missing_room(folder: RunFolder, model: Mapping[str, Tensor]) -> int:
+def missing_room(folder: RunFolder, model: Mapping[str, Tensor], about: Description) -> int:
     """Bytes of the disk that `reserve_results` will take; an earlier session may have done so."""
     reserved = partial_name(folder.model)
     there = reserved.stat().st_size if reserved.exists() else 0
-    return max(0, packed_size(model) + _SMALL_FILES_BYTES - there)
+    return max(0, _results_bytes(model, about) - there)
+
+
+def _results_bytes(model: Mapping[str, Tensor], about: Description) -> int:
+    return packed_size(model, about.metadata()) + _SMALL_FILES_BYTES
 
 
 def write_results(
-    folder: RunFolder, model: Mapping[str, Tensor], summary: Mapping[str, Any]
+    folder: RunFolder,
+    model: Mapping[str, Tensor],
+    about: Description,
+    summary: Mapping[str, Any],
 ) -> None:
     """Write model.safetensors and then summary.json, which says that the run is finished.
     Raises OSError."""
-    replace_file(folder.model, pack_tensors(model))
+    replace_file(folder.model, pack_tensors(model, about.metadata()))
     write_json(folder.summary, summary)
 
 

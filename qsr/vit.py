@@ -94,7 +94,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.attention(self.attention_norm(tokens))
-        return tokens + self.mlp(tokens)
+        out: Tensor = tokens + self.mlp(tokens)
+        return out
 
     def attention(self, tokens: Tensor) -> Tensor:
         """Softmax(q k^T / sqrt(width / heads)) v, for each head."""

@@ -73,10 +73,12 @@ def compose_settings(
             composed = compose(primary, arguments)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise ConfigError(
-                f"{missing[0]} has no value: set it, or choose an experiment, for example "
-                f"experiment=demo/quadratic; configs/experiment/ has all"
+            experiment = (
+                ", or choose an experiment, for example experiment=demo/quadratic; "
+                "configs/experiment/ has all"
             )
+            hint = experiment if primary == "train" else ""
+            raise ConfigError(f"{missing[0]} has no value: set it{hint}")
         return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
     except YAMLError as error:
         raise ConfigError(" ".join(str(error).split())) from None

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from qsr.data.batch import Batch, DataError, Loader, Request
-from qsr.data.datasets import ImageFolder, open_image_folders
+from qsr.data.datasets import ImageFolder, open_image_folders, open_validation_folder
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
 
@@ -19,6 +19,7 @@ __all__ = [
     "TrainTransform",
     "make_loader",
     "open_image_folders",
+    "open_validation_folder",
     "uses_dali",
 ]
 

@@ -94,6 +94,24 @@ def open_image_folders(
     return train, val
 
 
+def open_validation_folder(
+    root: str | os.PathLike[str],
+    *,
+    expected_images: int | None = None,
+    expected_classes: int | None = None,
+) -> ImageFolder:
+    """List the validation split alone; root/train need not be there. Raises DataError, as
+    `open_image_folders`."""
+    root = Path(root).absolute()
+    if not (root / "val").is_dir():
+        raise DataError(f"no folder {root / 'val'}: the data root must hold val/CLASS/*")
+    classes = _list_classes(root / "val")
+    _check_count(root / "val", "classes", len(classes), expected_classes)
+    val = _list_split(root, "val", classes)
+    _check_count(root / "val", "images", len(val), expected_images)
+    return val
+
+
 def unreadable_files(dataset: ImageFolder, reasons: dict[int, str]) -> DataError:
     """The error that names the files at the indices in `reasons`, and why each was refused."""
     named = [

@@ -104,17 +104,22 @@ def test_tensors_are_packed_as_the_library_does() -> None:
         "ünïcode": torch.zeros(1, dtype=torch.uint8),
         "int": torch.tensor([-1], dtype=torch.int32),
     }
-    packed = b"".join(pack_tensors(tensors, "step_000000001/shared.safetensors"))
+    packed = b"".join(pack_tensors(tensors, {"file": "step_000000001/shared.safetensors"}))
     read = safetensors.torch.load(packed)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor), name
     alike = {name: t for name, t in tensors.items() if t.dtype == torch.float32}
-    ours = b"".join(pack_tensors(alike, "x"))
+    metadata = {"file": "x", "ünïcode": 'a "quoted" wörd'}
+    ours = b"".join(pack_tensors(alike, metadata))
     copies = {name: tensor.contiguous().clone() for name, tensor in alike.items()}
-    assert ours == safetensors.torch.save(copies, {"file": "x"})
-    assert len(ours) == packed_size({name: t.to("meta") for name, t in alike.items()}, "x")
+    read = safetensors.torch.load(ours)
+    assert all(torch.equal(read[name], tensor) for name, tensor in alike.items())
+    one = {"file": "x"}  # the library writes several in any order
+    assert b"".join(pack_tensors(alike, one)) == safetensors.torch.save(copies, one)
+    on_meta = {name: t.to("meta") for name, t in alike.items()}
+    assert len(ours) == packed_size(on_meta, metadata)
     assert b"".join(pack_tensors({})) == safetensors.torch.save({})
 
 

@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""Validate a trained model, or published weights: top-1, top-5 and loss.
+
+    python scripts/evaluate.py runs/demo/quadratic/seed_1
+    python scripts/evaluate.py model.safetensors data.root=PATH
+    python scripts/evaluate.py weights=resnet152-394f9c45.pth model=resnet152 data=imagenet \\
+        data.root=PATH
+    python scripts/evaluate.py weights=FILE model=timm model.timm_name=resnet50 data=imagenet \\
+        data.root=PATH data.image_size=288 data.eval_crop_fraction=1.0
+
+The first argument is a run folder, which brings all its settings, or a model file, which brings
+those of its network. Published weights are a file on this machine: with a number that is known,
+they show that the data and the loader are right before a training is paid for. PATH/val/CLASS/*
+are the images. More settings: data.loader=dali|torchvision, evaluation.batch=N, precision=fp32,
+cluster.device=cpu|cuda; all are in configs/evaluate.yaml and qsr/config/evaluate.py. One process;
+nothing is written. Exit status: 0 done, 1 an image cannot be read, 2 refused, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    source, overrides = None, arguments
+    # a run's folder may have "=" in its name
+    if Path(arguments[0]).exists() or "=" not in arguments[0].partition("/")[0]:
+        source, *overrides = arguments
+
+    from qsr.validate import evaluate  # after the help: torch is slow
+
+    try:
+        return evaluate(source, overrides)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
