@@ -26,8 +26,8 @@ class ModelConfig:
     """Which network to train, from scratch."""
 
     name: Literal["resnet152", "vit_b16", "timm", "small_resnet", "small_vit"]
-    """resnet152: torchvision's. vit_b16: the "simple ViT" of the recipe. timm: any timm model.
-    small_resnet (BatchNorm) and small_vit: networks for small images and CPUs."""
+    """resnet152: torchvision's. vit_b16: vit-pytorch 1.2.8's SimpleViT, the paper's. timm: any timm
+    model. small_resnet (BatchNorm) and small_vit (SimpleViT): for small images and CPUs."""
     timm_name: str | None
     """Name in timm's registry, for name=timm only."""
     channels_last: bool

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qsr import build
-from qsr.config.load import CONFIG_DIR, ConfigError, load_config, run_folder
+from qsr.config.load import CONFIG_DIR, ConfigError, load_config, run_folder, to_dict
 from qsr.tracking import read_metrics
 from tests.cli import TORCHRUN, call, command, folder_in, same_weights
 
@@ -116,6 +117,11 @@ def test_another_run_in_the_folder_is_refused(digits: Path, tmp_path: Path) -> N
         build.prepare(first)
     path.write_text("workers: [")
     with pytest.raises(ConfigError, match="cannot be read by this version"):
+        build.prepare(first)
+    before_vit_pytorch = to_dict(first) | {"model": to_dict(first)["model"] | {"name": "small_vit"}}
+    del before_vit_pytorch["fp16_overflow"]
+    path.write_text(yaml.safe_dump(before_vit_pytorch))
+    with pytest.raises(ConfigError, match="small_vit were other networks than the paper's"):
         build.prepare(first)
 
 
