@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from benchmarks import gpu
 from benchmarks.photos import write_photos
+from qsr.vit import SimpleViT
 from tests.cli import ROOT, call
 
 BENCH = [sys.executable, str(ROOT / "scripts" / "bench.py")]
@@ -115,7 +116,7 @@ def test_a_step_is_of_as_many_images_whoever_takes_it(variant: gpu.Variant | Non
     batches = []
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(module, VisionTransformer):
+        if isinstance(module, VisionTransformer | SimpleViT):
             batches.append(len(inputs[0]))
 
     hook = register_module_forward_pre_hook(count)
