@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -371,7 +371,7 @@ def qsr_step(
         tune_convolutions(variant.tuned)
         number = next(numbers)
         for worker in workers:
-            stepper.find_gradients([worker], [local], number, data_parallel=False)
+            stepper.find_gradients([worker], repeat(local), number, data_parallel=False)
         for worker in workers:
             stepper.update(worker, LR)
 

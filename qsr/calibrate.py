@@ -1,5 +1,6 @@
 """How fast these machines are, measured: steps on all ranks at once, and all-reduces."""
 
+import itertools
 import os
 import statistics
 import time
@@ -170,7 +171,7 @@ class _Steps:
             self._agreement.begin(self._mark)
             groups = [self._workers] if averages else [[worker] for worker in self._workers]
             for group in groups:
-                batches = [self._batch] * len(group)
+                batches = itertools.repeat(self._batch)
                 self._stepper.find_gradients(group, batches, 0, data_parallel=averages)
             for worker in self._workers:
                 self._stepper.update(worker, lr=0.0)  # the same work, and no loss that grows

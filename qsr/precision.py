@@ -43,18 +43,23 @@ class LossScale(torch.amp.GradScaler):
         self._repeated = 0
         """Times that the batch of this step was repeated."""
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether the right scale is still being looked for, so that batches may be repeated."""
+        return self._repeats and self._held < SETTLED_STEPS
+
     def must_repeat(self, optimizer: torch.optim.Optimizer) -> bool:
         """After `unscale_`: whether the batch is to be repeated, at the scale that is set now. The
         host waits for the device only while the scale is being looked for."""
-        if not self._repeats or self._held >= SETTLED_STEPS:
+        if not self.is_searching:
             return False
         found = self._found_inf_per_device(optimizer)
         if not any(flag.item() for flag in found.values()):
             return False
-        self._held = 0
         if self._repeated == MOST_REPEATS:  # no scale would help; the monitor will say so
             self._held = SETTLED_STEPS
             return False
+        self._held = 0
         self._repeated += 1
         super().update()  # halves the scale, and forgets these gradients
         return True

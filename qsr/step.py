@@ -1,6 +1,6 @@
 """One step of one worker: forward and backward passes over its micro-batches, and the update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -42,32 +42,37 @@ class Stepper:
     def find_gradients(
         self,
         workers: Sequence[Worker],
-        batches: Sequence[Batch],
+        batches: Iterator[Batch],
         step: int,
         *,
         data_parallel: bool,
     ) -> int:
         """Leave on each worker's parameters the gradient of its local batch, or in a data parallel
         step that of all workers' batches. `update` follows. Collective in a data parallel step.
+        The next of the `batches` are taken one by one, so that loading goes on beside computing.
 
         While fp16 gradients overflow and the loss scale is being looked for, the batches are
         repeated (see `LossScale`); workers that average see the same gradients, and all repeat.
         Returns how often they were gone through: 1 but for that.
         """
         tries = 0
+        may_repeat = any(worker.scaler.is_searching for worker in workers)
+        kept: list[Batch] = []
         while True:
             tries += 1
-            losses = [
-                loss
-                for worker, batch in zip(workers, batches, strict=True)
-                for loss in self._forward_backward(worker, batch, step, average=data_parallel)
-            ]
+            losses: list[Tensor] = []
+            for worker in workers:
+                batch = next(batches)
+                if may_repeat:
+                    kept.append(batch)
+                losses += self._forward_backward(worker, batch, step, average=data_parallel)
             if data_parallel and self._gradients is not None:
                 self._gradients.finish()
             overflowed = [self._must_repeat(worker) for worker in workers]
             if not any(overflowed):
                 break
             self._monitor.count_repeated(len(workers))
+            batches, kept = iter(kept), []
         for loss in losses:
             self._monitor.count_loss(loss)
         return tries

@@ -232,15 +232,12 @@ class Trainer:
         mark = self._monitor.fingerprint(round_, step + 1)
         self._agreement.begin(mark)
         if round_.averages == "gradients":
-            local_batches = [next(batches) for _ in self._workers]
-            tries = self._stepper.find_gradients(
-                self._workers, local_batches, step, data_parallel=True
-            )
+            tries = self._stepper.find_gradients(self._workers, batches, step, data_parallel=True)
             self.progress.averages += 1
             self.progress.averaged_bytes += tries * self._workers[0].model.flat.bytes
         else:
             for worker in self._workers:
-                self._stepper.find_gradients([worker], [next(batches)], step, data_parallel=False)
+                self._stepper.find_gradients([worker], batches, step, data_parallel=False)
         for worker in self._workers:
             self._stepper.update(worker, mark.lr)
 
