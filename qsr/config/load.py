@@ -153,7 +153,7 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
         for part in path:
             target, source = target[part], source[part]
         target[leaf] = source[leaf]
-    _translate_randaugment(settings)
+    _translate_first_version(settings)
     for name, value in LATER.items():
         *path, leaf = name.split(".")
         target = settings
@@ -163,7 +163,7 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
     return parse_config(settings)
 
 
-def _translate_randaugment(settings: dict[str, Any]) -> None:
+def _translate_first_version(settings: dict[str, Any]) -> None:
     """Settings of the first version into today's. Raises ConfigError if it trained otherwise."""
     if settings["model"]["name"] in ("vit_b16", "small_vit") and "fp16_overflow" not in settings:
         raise ConfigError(

@@ -53,8 +53,8 @@ class DaliLoader:
         self._decode = decode
         self._gpu = device.type == "cuda"
         self._labels = np.array(dataset.labels, dtype=np.int64)
-        self._randaugment = getattr(transform, "randaugment", None)
-        self._fill = self._randaugment.fill(transform.mean) if self._randaugment else (0, 0, 0)
+        randaugment = getattr(transform, "randaugment", None)
+        self._fill = randaugment.fill(transform.mean) if randaugment else (0, 0, 0)
         self._normalise = Normalisation(transform, device)
         self._resizer = None if self._gpu else Resizer(transform.size, max(1, threads), self._fill)
         self._pipeline = self._build(batch_size)

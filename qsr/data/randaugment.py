@@ -12,32 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-OPS = (
-    "identity",
-    "autocontrast",
-    "equalize",
-    "invert",
-    "posterize",
-    "rotate",
-    "solarize",
-    "solarize_add",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "color",
-    "contrast",
-    "brightness",
-    "sharpness",
-)
-"""All operations; `RandAugmentDraws.ops` holds positions in this tuple."""
-
-GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-"""The operations that move pixels, and so have a filter and leave corners to fill."""
-
-ENHANCE = ("color", "contrast", "brightness", "sharpness")
-"""The operations whose value is a factor: 0 takes the property away, 1 changes nothing."""
-
 COMPOSER_OPS = (
     "autocontrast",
     "equalize",
@@ -60,6 +34,12 @@ TORCHVISION_OPS = ("identity", *COMPOSER_OPS)
 
 TIMM_OPS = ("invert", "solarize_add", *COMPOSER_OPS)
 """timm's increasing set. Each operation is left out half of the time."""
+
+OPS = ("identity", *TIMM_OPS)
+"""All operations; `RandAugmentDraws.ops` holds positions in this tuple."""
+
+GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+"""The operations that move pixels, and so have a filter and leave corners to fill."""
 
 NEAREST, BILINEAR, BICUBIC = 0, 2, 3
 """Filters of the geometric operations, under Pillow's numbers."""

@@ -60,7 +60,6 @@ def apply_op(
         coefficients = affine_coefficients(name, values, images.shape[1])
         return _warp(images, _to_device(coefficients, images.device), resample, fill)
     value = _to_device(values, images.device).view(-1, 1, 1, 1)
-    levels = torch.arange(256, device=images.device)
     match name:
         case "identity":
             return images
@@ -75,7 +74,7 @@ def apply_op(
             raised = (images + value.int()).clamp(max=255).to(torch.uint8)
             return torch.where(images < 128, raised, images)
         case "autocontrast":
-            return _look_up(images, _autocontrast_table(_histogram(images), levels))
+            return _look_up(images, _autocontrast_table(_histogram(images)))
         case "equalize":
             return _look_up(images, _equalize_table(_histogram(images)))
         case "brightness":
@@ -131,8 +130,9 @@ def _look_up(images: Tensor, table: Tensor) -> Tensor:
     return found.permute(0, 2, 3, 1).to(torch.uint8)
 
 
-def _autocontrast_table(histogram: Tensor, levels: Tensor) -> Tensor:
+def _autocontrast_table(histogram: Tensor) -> Tensor:
     """ImageOps.autocontrast: stretch what is there to 0 ... 255."""
+    levels = torch.arange(256, device=histogram.device)
     there = histogram > 0
     low = torch.where(there, levels, 255).amin(dim=2, keepdim=True)
     high = torch.where(there, levels, 0).amax(dim=2, keepdim=True)

@@ -18,7 +18,6 @@ from qsr.data.randaugment import (
     BICUBIC,
     BILINEAR,
     COMPOSER_OPS,
-    ENHANCE,
     GEOMETRIC,
     NEAREST,
     OPS,
@@ -59,7 +58,10 @@ TEN_VALUES: dict[str, list[float]] = {
     "shear_y": [-0.3, -0.21, -0.1, -0.003, 0, 0.05, 0.12, 0.2, 0.25, 0.3],
     "translate_x": [-100, -74, -33, -3.7, -1, 0, 1, 20.4, 50, 74],
     "translate_y": [-100, -74, -33, -3.7, -1, 0, 1, 20.4, 50, 74],
-    **{name: [0.1, 0.25, 0.5, 0.9, 1.0, 1.3, 2.5, 5.0, 7.5, 10.0] for name in ENHANCE},
+    **{
+        name: [0.1, 0.25, 0.5, 0.9, 1.0, 1.3, 2.5, 5.0, 7.5, 10.0]
+        for name in ("color", "contrast", "brightness", "sharpness")
+    },
 }
 
 
