@@ -206,3 +206,29 @@ def test_one_rank_repeats_by_itself_in_local_rounds_and_all_do_in_data_parallel_
         else:
             assert scale == other_scale < 65536
             assert repeated % 2 == 0  # both, each time
+
+
+def test_a_rank_takes_the_batches_of_its_workers_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a data parallel step too: loading goes on beside computing, and one batch is held."""
+    events: list[str] = []
+
+    class Noting(Steep):
+        def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+            events.append("pass")
+            return super().__call__(model, images, labels, seed)
+
+    rig = build(Setup(PARALLEL, workers=4, loss=Noting(1.0)))
+    deliver = rig.loader.batches
+
+    def noted(requests: Any) -> Any:
+        for batch in deliver(requests):
+            events.append("batch")
+            yield batch
+
+    monkeypatch.setattr(rig.loader, "batches", noted)
+    rig.trainer.train()
+    # the first batch is taken once more before, for DDP's buckets
+    assert events.count("batch") == events.count("pass") == 8 * 4
+    assert events[1:] == ["pass", "batch"] * 31 + ["pass"]
