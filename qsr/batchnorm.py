@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qsr.distributed import Communicator
+from qsr.networks import evaluation_mode
 
 
 def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
@@ -25,7 +26,8 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
     """Collective: set the running statistics of `model` from `batches` of images on every rank.
 
     Each batch is normalised by its own statistics, as in training, and counts by its number of
-    values; some ranks may have none. The variance is the unbiased one, as torch keeps it.
+    values; some ranks may have none. The variance is the unbiased one, as torch keeps it. The model
+    is left in evaluation mode.
     """
     layers = batchnorm_layers(model)
     if not layers:
@@ -49,7 +51,7 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
         total[1 : 1 + channels] += count * mean
         total[1 + channels :] += count * (variance + mean * mean)
 
-    model.eval()
+    evaluation_mode(model)
     hooks = []
     for layer in layers:
         layer.reset_running_stats()  # the count of batches too: nothing of an earlier pass stays
@@ -59,7 +61,6 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
         model(images)
     for hook in hooks:
         hook.remove()
-    model.eval()
 
     pooled = communicator.total(torch.cat(sums))
     for layer, values in zip(layers, pooled.split([len(s) for s in sums]), strict=True):
@@ -69,3 +70,4 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
         assert layer.running_var is not None
         layer.running_mean.copy_(mean)
         layer.running_var.copy_((square - mean * mean).clamp_(min=0.0) * (count / (count - 1)))
+    evaluation_mode(model)

@@ -34,7 +34,7 @@ from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
 from qsr.memory import keep_freed_memory
 from qsr.model_file import Description
-from qsr.models import build_model, check_model
+from qsr.models import build_model, check_network
 from qsr.optim import averaged_state_keys, build_optimizer
 from qsr.place import find_place
 from qsr.precision import Precision
@@ -71,7 +71,7 @@ def prepare(config: Config) -> Prepared:
     """Check everything that can be wrong with the settings on this machine, and make the run's
     folder. Raises DataError, ConfigError; nothing of an earlier run is touched."""
     data = config.data
-    check_model(config.model, data.image_size)
+    check_network(config)
     loader = "dali" if uses_dali(data.loader) else "torchvision"
     train, val = open_image_folders(
         data.root,

@@ -21,9 +21,10 @@ from qsr.config.schema import Config, SlurmCluster
 from qsr.data import ImageFolder, Request, make_loader, open_image_folders, uses_dali
 from qsr.distributed import Communicator
 from qsr.flat import FlatModule
-from qsr.models import build_model, check_model, count_parameters
+from qsr.losses import TrainingLoss
+from qsr.models import build_model, check_network, count_parameters, outline
 from qsr.optim import build_optimizer
-from qsr.precision import LossScale
+from qsr.precision import LossScale, Precision
 from qsr.report.forecast import forecast
 from qsr.report.planner_text import plan_line
 from qsr.runfolder import RunFolder, check_run_folder, missing_room
@@ -66,9 +67,7 @@ class DataChecks:
     def space(self) -> str:
         """Room for the checkpoints that are kept, the next one, and the results."""
         config, images, classes = self._counted()
-        check_model(config.model, config.data.image_size)
-        with torch.device("meta"):
-            model = build_model(config.model, classes, config.data.image_size)
+        model = outline(config.model, classes, config.data.image_size)
         optimizer = build_optimizer(config.optimizer, model.parameters(), fused=False)
         worker = Worker(0, FlatModule(model), optimizer, LossScale("cpu", enabled=False))
         delayed = config.sync.delay_steps > 0
@@ -113,6 +112,33 @@ class DataChecks:
         if not bool(batch.images.isfinite().all()):
             raise CheckError(f"pixels of {self.train.path(0)} or the next are not finite")
         return f"{'DALI' if uses_dali(data.loader) else 'torchvision'} on {batch.images.device}"
+
+
+def check_passes(config: Config) -> str:
+    """Whether the network takes images of this size, in passes of as many as the run's. It needs
+    neither the data nor a device."""
+    check_network(config)
+    size, name = config.data.image_size, config.model.timm_name or config.model.name
+    return f"{name} takes images of {size} x {size} pixels, {config.micro_batch_size} in a pass"
+
+
+def check_training(config: Config, device: torch.device) -> str:
+    """One pass forward and backward on the device, in the precision and of the size of the run's,
+    with weights as at its start."""
+    precision, size = Precision(config.precision, device), config.data.image_size
+    torch.manual_seed(0)
+    model = build_model(config.model, 2, size).to(device)
+    images = torch.rand(config.micro_batch_size, 3, size, size, device=device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    with precision.autocast():
+        loss = TrainingLoss(config.loss)(model, images, labels, 0)
+    loss.backward()
+    if not bool(loss.isfinite()):
+        raise CheckError(
+            f"the loss of random weights is {loss.item()} in {config.precision}: take another "
+            f"network, or precision=fp32"
+        )
+    return f"a pass of {len(images)} images, in {config.precision}"
 
 
 def check_folder(config: Config) -> str:

@@ -28,6 +28,8 @@ def examine(config: Config) -> bool:
         data = _check_files(report, config)
         if data.train is not None:
             report.check("decoding", lambda: data.decode(device))
+        if "network" not in report.failed:
+            report.check("training", lambda: checks.check_training(config, device))
     if own.is_main:
         report.check("wandb", lambda: checks.check_wandb(config))
     mark = Path(config.runs_dir) / f".doctor-{place.attempt.replace(' ', '-')}"
@@ -38,7 +40,7 @@ def examine(config: Config) -> bool:
         nonlocal everyone_well
         communicator = Communicator(own, device, patience)
         wrong = checks.check_ranks(communicator, mark)
-        everyone_well = not communicator.any(report.failed or wrong is not None)
+        everyone_well = not communicator.any(bool(report.failed) or wrong is not None)
         if wrong is not None:  # not before: the others would wait for this rank
             raise checks.CheckError(wrong)
         if own.ranks == 1:
@@ -66,6 +68,7 @@ def examine_login_node(config: Config) -> bool:
 def _check_files(report: "_Report", config: Config) -> checks.DataChecks:
     data = checks.DataChecks(config)
     report.check("data", data.open)
+    report.check("network", lambda: checks.check_passes(config))
     report.check("plan", data.plan)
     report.check("run folder", lambda: checks.check_folder(config))
     report.check("free space", data.space)
@@ -82,7 +85,8 @@ class _Report:
     """Prints a line for each check: what works as rank 0, what does not as every rank."""
 
     def __init__(self, place: Place) -> None:
-        self.failed = False
+        self.failed: set[str] = set()
+        """Names of the checks that found something wrong."""
         self._place = place
 
     def check(self, name: str, action: Callable[[], str]) -> None:
@@ -90,7 +94,7 @@ class _Report:
         try:
             found = action()
         except Exception as error:  # whatever it is, the other checks are wanted too
-            self.failed = True
+            self.failed.add(name)
             kind = type(error)
             own = kind.__module__.startswith("qsr.")
             text = str(error) if own else f"{kind.__name__}: {error}"

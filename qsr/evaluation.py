@@ -14,6 +14,7 @@ from qsr.core.seeds import seed_for
 from qsr.data import Loader, Request
 from qsr.distributed import Communicator
 from qsr.flat import FlatBuffers, FlatModule
+from qsr.networks import evaluation_mode
 from qsr.precision import Precision
 
 
@@ -149,7 +150,7 @@ def validate(
     `between` is collective, called now and then by all ranks alike; what it raises ends the
     validation. Raises RuntimeError if the images counted are not all images.
     """
-    model.eval()
+    evaluation_mode(model)
     topology = communicator.topology
     own = range(topology.rank, num_images, topology.ranks)
     starts = range(0, len(own), batch)

@@ -8,6 +8,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qsr.core.seeds import seed_for
+from qsr.networks import evaluation_mode
 
 
 class TraceEstimate(NamedTuple):
@@ -31,7 +32,7 @@ def hessian_trace(
     """
     if probes < 2:
         raise ValueError(f"a standard error needs at least two probes, got {probes}")
-    module.eval()
+    evaluation_mode(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
     # the fused kernels of attention cannot be differentiated twice
     with sdpa_kernel(SDPBackend.MATH):

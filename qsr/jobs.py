@@ -8,7 +8,7 @@ from typing import Any
 
 from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
-from qsr.models import check_model
+from qsr.models import check_network
 from qsr.runfolder import RunFolder, check_run_folder, write_json
 from qsr.slurm import IN_QUEUE, SlurmError, query
 
@@ -17,7 +17,7 @@ def check_submission(config: Config) -> RunFolder:
     """The run's folder, untouched. Raises ConfigError for what would be refused in the job, as far
     as it can be known without the data, which the nodes alone may see; and if the run's last job is
     still in the queue."""
-    check_model(config.model, config.data.image_size)
+    check_network(config)
     folder = check_run_folder(config, {})
     job = read_job(folder)
     if job is None or job["job"] == os.environ.get("SLURM_JOB_ID"):  # begun before in this job

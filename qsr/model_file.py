@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qsr.data import EvalTransform
 from qsr.data.torchvision import validation_input
-from qsr.networks import build_network
+from qsr.networks import build_network, evaluation_mode
 from qsr.vit import SimpleViT, from_vit_pytorch, to_vit_pytorch
 
 MODEL_NAME = "model.safetensors"
@@ -111,7 +111,7 @@ def load_model(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     put_weights(module, weights, file, len(about.classes))
     transform = about.transform
     return LoadedModel(
-        module.to(device).eval(),
+        evaluation_mode(module.to(device)),
         lambda image: validation_input(image, transform),
         about.classes,
         about,

@@ -52,6 +52,17 @@ def build_network(
     return model
 
 
+def evaluation_mode(module: nn.Module) -> nn.Module:
+    """Put `module` into evaluation mode as if it came there for the first time, and return it.
+
+    Some networks compute a tensor from their weights in the first pass in evaluation mode, and keep
+    it there (timm's LeViT, TinyViT, EfficientViT: their attention biases). Not every version of
+    timm lets go of it in eval(), all do in train(): where weights or statistics were changed, eval()
+    alone would give the output of the old ones.
+    """
+    return module.train().eval()
+
+
 class SmallResNet(nn.Sequential):
     """Three residual blocks of 16, 32 and 64 channels with BatchNorm, 78,000 parameters, for
     images of about 32 pixels."""

@@ -98,11 +98,11 @@ def calibrate(arguments: list[str]) -> int:
     from qsr import launch  # after the settings are known to be right: torch takes seconds
     from qsr.calibrate import measure
     from qsr.distributed import ClusterError
-    from qsr.models import check_model
+    from qsr.models import check_network
     from qsr.processes import RunFailedError, start_ranks
     from qsr.runfolder import write_text
 
-    check_model(config.model, config.data.image_size)
+    check_network(config)
     command = " ".join(["plan.py calibrate", *arguments])
     ranks = launch.number_of_ranks(config)
     try:

@@ -18,7 +18,10 @@ from tests.faults.inject import mount_here, needs_mounts, small_disk_here
 from tests.support import run_ranks
 
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
-CHECKS = ["device", "data", "plan", "run folder", "free space", "decoding", "wandb", "ranks"]
+CHECKS = [
+    *("device", "data", "network", "plan", "run folder", "free space", "decoding", "training"),
+    *("wandb", "ranks"),
+]
 
 
 def settings(digits: Path, runs: Path, *more: str) -> list[str]:
@@ -58,6 +61,8 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     assert [(verdict, name) for verdict, name, _ in found] == [("ok", name) for name in CHECKS]
     texts = {name: text for _, name, text in found}
     assert texts["data"] == "1,442 and 355 images of 10 classes"
+    assert texts["network"] == "small_resnet takes images of 32 x 32 pixels, 32 in a pass"
+    assert texts["training"] == "a pass of 32 images, in fp32"
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
     assert texts["free space"].startswith("5.23 MB needed (2 + 1 checkpoints of 1.29 MB, and the")
@@ -228,7 +233,7 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     status, output = ask(settings(digits, tmp_path / "runs", *more))
     *checks, last = output.splitlines()
-    names = ["data", "plan", "run folder", "free space", "wandb", "Slurm", "submitit"]
+    names = ["data", "network", "plan", "run folder", "free space", "wandb", "Slurm", "submitit"]
     assert [name for _, name, _ in lines("\n".join(checks))] == names
     assert status == 1
     assert "FAIL  Slurm       sinfo is not installed here" in checks
