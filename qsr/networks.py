@@ -55,10 +55,9 @@ def build_network(
 def evaluation_mode(module: nn.Module) -> nn.Module:
     """Put `module` into evaluation mode as if it came there for the first time, and return it.
 
-    Some networks compute a tensor from their weights in the first pass in evaluation mode, and keep
-    it there (timm's LeViT, TinyViT, EfficientViT: their attention biases). Not every version of
-    timm lets go of it in eval(), all do in train(): where weights or statistics were changed, eval()
-    alone would give the output of the old ones.
+    Some networks compute a tensor from their weights in the first pass there, and keep it (timm's
+    LeViT, TinyViT and EfficientViT: their attention biases). All let go of it in train(), not all
+    in eval(): after a change of weights or statistics, eval() alone would leave the old one.
     """
     return module.train().eval()
 

@@ -8,8 +8,8 @@
 Settings are those of scripts/train.py; without any, those of experiment=demo/quadratic. Checks the
 device, the data, the network, the plan, the run folder, the free space for checkpoints, decoding, a
 training pass, wandb, and an all-reduce between the ranks: of a launcher, such as srun in an
-allocation, or else of processes that it starts here. With cluster=slurm on a login node: what can be checked there. Exit status: 0
-all is well, 1 something is not, 2 wrong settings.
+allocation, or else of processes that it starts here. With cluster=slurm on a login node: what can
+be checked there. Exit status: 0 all is well, 1 something is not, 2 wrong settings.
 """
 
 import shlex
