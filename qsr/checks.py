@@ -6,7 +6,6 @@ import importlib.util
 import netrc
 import os
 import socket
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ from qsr.config.schema import Config, SlurmCluster
 from qsr.data import ImageFolder, Request, make_loader, open_image_folders, uses_dali
 from qsr.distributed import Communicator
 from qsr.flat import FlatModule
+from qsr.folder_trial import refusing, try_folder
 from qsr.models import build_model, check_model, count_parameters
 from qsr.optim import build_optimizer
 from qsr.precision import LossScale
@@ -119,17 +119,11 @@ def check_folder(config: Config) -> str:
     """Whether this process can write where the run will, and neither another run nor another
     session is there."""
     path = check_run_folder(config, {}).path
-    try:
+    with refusing(path):
         Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=there) as probe:
-            probe.write(b"\0" * 65536)
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        raise CheckError(f"{path} cannot be written ({error}): choose another runs_dir") from None
+    lacks = try_folder(path)
     check_free(path)
-    return str(path)
+    return f"{path}{f' (its file system has no {lacks})' if lacks else ''}"
 
 
 def check_wandb(config: Config) -> str:
