@@ -7,6 +7,7 @@ checksums are right. docs/reliability.md has the order of the file operations an
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -277,14 +278,14 @@ class Checkpointer:
 
 def room_for_checkpoints(
     folder: Path, keep: int, checkpoint_bytes: int, more_bytes: int
-) -> tuple[int, int]:
+) -> tuple[int, float]:
     """What `keep` checkpoints of this size, the next one, and `more_bytes` will take of the disk,
     and what is free there. What checkpoints in `folder` take already counts as room, but not for
     the next one. Raises CheckpointError if it is too little."""
     wanted = max(checkpoint_bytes, (keep + 1) * checkpoint_bytes - _present(folder)) + more_bytes
     there = next(parent for parent in folder.absolute().parents if parent.exists())
-    total, _, free = shutil.disk_usage(there)
-    if free < wanted and total > 0:  # some file systems know neither
+    free = _free(there)
+    if free < wanted:
         raise CheckpointError(
             f"{folder.parent}: {readable(free)} are free and {readable(wanted)} needed for "
             f"checkpoints of up to {readable(checkpoint_bytes)} (checkpoint.keep={keep} stay while "
@@ -292,6 +293,15 @@ def room_for_checkpoints(
             f"runs_dir with more room"
         )
     return wanted, free
+
+
+def _free(folder: Path) -> float:
+    """Bytes that are free; as many as anybody wants where the file system does not know."""
+    try:
+        total, _, free = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return free if total > 0 else math.inf
 
 
 def _present(folder: Path) -> int:

@@ -3,6 +3,7 @@ whose one line says what is wrong and how to mend it."""
 
 import contextlib
 import importlib.util
+import math
 import netrc
 import os
 import socket
@@ -78,9 +79,10 @@ class DataChecks:
         about = describe(config, names, make_plan(config, images).total_steps)
         results = missing_room(folder, model.state_dict(), about)
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
+        there = f"{readable(free)} free" if math.isfinite(free) else "what is free is not known"
         return (
             f"{readable(wanted)} needed ({keep} + 1 checkpoints of {readable(each)}, and the "
-            f"results), {readable(free)} free"
+            f"results), {there}"
         )
 
     def _counted(self) -> tuple[Config, int, int]:
