@@ -131,10 +131,26 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             warning = other_code(folder)
             if warning is not None:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+        def begin() -> None:
+            nonlocal tracker
             write_records(folder, config, data, place, str(communicator.device))
             tracker = build_tracker(config, folder.path, plan.total_steps)
+
+        _on_main(communicator, folder, begin)
+        checkpointer = Checkpointer(
+            folder.checkpoints, config.checkpoint.keep, communicator, lock and lock.locate
+        )
         trainer, evaluator = _build(
-            config, train, val, plan, communicator, tracker, folder, loaders, flag or StopFlag()
+            config,
+            train,
+            val,
+            plan,
+            communicator,
+            tracker,
+            checkpointer,
+            loaders,
+            flag or StopFlag(),
         )
         model = evaluator.model.state_dict()
         about = describe(config, train.classes, plan.total_steps)
@@ -160,7 +176,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         for loader in loaders:
             loader.close()
         tracker.close()
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 def _check_same_data(communicator: Communicator, data: dict[str, Any]) -> None:
@@ -181,8 +198,8 @@ def _on_main(communicator: Communicator, folder: RunFolder, write: Callable[[], 
         communicator.try_on_all(lambda: write() if communicator.topology.is_main else None)
     except OSError as error:
         raise CheckpointError(
-            f"{folder.path}: no room for the results ({error}); make some, and the same command "
-            f"goes on from the newest checkpoint"
+            f"{folder.path} could not be written ({error}); see to that, and the same command goes "
+            f"on from the newest checkpoint"
         ) from None
 
 
@@ -204,7 +221,7 @@ def _build(
     plan: Plan,
     communicator: Communicator,
     tracker: Tracker,
-    folder: RunFolder,
+    checkpointer: Checkpointer,
     loaders: list[Loader],
     flag: StopFlag,
 ) -> tuple[Trainer, Evaluator]:
@@ -258,7 +275,7 @@ def _build(
         precision=precision,
         communicator=communicator,
         evaluator=evaluator,
-        checkpointer=Checkpointer(folder.checkpoints, config.checkpoint.keep, communicator),
+        checkpointer=checkpointer,
         tracker=tracker,
         due=Due(
             log_every=config.tracking.log_every_steps,

@@ -7,9 +7,12 @@ checksums are right. docs/reliability.md has the order of the file operations an
 
 import contextlib
 import json
+import math
+import os
+import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,18 @@ from qsr.checkpoint_files import (
     write_values,
 )
 from qsr.distributed import Communicator, first_text
-from qsr.durable import Written, remove_folder, sync_folder
+from qsr.durable import Written, remove_folder, rename_folder, sync_folder
+
+_LEFTOVER = re.compile(r"step_\d+(\.[0-9a-f]{8})?\.partial")
+"""A name that `save` and `remove_folder` give, and that only a session that was killed leaves."""
 
 
 class CheckpointError(RuntimeError):
     """One line: what could not be written or read, and the mend."""
+
+
+class FolderMovedError(RuntimeError):
+    """One line: the run folder is no longer where it was, and what became of the run."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,18 @@ class WorkerState:
 
 class Checkpointer:
     """Keeps the newest `keep` checkpoints of a run in `folder`, which all ranks can reach, and
-    which no other session writes to."""
+    which no other session writes to. `locate` is asked on rank 0 where the run folder, in which
+    `folder` is, has gone since; "" if it is nowhere."""
 
-    def __init__(self, folder: Path, keep: int, communicator: Communicator) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        communicator: Communicator,
+        locate: Callable[[], str] | None = None,
+    ) -> None:
         self._folder = folder
+        self._locate = locate or (lambda: str(folder.parent))
         self._keep = keep
         self._communicator = communicator
         self._is_main = communicator.topology.is_main
@@ -71,8 +89,43 @@ class Checkpointer:
         `run` and `shared` are rank 0's; `workers` holds those of this rank. Raises CheckpointError
         on every rank if the files of any could not be written; earlier checkpoints are untouched
         then. A step that this session has saved or resumed from is not written again: its state is
-        the same, bit for bit.
+        the same, bit for bit. Raises FolderMovedError on every rank if the run folder is no longer
+        where it was; if it can still be reached, the checkpoint is written in it before.
         """
+        folder, here = self._folder, self._whereabouts()
+        if here == folder.parent:
+            self._save(step, run, shared, workers)
+            return
+        self._folder = here / folder.name
+        outcome = f"the checkpoint after step {step} is there"
+        try:
+            self._save(step, run, shared, workers)
+        except CheckpointError as error:
+            outcome = str(error)
+        raise FolderMovedError(
+            f"{folder.parent} was moved to {here} while the run trained; {outcome}; move it back, "
+            f"and the same command goes on"
+        )
+
+    def _whereabouts(self) -> Path:
+        """Collective: where the run folder is now. Raises FolderMovedError on every rank if it is
+        gone."""
+        here = self._communicator.gather_texts(self._locate() if self._is_main else "")[0]
+        if not here:
+            raise FolderMovedError(
+                f"{self._folder.parent} was deleted, or another took its place, while the run "
+                f"trained: nothing more can be saved there; the same command begins anew, or goes "
+                f"on where the folder is brought back"
+            )
+        return Path(here)
+
+    def _save(
+        self,
+        step: int,
+        run: Mapping[str, Any],
+        shared: Mapping[str, Tensor],
+        workers: Mapping[int, WorkerState],
+    ) -> None:
         if step == self._newest:
             return
         # a name of its own: a rank that an earlier session left behind cannot write into it
@@ -171,15 +224,19 @@ class Checkpointer:
         return first_text(self._communicator.gather_texts(problem))
 
     def _steps(self) -> list[int]:
-        names = (path.name.removeprefix("step_") for path in self._folder.glob("step_*"))
-        return sorted(int(name) for name in names if name.isdigit())
+        names = {path.name for path in self._folder.glob("step_*")}
+        numbers = (name.removeprefix("step_") for name in names)
+        steps = {int(number) for number in numbers if number.isdecimal()}
+        return sorted(step for step in steps if folder_name(step) in names)
 
     def _make_empty(self, partial: Path) -> None:
         if not self._folder.exists():
-            self._folder.mkdir(parents=True)
+            self._folder.mkdir()
             sync_folder(self._folder.parent)
-        for left in self._folder.glob("*.partial"):  # by a session that was killed
-            remove_folder(left)
+        for left in self._folder.glob("*.partial"):
+            if _LEFTOVER.fullmatch(left.name):
+                with contextlib.suppress(OSError):  # it is in nobody's way
+                    remove_folder(left)
         partial.mkdir()
 
     def _commit(
@@ -200,17 +257,16 @@ class Checkpointer:
         except DamageError as error:
             raise OSError(str(error)) from None
         final = self._folder / folder_name(step)
-        if final.exists():  # it did not verify, or `latest` would have taken it
+        if os.path.lexists(final):  # it did not verify, or `latest` would have taken it
             remove_folder(final)
-        partial.rename(final)
-        sync_folder(self._folder)
+        rename_folder(partial, final)
 
     def _remove_old(self, newest: int) -> None:
         """Steps after `newest` are of before a fallback: the run has left them behind."""
         steps = self._steps()
         whole = [step for step in steps if step <= newest and step not in self._damaged]
-        with contextlib.suppress(OSError):  # they are in nobody's way; tried again next time
-            for step in set(steps) - set(whole[-self._keep :]):
+        for step in set(steps) - set(whole[-self._keep :]):
+            with contextlib.suppress(OSError):  # it is in nobody's way; tried again next time
                 remove_folder(self._folder / folder_name(step))
 
     def _unreadable(self, step: int, error: DamageError) -> CheckpointError:
@@ -222,14 +278,13 @@ class Checkpointer:
 
 def room_for_checkpoints(
     folder: Path, keep: int, checkpoint_bytes: int, more_bytes: int
-) -> tuple[int, int]:
+) -> tuple[int, float]:
     """What `keep` checkpoints of this size, the next one, and `more_bytes` will take of the disk,
     and what is free there. What checkpoints in `folder` take already counts as room, but not for
     the next one. Raises CheckpointError if it is too little."""
-    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    wanted = max(checkpoint_bytes, (keep + 1) * checkpoint_bytes - present) + more_bytes
+    wanted = max(checkpoint_bytes, (keep + 1) * checkpoint_bytes - _present(folder)) + more_bytes
     there = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = _free(there)
     if free < wanted:
         raise CheckpointError(
             f"{folder.parent}: {readable(free)} are free and {readable(wanted)} needed for "
@@ -238,6 +293,25 @@ def room_for_checkpoints(
             f"runs_dir with more room"
         )
     return wanted, free
+
+
+def _free(folder: Path) -> float:
+    """Bytes that are free; as many as anybody wants where the file system does not know."""
+    try:
+        total, _, free = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return free if total > 0 else math.inf
+
+
+def _present(folder: Path) -> int:
+    """Bytes of the files in a folder, of which some may go while they are counted."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += Path(parent, name).stat().st_size
+    return size
 
 
 def _write_workers(

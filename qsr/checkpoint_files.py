@@ -19,10 +19,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from qsr.durable import Written, read_file, write_file
+from qsr.durable import Written, parse_object, read_file, write_file
 
 STATE = "state.json"
 SHARED = "shared.safetensors"
@@ -166,16 +166,17 @@ def read_manifest(folder: Path, step: int) -> dict[str, Written]:
     except OSError as error:
         raise DamageError(f"{_MANIFEST}: {error.strerror}") from None
     try:
-        body = json.loads(text)
+        body = parse_object(text)
         del body["sha256"]
         if text != _with_digest(body):
             raise DamageError(f"{_MANIFEST} has another checksum")
-        workers, identity = range(body["workers"]), str(body[_IDENTITY])
+        number, identity = int(body["workers"]), str(body[_IDENTITY])
         files = {name: Written(**about) for name, about in body["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DamageError(f"{_MANIFEST} is not readable") from None
     if identity != _identity(step, _MANIFEST):
         raise DamageError(f"{_MANIFEST} is that of {identity.partition('/')[0]}")
+    workers = range(min(number, len(files)))  # however many it claims
     if files.keys() != {STATE, SHARED, *map(tensors_of, workers), *map(values_of, workers)}:
         raise DamageError(f"{_MANIFEST} does not list every file")
     return files
@@ -183,19 +184,22 @@ def read_manifest(folder: Path, step: int) -> dict[str, Written]:
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Raises DamageError."""
+    path = folder / name
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(folder / name)
+        try:
+            return dict(safetensors.torch.load_file(path))
+        except (OSError, SafetensorError):  # not every file system maps files into memory
+            return dict(safetensors.torch.load(path.read_bytes()))
     except (OSError, SafetensorError) as error:
         raise DamageError(f"{name}: {error}") from None
-    return tensors
 
 
 def read_values(folder: Path, name: str) -> dict[str, Any]:
     """Raises DamageError."""
     try:
-        values: dict[str, Any] = json.loads((folder / name).read_bytes())
+        values = parse_object((folder / name).read_bytes())
         del values[_IDENTITY]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DamageError(f"{name}: {error}") from None
     return values
 
@@ -216,10 +220,12 @@ def _metadata(step: int, name: str) -> dict[str, str]:
 def _stored_identity(path: Path) -> object:
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_bytes()).get(_IDENTITY)
-        with safe_open(path, framework="pt") as opened:
-            return (opened.metadata() or {}).get(_IDENTITY)
-    except (OSError, ValueError, AttributeError, SafetensorError):
+            return parse_object(path.read_bytes()).get(_IDENTITY)
+        with path.open("rb") as file:  # the library would map it into memory
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = parse_object(file.read(min(size, path.stat().st_size)))
+        return header.get("__metadata__", {}).get(_IDENTITY)
+    except (OSError, ValueError, AttributeError, struct.error):
         return None
 
 

@@ -3,10 +3,10 @@ whose one line says what is wrong and how to mend it."""
 
 import contextlib
 import importlib.util
+import math
 import netrc
 import os
 import socket
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from qsr.config.schema import Config, SlurmCluster
 from qsr.data import ImageFolder, Request, make_loader, open_image_folders, uses_dali
 from qsr.distributed import Communicator
 from qsr.flat import FlatModule
+from qsr.folder_trial import refusing, try_folder
 from qsr.losses import TrainingLoss
 from qsr.models import build_model, check_network, count_parameters, outline
 from qsr.optim import build_optimizer
@@ -77,9 +78,10 @@ class DataChecks:
         about = describe(config, names, make_plan(config, images).total_steps)
         results = missing_room(folder, model.state_dict(), about)
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
+        there = f"{readable(free)} free" if math.isfinite(free) else "what is free is not known"
         return (
             f"{readable(wanted)} needed ({keep} + 1 checkpoints of {readable(each)}, and the "
-            f"results), {readable(free)} free"
+            f"results), {there}"
         )
 
     def _counted(self) -> tuple[Config, int, int]:
@@ -145,17 +147,11 @@ def check_folder(config: Config) -> str:
     """Whether this process can write where the run will, and neither another run nor another
     session is there."""
     path = check_run_folder(config, {}).path
-    try:
+    with refusing(path):
         Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=there) as probe:
-            probe.write(b"\0" * 65536)
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        raise CheckError(f"{path} cannot be written ({error}): choose another runs_dir") from None
+    lacks = try_folder(path)
     check_free(path)
-    return str(path)
+    return f"{path}{f' (its file system has no {lacks})' if lacks else ''}"
 
 
 def check_wandb(config: Config) -> str:

@@ -171,7 +171,7 @@ class Communicator:
 
     def gather_texts(self, text: str) -> list[str]:
         """Collective: every rank's `text`, in the order of the ranks."""
-        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        own = torch.tensor(list(text.encode(errors="surrogateescape")), dtype=torch.uint8)
         sizes = [int(row[0]) for row in self.gather_floats([len(own)])]
         if self.topology.ranks == 1 or max(sizes) == 0:
             return [text] * len(sizes)
@@ -180,7 +180,8 @@ class Communicator:
         with self.missing("a comparison"):
             dist.all_gather(everyone, padded)
         return [
-            bytes(row[:size].tolist()).decode() for row, size in zip(everyone, sizes, strict=True)
+            bytes(row[:size].tolist()).decode(errors="surrogateescape")  # paths may be any bytes
+            for row, size in zip(everyone, sizes, strict=True)
         ]
 
     def try_on_all(self, action: Callable[[], object]) -> None:

@@ -19,6 +19,7 @@ EXPECTED = (
     "ConfigError",
     "DataError",
     "DisagreementError",
+    "FolderMovedError",
     "LostRankError",
     "TrainingError",
 )

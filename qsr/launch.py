@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qsr.build import Stopped, prepare, run
+from qsr.checkpoint import FolderMovedError
 from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config, SlurmCluster
 from qsr.failures import record_failure
@@ -87,7 +88,7 @@ def _run_all(configs: Sequence[Config], stop: Event | None = None) -> list[Outco
 def _run(config: Config, flag: StopFlag) -> Outcome:
     try:
         return run(config, flag)
-    except ConfigError:
+    except (ConfigError, FolderMovedError):
         raise  # nothing that happened to the run, whose folder may be in use by another session
     except Exception as error:
         first = record_failure(RunFolder(run_folder(config)).failure, find_place(), error)

@@ -3,10 +3,10 @@
 import json
 import os
 import platform
+import stat
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -17,15 +17,18 @@ from qsr.checkpoint_files import pack_tensors, packed_size
 from qsr.config.load import ConfigError, differences, parse_identity, run_folder, to_dict
 from qsr.config.schema import Config
 from qsr.distributed import Topology
-from qsr.durable import partial_name, replace_file, reserve
+from qsr.durable import parse_object, partial_name, replace_file, reserve
+from qsr.folder_trial import refusing, try_folder
 from qsr.model_file import MODEL_NAME, Description
 from qsr.snapshot import git_revision, running_code
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "hydra-core", "safetensors")
 
-_SMALL_FILES_BYTES = 2**20
-"""For summary.json, the rows of metrics.jsonl that a full disk has held up, and the digits of what
-the model file says of the run's end."""
+_SUMMARY_BYTES = 2**20
+"""For summary.json, and what it leaves for rows of metrics.jsonl that a full disk has held up."""
+_DIGITS_BYTES = 2**12
+"""For the digits of what the model file says of the run's end."""
+_IN_A_SUMMARY = ("steps", "averages", "volume", "top1", "planned")
 
 
 class RunFolder:
@@ -42,18 +45,29 @@ class RunFolder:
         self.jobs = path / "slurm"
         self.failure = path / "failure.json"
         self.summary = path / "summary.json"
+        self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / MODEL_NAME
+        self.lock = path / "run.lock"
+        self.wandb_id = path / "wandb_id"
 
     def summary_if_finished(self) -> dict[str, Any] | None:
-        """The summary, if this run has come to its end."""
-        return _read_json(self.summary) if self.summary.exists() else None
+        """The summary, if this run has come to its end. Raises ConfigError."""
+        if not self.summary.exists():
+            return None
+        summary = _read_json(self.summary)
+        for name in _IN_A_SUMMARY:
+            if name not in summary:
+                raise _unreadable(self.summary, f"it has no {name}")
+        return summary
 
 
 def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
     """The run's folder, untouched. Raises ConfigError if another run lives there: one with other
     settings, or on other `data` (what the caller knows of the data set and how it is read)."""
     folder = RunFolder(run_folder(config))
+    _check_links(folder, Path(config.runs_dir))
+    _check_files(folder)
     if folder.config.exists():
         before = read_config(folder.config)
         changed = differences(config, before)
@@ -77,19 +91,42 @@ def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
     return folder
 
 
+def _check_links(folder: RunFolder, runs: Path) -> None:
+    """Raises ConfigError if a link that somebody else has laid leads from `runs` elsewhere: who may
+    write to a shared folder could have a run write to another."""
+    for path in (folder.checkpoints, *folder.checkpoints.parents):
+        if path == runs:
+            return
+        if path.is_symlink() and path.lstat().st_uid not in (os.geteuid(), 0):
+            raise ConfigError(f"{path} is a symbolic link of another user's: have it removed")
+
+
+def _check_files(folder: RunFolder) -> None:
+    """Raises ConfigError if something else is where a file of the run belongs, or it cannot be
+    read."""
+    own = (
+        *(folder.config, folder.data, folder.environment, folder.metrics, folder.failure),
+        *(folder.summary, folder.model, folder.lock, folder.wandb_id),
+    )
+    for path in (*own, *map(partial_name, own)):
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError:  # nothing there, or nothing that is not replaced
+            continue
+        if not regular:
+            raise ConfigError(f"{path} cannot be read (it is no file): move it away")
+        if path in own and not os.access(path, os.R_OK):
+            raise ConfigError(f"{path} cannot be read (Permission denied): ask its owner for it")
+    if folder.checkpoints.exists() and not folder.checkpoints.is_dir():
+        raise ConfigError(f"{folder.checkpoints} is no folder: move it away")
+
+
 def make_run_folder(folder: RunFolder) -> None:
-    """Make the folder if need be, and see that this rank can write there. Raises ConfigError."""
-    try:
+    """See that this rank can do there what a run does, and make the folder if need be. Raises
+    ConfigError."""
+    try_folder(folder.path)  # permissions alone do not tell
+    with refusing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        # permissions alone do not tell: root may do all, and the disk may be full
-        with TemporaryFile(dir=folder.path) as probe:
-            probe.write(b"\0" * 65536)
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        raise ConfigError(
-            f"{folder.path} cannot be written ({error}): choose another runs_dir"
-        ) from None
 
 
 def read_config(path: Path) -> Config:
@@ -134,8 +171,10 @@ def _earlier_code(folder: RunFolder) -> list[str]:
         stored = _read_json(folder.environment)
     except ConfigError:  # a record, of which the run does not depend
         stored = {}
-    codes = [*stored.get("earlier_code", []), stored.get("code", "unknown")]
-    return [code for code in dict.fromkeys(codes) if code != running_code()]
+    earlier = stored.get("earlier_code", [])
+    codes = [*(earlier if isinstance(earlier, list) else []), stored.get("code", "unknown")]
+    texts = dict.fromkeys(code for code in codes if isinstance(code, str))
+    return [code for code in texts if code != running_code()]
 
 
 def environment(topology: Topology, device: str) -> dict[str, Any]:
@@ -170,18 +209,23 @@ def write_text(path: Path, text: str) -> None:
 def reserve_results(folder: RunFolder, model: Mapping[str, Tensor], about: Description) -> None:
     """Take the room on the disk that `write_results` will need, so that a disk that fills up while
     the run trains does not cost its results. Raises OSError."""
-    reserve(folder.model, _results_bytes(model, about))
+    for path, size in _room(folder, model, about).items():
+        reserve(path, size)
 
 
 def missing_room(folder: RunFolder, model: Mapping[str, Tensor], about: Description) -> int:
     """Bytes of the disk that `reserve_results` will take; an earlier session may have done so."""
-    reserved = partial_name(folder.model)
-    there = reserved.stat().st_size if reserved.exists() else 0
-    return max(0, _results_bytes(model, about) - there)
+    missing = 0
+    for path, size in _room(folder, model, about).items():
+        reserved = partial_name(path)
+        missing += max(0, size - (reserved.stat().st_size if reserved.exists() else 0))
+    return missing
 
 
-def _results_bytes(model: Mapping[str, Tensor], about: Description) -> int:
-    return packed_size(model, about.metadata()) + _SMALL_FILES_BYTES
+def _room(folder: RunFolder, model: Mapping[str, Tensor], about: Description) -> dict[Path, int]:
+    """Of the disk, for each file of the results, in bytes."""
+    size = packed_size(model, about.metadata()) + _DIGITS_BYTES
+    return {folder.model: size, folder.summary: _SUMMARY_BYTES}
 
 
 def write_results(
@@ -190,20 +234,24 @@ def write_results(
     about: Description,
     summary: Mapping[str, Any],
 ) -> None:
-    """Write model.safetensors and then summary.json, which says that the run is finished.
-    Raises OSError."""
+    """Write model.safetensors and then summary.json, which says that the run is finished, each over
+    the room that was taken for it. Raises OSError."""
     replace_file(folder.model, pack_tensors(model, about.metadata()))
     write_json(folder.summary, summary)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete its folder") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not what was written there: delete its folder")
-    return value
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, why: object) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be read ({why}): bring it back, or remove this file alone, and the same "
+        f"command writes it anew"
+    )
 
 
 def _version(package: str) -> str | None:

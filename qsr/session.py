@@ -6,7 +6,7 @@ from typing import Any
 
 from qsr.averaging import DisagreementError
 from qsr.build import Stopped
-from qsr.checkpoint import CheckpointError
+from qsr.checkpoint import CheckpointError, FolderMovedError
 from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.data import DataError
@@ -17,7 +17,10 @@ from qsr.place import find_place
 from qsr.processes import RunFailedError
 from qsr.slurm import stopped_status
 
-_FAILURES = (RunFailedError, CheckpointError, DisagreementError, LostRankError, TrainingError)
+_FAILURES = (
+    *(RunFailedError, CheckpointError, DisagreementError, FolderMovedError, LostRankError),
+    TrainingError,
+)
 
 
 def carry_out(configs: Sequence[Config]) -> int:

@@ -7,7 +7,9 @@ its own, and whatever goes wrong there becomes one warning at the end.
 import contextlib
 import json
 import math
+import os
 import queue
+import re
 import secrets
 import signal
 import subprocess
@@ -16,16 +18,16 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qsr.config.schema import Config, TrackingConfig
-from qsr.durable import replace_file
+from qsr.durable import parse_object, replace_file, write_file
 
 Row = Mapping[str, float | int | str | bool]
 """One line of metrics: "kind" ("train" or "eval"), "step" (steps done), and measured values."""
@@ -36,6 +38,9 @@ class Tracker(Protocol):
 
     def log(self, row: Row) -> None:
         """Report one row."""
+
+    def sync(self) -> None:
+        """See that a power failure takes nothing of what was reported, as far as that can be."""
 
     def rewind(self, step: int) -> None:
         """Forget what was reported after `step` steps: the run goes on from there."""
@@ -48,6 +53,9 @@ class NullTracker:
     """Reports nothing."""
 
     def log(self, row: Row) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def rewind(self, step: int) -> None:
@@ -67,6 +75,11 @@ class RunTracker:
         for tracker in self._trackers:
             with contextlib.suppress(OSError):  # a full disk, under stderr too, does not end a run
                 tracker.log(row)
+
+    def sync(self) -> None:
+        for tracker in self._trackers:
+            with contextlib.suppress(OSError):
+                tracker.sync()
 
     def rewind(self, step: int) -> None:
         for tracker in self._trackers:
@@ -88,31 +101,44 @@ class RunTracker:
         self.close()
 
 
+_ROW_START = re.compile(rb'\n|(?<=.)(?=\{"kind")')
+"""Between rows, also where damage has made another byte of a line's end."""
+
+
 class JsonlTracker:
     """Appends rows to a file, one JSON object a line.
 
     `log` raises OSError if the disk is full; the row then waits for the next one, or the end.
+    What is in the file and cannot be read as a row is moved to a file beside it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting = b""
-        self._file = path.open("ab", buffering=0)
+        self._file: BinaryIO | None = None
         self.rewind(sys.maxsize)  # a line that a kill cut short would spoil the next one
 
     def log(self, row: Row) -> None:
         self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
         self._write()
 
+    def sync(self) -> None:
+        self._write()
+        os.fsync(self._descriptor)
+
     def rewind(self, step: int) -> None:
-        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
-        self._file.close()
-        replace_file(self._path, [json.dumps(row).encode() + b"\n" for row in kept])
+        rows, damaged = _read(self._path)
+        if damaged:
+            self._put_aside(damaged)
+        if self._file is not None:
+            self._file.close()
+        kept = [line + b"\n" for line, row in rows if row["step"] <= step]
+        replace_file(self._path, kept)
         self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         try:
-            self._write()
+            self.sync()
         except OSError as error:
             warnings.warn(
                 f"{self._path} lacks its last rows ({error})", RuntimeWarning, stacklevel=2
@@ -121,18 +147,45 @@ class JsonlTracker:
 
     def _write(self) -> None:
         while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+
+    @property
+    def _descriptor(self) -> int:
+        assert self._file is not None
+        return self._file.fileno()
+
+    def _put_aside(self, damaged: Sequence[bytes]) -> None:
+        aside = self._path.with_name(f"{self._path.name}.damaged-{secrets.token_hex(4)}")
+        write_file(aside, [line + b"\n" for line in damaged])
+        lines = "1 line" if len(damaged) == 1 else f"{len(damaged)} lines"
+        text = (
+            f"{self._path}: {lines} could not be read; the rest is kept, they are in {aside.name}"
+        )
+        print(text, file=sys.stderr, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    """The rows of a metrics.jsonl, as far as they can be read; raises OSError."""
+    return [row for _, row in _read(path)[0]]
+
+
+def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
+    """The rows of a file, each with its line, and the lines that are none. A last line that a kill
+    cut short is neither."""
+    text = path.read_bytes() if path.exists() else b""
+    lines = _ROW_START.split(text)
+    rows, damaged = [], []
+    for line in filter(None, lines):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+            row = parse_object(line)
+            if not (type(row["step"]) is int and isinstance(row["kind"], str)):
+                raise ValueError("no row")
+            rows.append((line, row))
+        except (ValueError, KeyError):
+            damaged.append(line)
+    if damaged and lines[-1] == damaged[-1]:
+        damaged.pop()
+    return rows, damaged
 
 
 class WandbTracker:
@@ -172,6 +225,9 @@ class WandbTracker:
     def log(self, row: Row) -> None:
         self._rows.put(row)
 
+    def sync(self) -> None:
+        """Nothing: it is a mirror."""
+
     def rewind(self, step: int) -> None:
         """Nothing: wandb keeps the first row of a step."""
 
@@ -209,9 +265,14 @@ class WandbTracker:
 
 def _wandb_id(path: Path) -> str:
     """The run's name on wandb's server: the same in every session of the run folder."""
-    if not path.exists():
-        path.write_text(secrets.token_hex(8))
-    return path.read_text()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        stored = path.read_text().strip()
+        if re.fullmatch(r"[\w-]+", stored):
+            return stored
+    name = secrets.token_hex(8)
+    with contextlib.suppress(OSError):  # the next session's mirror is another one then
+        replace_file(path, [name.encode()])
+    return name
 
 
 def mirror_rows() -> None:
@@ -285,6 +346,9 @@ class ProgressTracker:
             highlight=False,
             soft_wrap=True,
         )
+
+    def sync(self) -> None:
+        pass
 
     def rewind(self, step: int) -> None:
         self._bar.update(self._task, completed=step)

@@ -339,6 +339,7 @@ class Trainer:
             "config_hash": self._config_hash,
             "evaluation": None if self.evaluation is None else asdict(self.evaluation),
         }
+        self._tracker.sync()  # no row is lost that a checkpoint counts on
         try:
             self._checkpointer.save(progress.step, run, shared, own)
             self.checkpoint_failure = None
@@ -372,6 +373,12 @@ class Trainer:
             self._tracker.rewind(0)  # rows of a session that was killed before its first
             return False
         run = self._checkpointer.read_run(step)
+        absent = {"progress", "evaluation", "workers", "config_hash", "correction_due"} - run.keys()
+        if absent:
+            raise TrainingError(
+                f"the checkpoint after step {step} does not say its {min(absent)}: another program "
+                f"has written it; remove its folder to go on from the one before"
+            )
         workers = self._communicator.topology.num_workers
         if run["workers"] != workers:
             raise TrainingError(

@@ -93,6 +93,9 @@ class MemoryTracker:
     def log(self, row: Row) -> None:
         self.rows.append(dict(row))
 
+    def sync(self) -> None:
+        pass
+
     def rewind(self, step: int) -> None:
         self.rows = [row for row in self.rows if row["step"] <= step]
 

@@ -6,8 +6,10 @@ import ctypes
 import functools
 import itertools
 import os
+import platform
 import resource
 import shutil
+import struct
 import subprocess
 import traceback
 from collections.abc import Callable, Iterator
@@ -84,6 +86,59 @@ def no_file_above(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+SYSTEM_CALLS = {
+    "mmap": (9,),
+    "flock": (73,),
+    "fsync": (74,),
+    "ftruncate": (77,),
+    "rename": (82, 264, 316),
+    "mkdir": (83, 258),
+    "unlink": (84, 87, 263),
+    "statfs": (137, 138),
+    "fallocate": (285,),
+}
+"""Their numbers on x86-64."""
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of another machine")
+
+
+def refuse_here(call: str, number: int) -> None:
+    """From now on the kernel answers this system call of this process with an error, as a file
+    system would that has no such operation. Of mmap: where it is to map a file."""
+    load, equal, answer = 0x20, 0x15, 0x06
+    calls = SYSTEM_CALLS[call]
+    rules = [(load, 0, 0, 0)]
+    rules += [(equal, len(calls) - at, 0, nr) for at, nr in enumerate(calls)]
+    rules += [(answer, 0, 0, 0x7FFF0000)]
+    if call == "mmap":  # its fifth argument is the file, -1 for none
+        rules += [(load, 0, 0, 16 + 4 * 8), (equal, 0, 1, 0xFFFFFFFF), (answer, 0, 0, 0x7FFF0000)]
+    rules += [(answer, 0, 0, 0x00050000 | number)]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    about = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(program))
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, about, 0, 0):  # no new privileges; a filter
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def in_a_child(action: Callable[[], object]) -> str:
+    """What `action` returns as text, or the error that it raises, in a forked child."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            text = str(action())
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return text
 
 
 def crash_everywhere(action: Callable[[], Any], folder: Path, lost: Lost) -> Iterator[bool]:

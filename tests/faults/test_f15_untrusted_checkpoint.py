@@ -133,6 +133,7 @@ def test_no_other_file_of_the_run_folder_runs_code(
         "metrics.jsonl",
         "model.safetensors.partial",
         "run.lock",
+        "summary.json.partial",
     }
     refused = set()
     for name in sorted({*names, "summary.json"}):
