@@ -9,13 +9,13 @@ import json
 import os
 import platform
 import secrets
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from qsr.config.load import ConfigError
 from qsr.distributed import Communicator
+from qsr.output import warn
 
 PATIENCE_SECONDS = 2.0
 """For a session that is just ending, and for a holder that has not yet written who it is."""
@@ -92,7 +92,7 @@ def _acquire(folder: Path, patience_seconds: float) -> int:
             time.sleep(0.05)
         except OSError as error:
             warning = f"{folder} cannot be locked ({error}): nothing keeps a second session out"
-            print(warning, file=sys.stderr, flush=True)
+            warn(warning)
             return descriptor
 
 

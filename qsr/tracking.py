@@ -26,6 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qsr.config.schema import Config, TrackingConfig
 from qsr.durable import replace_file
+from qsr.output import warn
+from qsr.slurm import STOP_SIGNALS
 
 Row = Mapping[str, float | int | str | bool]
 """One line of metrics: "kind" ("train" or "eval"), "step" (steps done), and measured values."""
@@ -152,7 +154,7 @@ class WandbTracker:
             stdin=subprocess.PIPE,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C ends the run, which then closes the mirror
+            start_new_session=True,  # a stop is for the run, which then closes the mirror
         )
         settings = {
             "project": config.tracking.wandb_project,
@@ -208,17 +210,23 @@ class WandbTracker:
 
 
 def _wandb_id(path: Path) -> str:
-    """The run's name on wandb's server: the same in every session of the run folder."""
-    if not path.exists():
-        path.write_text(secrets.token_hex(8))
-    return path.read_text()
+    """The run's name on wandb's server: the same in every session of the run folder. A full disk
+    may have left an empty file."""
+    name = path.read_text().strip() if path.exists() else ""
+    if not name:
+        name = secrets.token_hex(8)
+        replace_file(path, [name.encode()])
+    return name
 
 
 def mirror_rows() -> None:
     """The mirror's process: pass what comes in on standard input, settings and then rows, to wandb.
 
     The input ends with the run, however that ends; the mirror outlives it by `patience` seconds.
+    Slurm tells all processes of a step to stop: that is for the run.
     """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     patience = settings.pop("patience")
     try:
@@ -236,6 +244,13 @@ def mirror_rows() -> None:
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
+class _Console(Console):
+    """Rich's ends the program when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class ProgressTracker:
     """A live bar on a terminal, with a line per evaluation above it; elsewhere only such lines, at
     most one every `quiet_seconds` and the last."""
@@ -247,7 +262,7 @@ class ProgressTracker:
         console: Console | None = None,
         quiet_seconds: float = 10.0,
     ) -> None:
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or _Console(file=sys.stderr)
         self._name = name
         self._total_steps = total_steps
         self._quiet_seconds = quiet_seconds
@@ -298,7 +313,10 @@ def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
     settings: TrackingConfig = config.tracking
     trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl")]
     if settings.wandb != "none":
-        trackers.append(WandbTracker(config, folder))
+        try:
+            trackers.append(WandbTracker(config, folder))
+        except OSError as error:
+            warn(f"warning: no mirror on wandb: {error}")
     if settings.progress:
         # without the overrides, which would push all else from a terminal's line
         name = config.experiment
