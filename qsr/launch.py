@@ -53,8 +53,9 @@ def _stop_signals(configs: Sequence[Config]) -> list[str]:
 
 
 def _interrupted(outcome: Outcome) -> Outcome:
-    by_signal = isinstance(outcome, Stopped) and outcome.by_signal
-    return replace(outcome, reason="SIGINT") if by_signal else outcome
+    if isinstance(outcome, Stopped) and outcome.by_signal:
+        return replace(outcome, reason="SIGINT")
+    return outcome
 
 
 def _common_ranks(configs: Sequence[Config]) -> int:

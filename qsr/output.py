@@ -17,10 +17,13 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 STALL_SECONDS = 1.0
-"""An output that takes nothing for so long is not waited for any more, until it takes something."""
+"""An output that is behind for so long is not waited for any more, until it has caught up."""
 
-MOST_WAITING = 64 * 1024
+MOST_WAITING = 1024 * 1024
 """Bytes that wait for such an output; what is said beyond is dropped."""
+
+_PIECE = 4096
+"""Bytes that are written at once, which a pipe takes whole: lines of several ranks do not mix."""
 
 
 def say(text: str) -> None:
@@ -102,7 +105,7 @@ def _finish(stream: TextIO, outlet: "_Outlet") -> None:
     outlet.finish()
 
 
-class _Outlet(io.RawIOBase):
+class _Outlet(io.BufferedIOBase):
     """A standard stream that a thread writes, because only a thread may wait for ever.
 
     Libraries in other languages write to the stream's number themselves: while the output takes
@@ -150,10 +153,11 @@ class _Outlet(io.RawIOBase):
                 self._set_stalled(True)
 
     def finish(self) -> None:
-        """Give a slow reader its last chance, and end the thread: a daemon thread that the
-        interpreter stops may hold a lock for ever."""
+        """Wait for a slow reader as long as it reads, and end the thread: a daemon thread that
+        the interpreter stops may hold a lock for ever."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, STALL_SECONDS)
+            while self._waiting and self._changed.wait(STALL_SECONDS):
+                pass
             self._ended = True
             self._changed.notify_all()
         self._thread.join(STALL_SECONDS)
@@ -163,8 +167,8 @@ class _Outlet(io.RawIOBase):
         poll.register(self._target, select.POLLOUT)
         while not self._ended:
             with self._changed:  # without a text, too, it is seen that the output has stalled
-                self._changed.wait_for(lambda: self._waiting or self._ended, STALL_SECONDS)
-                text = bytes(self._waiting)
+                self._changed.wait_for(lambda: bool(self._waiting) or self._ended, STALL_SECONDS)
+                text = bytes(self._waiting[:_PIECE])
             if not poll.poll(1000 * STALL_SECONDS):
                 with self._changed:
                     self._set_stalled(True)
@@ -172,7 +176,7 @@ class _Outlet(io.RawIOBase):
             written = self._write_now(text) if text else 0
             with self._changed:
                 del self._waiting[:written]
-                self._set_stalled(False)
+                self._set_stalled(self._stalled and bool(self._waiting))
                 self._changed.notify_all()
 
     def _write_now(self, text: bytes) -> int:
