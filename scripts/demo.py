@@ -15,6 +15,7 @@ from pathlib import Path
 from qsr.config.load import ConfigError, load_config, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
+from qsr.distributed import ClusterError
 from qsr.launch import execute
 from qsr.output import program, warn
 from qsr.processes import RunFailedError
@@ -51,7 +52,7 @@ def main(settings: list[str]) -> int:
             warn("stopped, everything saved; the same command goes on")
             return stopped
         groups = group_by_label([read_run(run_folder(config)) for config in configs])
-    except (ConfigError, DataError, ReportError) as error:
+    except (ClusterError, ConfigError, DataError, ReportError) as error:
         warn(f"refused: {error}")
         return 2
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from pathlib import Path
 from qsr.config.load import ConfigError, load_configs, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
+from qsr.distributed import ClusterError
 from qsr.launch import execute
 from qsr.output import program, warn
 from qsr.processes import RunFailedError
@@ -59,7 +60,7 @@ def main(settings: list[str]) -> int:
             for experiment, seeds in configs.items()
         }
         table = comparison_table(rows, summaries, experiment_plan)
-    except (ConfigError, DataError, ReportError) as error:
+    except (ClusterError, ConfigError, DataError, ReportError) as error:
         warn(f"refused: {error}")
         return 2
     except KeyboardInterrupt:

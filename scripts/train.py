@@ -8,7 +8,8 @@
 Settings are those of configs/, described in qsr/config/schema.py; several values give a run each.
 Without a launcher the ranks are started here. A run lives in runs/EXPERIMENT/seed_SEED; the same
 command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong
-settings, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2) with everything saved, 130 interrupted.
+settings, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130
+interrupted: the first Ctrl-C saves everything, the second ends at once.
 """
 
 from qsr.config.load import ConfigError, load_configs

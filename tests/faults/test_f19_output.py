@@ -23,7 +23,7 @@ from tests.cli import ENVIRONMENT, ROOT, command, folder_in, same_weights, wait_
 
 # 300 kB and 40 kB: more than a pipe holds, and than a terminal does
 TALKER = """
-import os, sys
+import contextlib, os
 from qsr.output import program, say, warn
 
 def main(words):
@@ -31,7 +31,8 @@ def main(words):
         say(f"{number:099d}")
         if number % 8 == 0:
             warn(f"{number:099d}")
-    os.write(2, bytes(200_000))  # as a library in another language does
+    with contextlib.suppress(OSError):
+        os.write(2, bytes(200_000))  # as a library in another language does
     print("a line that is not flushed", end="")
     with open(words[0], "w") as record:
         record.write("complete")
@@ -148,7 +149,7 @@ def test_what_others_say_is_not_written_into_the_files_of_a_run(tmp_path: Path) 
         "program(main)\n"
     )
     record = tmp_path / "record"
-    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"]
     done = subprocess.run(
         [*closed, sys.executable, "-c", program, str(record)], env=ENVIRONMENT, check=False
     )
@@ -170,13 +171,13 @@ def test_a_name_that_the_output_cannot_spell_is_shown_escaped() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (5, rb"gr\xfcn \udce4" + b"\n", b"")
 
 
-def test_a_silent_rank_is_not_held_up_either(tmp_path: Path) -> None:
+def test_a_silent_rank_is_not_held_up_either() -> None:
     """Another rank has filled the pipe that both share; this one says nothing itself."""
     program = (
         "import os, sys, time\n"
         "from qsr.output import guard\n"
         "guard()\n"
-        "time.sleep(3)\n"
+        "time.sleep(5)\n"
         "os.write(2, bytes(200_000))\n"
         "sys.exit(7)\n"
     )
@@ -341,7 +342,6 @@ PRINTERS = {
     "plan": ["plan.py", "experiment=demo/quadratic", "seed=1,2,3"],
     "what-if": ["plan.py", "what-if", "--json"],
     "status": ["status.py"],
-    "help": ["tables.py", "--help"],
 }
 
 
