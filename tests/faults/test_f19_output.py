@@ -24,11 +24,11 @@ from tests.cli import ENVIRONMENT, ROOT, command, folder_in, same_weights, wait_
 # 300 kB and 40 kB: more than a pipe holds, and than a terminal does
 TALKER = """
 import contextlib, os
-from qsr.output import program, say, warn
+from qsr.output import program, warn
 
 def main(words):
     for number in range(3000):
-        say(f"{number:099d}")
+        print(f"{number:099d}")
         if number % 8 == 0:
             warn(f"{number:099d}")
     with contextlib.suppress(OSError):
