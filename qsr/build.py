@@ -1,7 +1,6 @@
 """Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from qsr.memory import keep_freed_memory
 from qsr.model_file import Description
 from qsr.models import build_model, check_network
 from qsr.optim import averaged_state_keys, build_optimizer
+from qsr.output import warn
 from qsr.place import find_place
 from qsr.precision import Precision
 from qsr.runfolder import (
@@ -130,7 +130,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         if place.is_main:
             warning = other_code(folder)
             if warning is not None:
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+                warn(f"warning: {warning}")
 
         def begin() -> None:
             nonlocal tracker

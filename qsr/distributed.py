@@ -5,7 +5,6 @@ All collectives stand here, so that it is plain where ranks wait for each other.
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from qsr.config.schema import ClusterConfig
+from qsr.output import warn
 from qsr.place import find_place
 from qsr.rendezvous import meet
 from qsr.rollcall import RollCall
@@ -199,8 +199,7 @@ class Communicator:
     def say(self, line: str) -> None:
         """Tell the user something beside the metrics, on stderr; rank 0 alone speaks."""
         if self.topology.is_main:
-            with contextlib.suppress(OSError):  # where it goes may be on the disk that is full
-                print(line, file=sys.stderr, flush=True)
+            warn(line)
 
     def any(self, flag: bool) -> bool:
         """Collective: whether `flag` holds on any rank."""

@@ -9,6 +9,7 @@ import torch
 from qsr import checks
 from qsr.config.schema import Config, SlurmCluster
 from qsr.distributed import Communicator, choose_device, topology
+from qsr.output import say
 from qsr.place import Place, find_place
 
 _PATIENCE_SECONDS = 60.0
@@ -110,4 +111,4 @@ class _Report:
 
     @staticmethod
     def _say(verdict: str, name: str, text: str) -> None:
-        print(f"{verdict:4}  {name:10}  {text}", flush=True)
+        say(f"{verdict:4}  {name:10}  {text}")

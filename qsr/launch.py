@@ -2,7 +2,8 @@
 
 import multiprocessing
 from collections.abc import Sequence
-from multiprocessing.synchronize import Event
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config, SlurmCluster
 from qsr.failures import record_failure
 from qsr.place import find_place
-from qsr.processes import START_METHOD, RunFailedError, start_ranks
+from qsr.processes import RunFailedError, socket_folder, start_ranks
 from qsr.runfolder import RunFolder
 from qsr.slurm import current_task
-from qsr.stopping import StopFlag, passing_on
+from qsr.stopping import StopFlag
 
 Outcome = dict[str, Any] | Stopped
 
@@ -34,13 +35,28 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
     if find_place().launched or ranks == 1:
         return start_ranks(_run_all, ranks, configs)
     # one clear line now, instead of one from every rank
+    socket_folder()
     finished = [prepare(config).summary for config in configs]
     todo = [config for config, summary in zip(configs, finished, strict=True) if summary is None]
-    stop = multiprocessing.get_context(START_METHOD).Event()
-    with passing_on(configs[0].checkpoint.stop_signals, stop):
-        new = iter(start_ranks(_run_all, ranks, todo, stop) if todo else [])
+    flag = StopFlag()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with receiver, sender, flag.passing_on([*_stop_signals(configs), "SIGINT"], sender):
+        found = start_ranks(_run_all, ranks, todo, receiver) if todo else []
+    if flag.reason == "SIGINT":  # of which the ranks know nothing
+        found = [_interrupted(outcome) for outcome in found]
+    new = iter(found)
     outcomes = (next(new, None) if summary is None else summary for summary in finished)
     return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _stop_signals(configs: Sequence[Config]) -> list[str]:
+    return [*configs[0].checkpoint.stop_signals, "SIGHUP"]
+
+
+def _interrupted(outcome: Outcome) -> Outcome:
+    if isinstance(outcome, Stopped) and outcome.by_signal:
+        return replace(outcome, reason="SIGINT")
+    return outcome
 
 
 def _common_ranks(configs: Sequence[Config]) -> int:
@@ -73,10 +89,12 @@ def number_of_ranks(config: Config) -> int:
     return next(n for n in range(most, 0, -1) if config.workers % n == 0)
 
 
-def _run_all(configs: Sequence[Config], stop: Event | None = None) -> list[Outcome]:
+def _run_all(configs: Sequence[Config], launcher: Connection | None = None) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    flag = StopFlag(stop)
-    with flag.listening(configs[0].checkpoint.stop_signals):
+    flag = StopFlag(launcher)
+    # with a launcher Ctrl-C is for that one
+    interrupt = [] if find_place().launched else ["SIGINT"]
+    with flag.listening([*_stop_signals(configs), *interrupt]):
         for config in configs:
             outcome = _run(config, flag)
             outcomes.append(outcome)

@@ -1,26 +1,29 @@
 """The ranks of a machine as processes: started together, ended together."""
 
+import contextlib
+import fcntl
 import logging
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.reduction import DupFd
 from typing import Any, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-from qsr.distributed import leave_process_group
-from qsr.failures import describe, read_failure, record_failure
+from qsr.distributed import ClusterError, leave_process_group
+from qsr.failures import describe
+from qsr.output import guard
 from qsr.place import find_place
 from qsr.slurm import die_with_parent
-from qsr.stopping import handling
 
 Result = TypeVar("Result")
 
@@ -32,6 +35,16 @@ GRACE_SECONDS = 3.0
 """When a rank has failed the others have so long to notice by themselves, and as long again after
 SIGTERM, which a rank in training takes for a wish to stop. Then they are killed."""
 
+LOOK_SECONDS = 0.5
+"""A signal that comes just before the launcher begins to wait for the ranks is seen so much later:
+what waits is not woken by it."""
+
+_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT")
+"""What a process group may get as a whole, from timeout, systemd, Slurm or a terminal."""
+
+_LONGEST_FOLDER = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+"""Bytes; a socket's path has at most 107, and this is what multiprocessing puts below TMPDIR."""
+
 
 class RunFailedError(RuntimeError):
     """A rank failed; the message is that of the first failure, with its rank."""
@@ -42,90 +55,159 @@ def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) ->
     returned: in this process if a launcher started it, or if there is one rank; otherwise in
     `ranks` processes of this machine, of which the first one's result is returned.
 
-    Raises RunFailedError if one of those processes fails, KeyboardInterrupt after Ctrl-C or
-    SIGHUP. No process is left then.
+    Those processes do not notice the signals that ask a program to end until they listen to them
+    (`stopping.handling`): it is this process that is asked. Raises RunFailedError if one of them
+    fails, ClusterError if they cannot be started, KeyboardInterrupt after Ctrl-C. No process is
+    left then, and none outlives this one.
     """
     if find_place().launched or ranks == 1:
         return _call(function, *arguments)
-    multiprocessing.set_forkserver_preload(["qsr.build"])
+    _start_server()
     # these reports of a failure are replaced by ours; c10d's come with a stack of C++
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     # the ranks meet at a store of this process: it lives as long as any of them
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    with (
-        tempfile.TemporaryDirectory(prefix="qsr-ranks-") as folder,
-        handling(["SIGHUP"], _interrupt),
-    ):
-        results = Path(folder)
+    with _Reports() as reports:
         processes = start_processes(
             _rank_main,
-            (ranks, store.port, results, function, arguments),
+            (ranks, store.port, f"process {secrets.token_hex(8)}", reports, function, arguments),
             nprocs=ranks,
             join=False,
             start_method=START_METHOD,
         )
         try:
-            while not processes.join(grace_period=GRACE_SECONDS):
+            while not processes.join(LOOK_SECONDS, GRACE_SECONDS):
                 pass
         except ProcessExitedException as error:
-            raise RunFailedError(_first_failure(results, error)) from None
+            raise RunFailedError(_first_failure(reports.read(), error)) from None
         finally:
             for process in processes.processes:
                 process.kill()
-        returned: Result = pickle.loads((results / "returned").read_bytes())
-        return returned
+        (returned,) = (report["returned"] for report in reports.read())
+        result: Result = returned
+        return result
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
+def socket_folder() -> str:
+    """The folder for the fork server's socket: TMPDIR, or a shorter one if that is too long for a
+    socket, as those of a scheduler may be. Raises ClusterError if there is none."""
+    try:
+        own = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ClusterError(
+            f"{error.strerror}: set TMPDIR to a folder that can be written"
+        ) from None
+    for folder in (own, "/tmp", "/var/tmp"):
+        if len(os.fsencode(folder)) <= _LONGEST_FOLDER and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ClusterError(
+        f"TMPDIR={own} is too long for a socket's path, and /tmp cannot be written: set TMPDIR to "
+        f"a folder of at most {_LONGEST_FOLDER} bytes"
+    )
+
+
+def _start_server() -> None:
+    """Start the processes that live beside the ranks. What asks the whole group to end is for the
+    ranks: these, and each rank until it listens, keep the signals waiting. Ignoring them instead
+    would hide from the ranks what this program was started to ignore."""
+    multiprocessing.set_forkserver_preload(["qsr.fork_server", "qsr.build"])
+    before, tempfile.tempdir = tempfile.tempdir, socket_folder()
+    try:
+        with _signals_waiting():
+            resource_tracker.ensure_running()
+        with _signals_waiting():  # which that has ended for some
+            forkserver.ensure_running()
+    finally:
+        tempfile.tempdir = before
+
+
+@contextlib.contextmanager
+def _signals_waiting() -> Iterator[None]:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.Signals[name] for name in _SIGNALS])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _Reports:
+    """What the ranks tell the launcher, in the order in which they did: a file in memory, because
+    files in a temporary folder are removed after some days."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("qsr-reports")
+        fcntl.fcntl(self._file, fcntl.F_SETFL, os.O_APPEND)
+
+    def __enter__(self) -> "_Reports":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def __getstate__(self) -> Any:
+        return DupFd(self._file)
+
+    def __setstate__(self, file: Any) -> None:
+        self._file = file.detach()
+
+    def write(self, **report: Any) -> None:
+        """One write: reports of two ranks do not mix."""
+        os.write(self._file, pickle.dumps(report))
+
+    def read(self) -> list[dict[str, Any]]:
+        reports = []
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            # a rank that was killed while it wrote has left a part
+            with contextlib.suppress(EOFError, pickle.UnpicklingError):
+                while True:
+                    reports.append(pickle.load(file))
+        return reports
 
 
 def _rank_main(
     rank: int,
     ranks: int,
     port: int,
-    results: Path,
+    attempt: str,
+    reports: _Reports,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    threading.Thread(target=_die_with_the_launcher, daemon=True).start()
+    guard()
     # what torchrun would tell
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": results.name}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": attempt}
     try:
         returned = _call(function, *arguments)
     except Exception as error:
-        record_failure(results / "failure.json", find_place(), error)
+        trace = "".join(traceback.format_exception(error))
+        reports.write(rank=rank, error=f"{type(error).__name__}: {error}", traceback=trace)
         sys.exit(1)
     if rank == 0:
-        (results / "returned").write_bytes(pickle.dumps(returned))
-
-
-def _die_with_the_launcher() -> None:
-    """The kernel's way is no use here: the parent is the fork server, which stays for the ranks."""
-    launcher = multiprocessing.parent_process()
-    assert launcher is not None
-    launcher.join()
-    os.kill(os.getpid(), signal.SIGKILL)
+        reports.write(returned=returned)
 
 
 def _call(function: Callable[..., Result], *arguments: Any) -> Result:
     if find_place().launched:
         die_with_parent()
+        launcher = multiprocessing.parent_process()
+        if launcher is not None and not launcher.is_alive():  # it was gone before that held
+            os._exit(1)
     try:
         return function(*arguments)
     finally:
         leave_process_group()
 
 
-def _first_failure(results: Path, exited: ProcessExitedException) -> str:
+def _first_failure(reports: list[dict[str, Any]], exited: ProcessExitedException) -> str:
     """A rank that a signal killed could not tell; the others fail of its absence."""
     if exited.signal_name is not None:
         return f"rank {exited.error_index} was ended by {exited.signal_name}"
-    failure = read_failure(results / "failure.json")
+    failure = next((report for report in reports if "error" in report), None)
     if failure is None:
         return f"rank {exited.error_index} ended with status {exited.exit_code}, without a word"
     of_another = failure["error"].removeprefix(f"{RunFailedError.__name__}: ")

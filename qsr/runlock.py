@@ -13,7 +13,6 @@ import platform
 import secrets
 import shutil
 import stat
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from qsr.config.load import ConfigError
 from qsr.distributed import Communicator
 from qsr.durable import parse_object
 from qsr.folder_trial import TRIALS
+from qsr.output import warn
 
 _NAME = "run.lock"
 PATIENCE_SECONDS = 2.0
@@ -119,7 +119,7 @@ def _acquire(folder: Path, patience_seconds: float) -> int:
             time.sleep(0.05)
         except OSError as error:
             warning = f"{folder} cannot be locked ({error}): nothing keeps a second session out"
-            print(warning, file=sys.stderr, flush=True)
+            warn(warning)
             return descriptor
 
 

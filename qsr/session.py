@@ -1,6 +1,5 @@
 """From runs to an exit status: carries them out and says in a line what came of each."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.data import DataError
 from qsr.distributed import ClusterError, LostRankError
-from qsr.launch import execute
+from qsr.launch import Outcome, execute
 from qsr.monitor import TrainingError
+from qsr.output import say, warn
 from qsr.place import find_place
 from qsr.processes import RunFailedError
 from qsr.slurm import stopped_status
@@ -26,36 +26,43 @@ _FAILURES = (
 def carry_out(configs: Sequence[Config]) -> int:
     """Carry out the runs, as launch.execute does, and return what this process is to exit with: 0
     done, 1 failed, 2 refused, 130 interrupted; for a run that a signal stopped, see
-    slurm.stopped_status."""
+    `stopped_by_signal`."""
     try:
         outcomes = execute(configs)
     except (ConfigError, DataError) as error:
         if find_place().local_rank == 0:  # the others of this machine see the same
-            print(f"refused: {error}", file=sys.stderr)
+            warn(f"refused: {error}")
         return 2
     except ClusterError as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
     except _FAILURES as error:
-        print(f"failed: {error}", file=sys.stderr)
+        warn(f"failed: {error}")
         return 1
     except KeyboardInterrupt:
         again = "the same command goes on from the newest checkpoint"
         folders = ", ".join(str(run_folder(config)) for config in configs)
-        print(f"interrupted; {again}: {folders}", file=sys.stderr)
+        warn(f"interrupted; {again}: {folders}")
         return 130
     if find_place().rank == 0:
         for config, outcome in zip(configs, outcomes, strict=False):
             folder = str(run_folder(config))
-            print(
+            say(
                 f"stopped after step {outcome.step} by {outcome.reason}, everything saved; the "
                 f"same command goes on: {folder}"
                 if isinstance(outcome, Stopped)
-                else _last_line(outcome, folder),
-                flush=True,
+                else _last_line(outcome, folder)
             )
-    stopped = any(isinstance(found, Stopped) and found.by_signal for found in outcomes)
-    return stopped_status() if stopped else 0
+    return stopped_by_signal(outcomes)
+
+
+def stopped_by_signal(outcomes: Sequence[Outcome]) -> int:
+    """0 if no signal stopped these runs, or else what this process is to exit with: 130 after
+    Ctrl-C, otherwise see slurm.stopped_status."""
+    by = [found.reason for found in outcomes if isinstance(found, Stopped) and found.by_signal]
+    if "SIGINT" in by:
+        return 130
+    return stopped_status() if by else 0
 
 
 def _last_line(summary: dict[str, Any], folder: str) -> str:

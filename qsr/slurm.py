@@ -10,12 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qsr.output import warn
+
 STOPPED = 75
 """Exit status of a run that was told to stop and has saved: not done, and nothing is wrong. It is
 EX_TEMPFAIL of sysexits.h; where slurm.conf says RequeueExit=75, Slurm requeues such a job."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What Slurm, or who configures it, may send to ask a job to leave."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""What Slurm, or who configures it, may send to ask a job to leave; a terminal, as it closes."""
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 """States of a job that waits for its first start or the next one."""
@@ -109,12 +111,12 @@ def die_with_parent() -> None:
 
 
 def leave_when_signalled() -> None:
-    """In a task of a job: leave as a stopped run does, at once, when a signal asks for it. For the
-    seconds before the run itself listens to signals: nothing is there yet to be saved."""
-    if current_task() is None:
-        return
+    """Leave as a stopped run does, at once, when a signal asks for it, unless this program was
+    started to ignore it. For the seconds before the run itself listens to signals: nothing is there
+    yet to be saved."""
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda _number, _frame: os._exit(stopped_status()))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: os._exit(stopped_status()))
 
 
 def stopped_status() -> int:
@@ -133,9 +135,9 @@ def stopped_status() -> int:
         signal.signal(number, signal.SIG_IGN)
     try:
         requeue(task.job)
-        print(f"job {task.job}: requeued", file=sys.stderr, flush=True)
+        warn(f"job {task.job}: requeued")
     except SlurmError as error:
-        print(f"job {task.job}: not requeued: {error}", file=sys.stderr, flush=True)
+        warn(f"job {task.job}: not requeued: {error}")
     return STOPPED
 
 

@@ -11,11 +11,12 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from types import FrameType
 
 from qsr.averaging import Fingerprint
 from qsr.distributed import Communicator, PendingSum
+from qsr.output import warn
 
 
 class StopRequestedError(Exception):
@@ -24,16 +25,17 @@ class StopRequestedError(Exception):
 
 class StopFlag:
     """Whether this process was asked to stop: by a signal, or by the launcher that started it,
-    which sets `shared` when it gets one."""
+    which sends something on `launcher` when it gets one. Nobody takes it from there: it stays for
+    all ranks to see."""
 
-    def __init__(self, shared: Event | None = None) -> None:
+    def __init__(self, launcher: Connection | None = None) -> None:
         self._signal: str | None = None
-        self._shared = shared
+        self._launcher = launcher
 
     @property
     def reason(self) -> str | None:
         """What asked for the stop; None: go on."""
-        if self._signal is None and self._shared is not None and self._shared.is_set():
+        if self._signal is None and self._launcher is not None and self._launcher.poll():
             return "a signal to the launcher"
         return self._signal
 
@@ -41,33 +43,50 @@ class StopFlag:
     def listening(self, names: Sequence[str]) -> Iterator[None]:
         """Note the signals of these names, for example "SIGTERM", instead of dying of them. For
         the main thread."""
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            self._signal = signal.Signals(number).name
-
-        with handling(names, note):
+        with handling(names, self._note):
             yield
 
+    @contextmanager
+    def passing_on(self, names: Sequence[str], ranks: Connection) -> Iterator[None]:
+        """In a launcher: note them, and ask the ranks to stop. The launcher goes on waiting for
+        them, and they end when they have saved."""
 
-@contextmanager
-def passing_on(names: Sequence[str], shared: Event) -> Iterator[None]:
-    """In a launcher: ask the ranks to stop, through `shared`, when one of the signals comes. The
-    launcher goes on waiting for them, and they end when they have saved."""
-    with handling(names, lambda _number, _frame: shared.set()):
-        yield
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            new = self._signal is None
+            self._note(number, frame)
+            if new:
+                ranks.send_bytes(b"stop")
+
+        with handling(names, pass_on):
+            yield
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            warn("stopping as soon as everything is saved; Ctrl-C again ends at once")
 
 
 @contextmanager
 def handling(
     names: Sequence[str], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Have `handler` called when one of these signals comes. In the main thread."""
-    before = {name: signal.signal(signal.Signals[name], handler) for name in names}
+    """Have `handler` called when one of these signals comes, but for those that whoever started
+    this program had it ignore, as nohup does. In the main thread."""
+    numbers = [signal.Signals[name] for name in names]
+    before = {
+        number: signal.signal(number, handler)
+        for number in numbers
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    # a rank has kept them waiting since it was forked, see processes
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield
     finally:
-        for name, old in before.items():
-            signal.signal(signal.Signals[name], old)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 MAX_PENDING = 8

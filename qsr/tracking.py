@@ -28,6 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qsr.config.schema import Config, TrackingConfig
 from qsr.durable import parse_object, replace_file, write_file
+from qsr.output import warn
+from qsr.slurm import STOP_SIGNALS
 
 Row = Mapping[str, float | int | str | bool]
 """One line of metrics: "kind" ("train" or "eval"), "step" (steps done), and measured values."""
@@ -205,7 +207,7 @@ class WandbTracker:
             stdin=subprocess.PIPE,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C ends the run, which then closes the mirror
+            start_new_session=True,  # a stop is for the run, which then closes the mirror
         )
         settings = {
             "project": config.tracking.wandb_project,
@@ -279,7 +281,10 @@ def mirror_rows() -> None:
     """The mirror's process: pass what comes in on standard input, settings and then rows, to wandb.
 
     The input ends with the run, however that ends; the mirror outlives it by `patience` seconds.
+    Slurm tells all processes of a step to stop: that is for the run.
     """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     patience = settings.pop("patience")
     try:
@@ -297,6 +302,13 @@ def mirror_rows() -> None:
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
+class _Console(Console):
+    """Rich's ends the program when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class ProgressTracker:
     """A live bar on a terminal, with a line per evaluation above it; elsewhere only such lines, at
     most one every `quiet_seconds` and the last."""
@@ -308,7 +320,7 @@ class ProgressTracker:
         console: Console | None = None,
         quiet_seconds: float = 10.0,
     ) -> None:
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or _Console(file=sys.stderr)
         self._name = name
         self._total_steps = total_steps
         self._quiet_seconds = quiet_seconds
@@ -362,7 +374,10 @@ def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
     settings: TrackingConfig = config.tracking
     trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl")]
     if settings.wandb != "none":
-        trackers.append(WandbTracker(config, folder))
+        try:
+            trackers.append(WandbTracker(config, folder))
+        except OSError as error:
+            warn(f"warning: no mirror on wandb: {error}")
     if settings.progress:
         # without the overrides, which would push all else from a terminal's line
         name = config.experiment

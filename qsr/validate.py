@@ -1,6 +1,5 @@
 """Validation outside of a run: of a model file, or of published weights."""
 
-import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -32,6 +31,7 @@ from qsr.model_file import (
     read_weights,
 )
 from qsr.models import build_model, check_model
+from qsr.output import warn
 from qsr.precision import Precision
 from qsr.runfolder import RunFolder
 
@@ -65,10 +65,10 @@ def evaluate(source: str | None, overrides: Sequence[str]) -> int:
             decode=data.decode,
         )
     except (ConfigError, DataError, ClusterError, ModelFileError) as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
     for note in _notes(candidate):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        warn(f"note: {note}")
     try:
         result = validate(
             candidate.module,
@@ -79,7 +79,7 @@ def evaluate(source: str | None, overrides: Sequence[str]) -> int:
             Precision(config.precision, candidate.device),
         )
     except DataError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        warn(f"failed: {error}")
         return 1
     finally:
         loader.close()

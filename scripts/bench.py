@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from qsr.output import program, warn
+
 ROOT = Path(__file__).parents[1]
 NAMES = (
     *("slow_link", "average", "trainer", "host_memory"),
@@ -43,9 +45,9 @@ def main(arguments: list[str]) -> int:
             failed.append(name)
         print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        warn(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

@@ -14,7 +14,6 @@ every run. Exit status: 0 done, 1 failed, 2 refused, 130 interrupted.
 import argparse
 import functools
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from qsr.deep_study import (
     side_by_side,
     tuning_runs,
 )
+from qsr.output import program, warn
 from qsr.processes import RunFailedError
 from qsr.report.deep import deep_report
 from qsr.runfolder import write_json, write_text
@@ -56,13 +56,13 @@ def main(arguments: list[str]) -> int:
     try:
         record = _carry_out(study)
     except (ConfigError, DataError) as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        warn("interrupted; the same command goes on")
         return 130
     except RunFailedError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        warn(f"failed: {error}")
         return 1
     tables = deep_report(record)
     options.results.mkdir(parents=True, exist_ok=True)
@@ -112,4 +112,4 @@ def _measure(runs: dict[Trial, Config], probes: int, purpose: str) -> dict[Trial
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

@@ -9,19 +9,21 @@ runs/demo to do so. Extra settings, for example tracking.wandb=offline, go to ev
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
-from qsr import launch
 from qsr.config.load import ConfigError, load_config, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
+from qsr.distributed import ClusterError
+from qsr.launch import execute
+from qsr.output import program, warn
 from qsr.processes import RunFailedError
 from qsr.report.collect import ReportError, group_by_label, read_run
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
 from qsr.report.tables import rule_table, rule_table_markdown
+from qsr.session import stopped_by_signal
 
 EXPERIMENTS = ("demo/parallel", "demo/constant", "demo/quadratic")
 SEEDS = (1, 2, 3)
@@ -45,16 +47,19 @@ def main(settings: list[str]) -> int:
             f"{configs[0].workers} workers each; {finished} finished before",
             flush=True,
         )
-        launch.execute(configs)
+        stopped = stopped_by_signal(execute(configs))
+        if stopped:
+            warn("stopped, everything saved; the same command goes on")
+            return stopped
         groups = group_by_label([read_run(run_folder(config)) for config in configs])
-    except (ConfigError, DataError, ReportError) as error:
-        print(f"refused: {error}", file=sys.stderr)
+    except (ClusterError, ConfigError, DataError, ReportError) as error:
+        warn(f"refused: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        warn("interrupted; the same command goes on")
         return 130
     except RunFailedError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        warn(f"failed: {error}")
         return 1
     RESULTS.mkdir(parents=True, exist_ok=True)
     table = rule_table(groups)
@@ -71,4 +76,4 @@ def main(settings: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

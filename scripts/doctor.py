@@ -13,10 +13,10 @@ be checked there. Exit status: 0 all is well, 1 something is not, 2 wrong settin
 """
 
 import shlex
-import sys
 
 from qsr.config.load import ConfigError, load_config
 from qsr.config.schema import SlurmCluster
+from qsr.output import program, warn
 from qsr.slurm import current_task
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = load_config(arguments or ["experiment=demo/quadratic"])
     except ConfigError as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
 
     from qsr.distributed import ClusterError  # after the settings are known to be right
@@ -64,4 +64,4 @@ def _on_the_nodes(cluster: SlurmCluster) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

@@ -16,8 +16,9 @@ cluster.device=cpu|cuda; all are in configs/evaluate.yaml and qsr/config/evaluat
 nothing is written. Exit status: 0 done, 1 an image cannot be read, 2 refused, 130 interrupted.
 """
 
-import sys
 from pathlib import Path
+
+from qsr.output import printer
 
 
 def main(arguments: list[str]) -> int:
@@ -38,4 +39,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    printer(main)

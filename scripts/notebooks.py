@@ -16,7 +16,6 @@ import copy
 import io
 import os
 import platform
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,6 +28,8 @@ from nbformat import NotebookNode
 from nbformat.reader import NotJSONError
 from PIL import Image
 from traitlets.config import Config
+
+from qsr.output import program, warn
 
 ROOT = Path(__file__).parents[1]
 DRAWN_BY = (
@@ -61,16 +62,15 @@ def main(arguments: list[str]) -> int:
             stored = nbformat.read(path, as_version=4)
             executed = execute(stored, path.parent)
         except (OSError, NotJSONError, NotebookError) as error:
-            print(f"{name} fails: {error}", file=sys.stderr)
+            warn(f"{name} fails: {error}")
             status = 1
             continue
         if not options.check:
             nbformat.write(executed, path)
             print(f"executed: {name}")
         elif stale := differences(stored, executed):
-            print(
+            warn(
                 f"{name} is not current ({', '.join(stale)}): python scripts/notebooks.py {name}",
-                file=sys.stderr,
             )
             status = 1
     return status
@@ -141,4 +141,4 @@ def _comparable(notebook: NotebookNode, *, pixels: bool) -> NotebookNode:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

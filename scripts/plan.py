@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from qsr.config import profiles
 from qsr.config.load import ConfigError, expand_sweeps, load_config, load_configs
 from qsr.config.schema import Config
+from qsr.output import printer, program, warn
 from qsr.place import find_place
 from qsr.report import planner_json, planner_text
 from qsr.report.forecast import forecast, known_classes, known_images
@@ -110,10 +111,10 @@ def calibrate(arguments: list[str]) -> int:
     except ClusterError as error:
         return _refuse(error)
     except RunFailedError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        warn(f"failed: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        warn("interrupted; nothing was written")
         return 130
     if find_place().rank == 0:
         cluster = dataclasses.replace(config.cluster, name=names[0])
@@ -149,7 +150,7 @@ def _save(figure: Any, path: Path) -> None:
 
     stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
     save(figure, stem)
-    print(f"drew {stem}.png and {stem}.svg", file=sys.stderr)
+    warn(f"drew {stem}.png and {stem}.svg")
 
 
 def _print_json(record: Any) -> None:
@@ -170,9 +171,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"refused: {error}", file=sys.stderr)
+    warn(f"refused: {error}")
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    (program if sys.argv[1:2] == ["calibrate"] else printer)(main)

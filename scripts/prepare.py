@@ -13,7 +13,6 @@ The same command goes on after a kill, and changes nothing where all is done. Ex
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from qsr.data import DataError, open_image_folders
@@ -23,22 +22,23 @@ from qsr.data.digits import DIGITS, FEW_DIGITS, HeldOut, prepare_digits, prepare
 from qsr.data.ground_truth import read_devkit, read_labels
 from qsr.data.imagenet import prepare_imagenet
 from qsr.data.subset import choose_classes, link_subset, read_classes
+from qsr.output import program, warn
 
 FEW_DIGITS_FOLDERS: dict[HeldOut, str] = {"test": "few_digits", "tuning": "few_digits_tuning"}
 DATA = Path(__file__).resolve().parents[1] / "data"
 CORES = len(os.sched_getaffinity(0))
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Run one command; the exit status is 1 if a data set is refused or has a broken file."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(words)
     try:
         status: int = arguments.run(arguments)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        warn("interrupted; the same command goes on")
         return 130
     return status
 
@@ -167,4 +167,4 @@ def _subset(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

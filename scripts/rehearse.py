@@ -10,14 +10,15 @@ to every run.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
-from qsr import launch
 from qsr.config.load import ConfigError, load_configs, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
+from qsr.distributed import ClusterError
+from qsr.launch import execute
+from qsr.output import program, warn
 from qsr.processes import RunFailedError
 from qsr.report.collect import ReportError, read_run
 from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
@@ -25,6 +26,7 @@ from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
 from qsr.report.plots import communication_figure
 from qsr.report.style import save
+from qsr.session import stopped_by_signal
 
 TABLES = ("1a", "1b", "2a", "2b")
 SEEDS = "seed=1,2,3"
@@ -49,20 +51,23 @@ def main(settings: list[str]) -> int:
         prepare_digits(Path(runs[0].data.root))
         finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
         print(f"{len(runs)} runs of {len(rows)} rows; {finished} finished before", flush=True)
-        launch.execute(runs)
+        stopped = stopped_by_signal(execute(runs))
+        if stopped:
+            warn("stopped, everything saved; the same command goes on")
+            return stopped
         summaries = {
             experiment: [read_run(run_folder(config)).summary for config in seeds]
             for experiment, seeds in configs.items()
         }
         table = comparison_table(rows, summaries, experiment_plan)
-    except (ConfigError, DataError, ReportError) as error:
-        print(f"refused: {error}", file=sys.stderr)
+    except (ClusterError, ConfigError, DataError, ReportError) as error:
+        warn(f"refused: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        warn("interrupted; the same command goes on")
         return 130
     except RunFailedError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        warn(f"failed: {error}")
         return 1
     RESULTS.mkdir(parents=True, exist_ok=True)
     table.to_csv(RESULTS / "tables.csv", index=False, float_format="%.10g")
@@ -80,4 +85,4 @@ def main(settings: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

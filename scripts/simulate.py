@@ -11,13 +11,13 @@ pictures after all studies; docs/evidence.md says what they show. Exit status: 0
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 from qsr.config.compose import ConfigError, expand_sweeps
 from qsr.config.simulation import SimulationConfig, load_simulation, simulation_names
 from qsr.drift import Drift
+from qsr.output import program, warn
 from qsr.report.theory import drift_markdown, simulation_markdown
 from qsr.report.theory_plots import draw
 from qsr.runfolder import write_json
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     try:
         simulations = {} if drift else _simulations(settings)
     except ConfigError as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
     cases = drift_cases() if everything or drift else []
     outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in simulations}
@@ -88,4 +88,4 @@ def _write(name: str, record: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

@@ -8,9 +8,9 @@ From the run folders at and below these paths, and from squeue if runs were subm
 0, or 2 if there are no runs.
 """
 
-import sys
 from pathlib import Path
 
+from qsr.output import printer, warn
 from qsr.report.status import find_runs, job_of, read_status, status_table
 from qsr.slurm import SlurmError, query
 
@@ -21,17 +21,17 @@ def main(arguments: list[str]) -> int:
         return 0
     folders = find_runs(map(Path, arguments))
     if not folders:
-        print(f"refused: no runs in {', '.join(arguments)}", file=sys.stderr)
+        warn(f"refused: no runs in {', '.join(arguments)}")
         return 2
     numbers = {job for folder in folders if (job := job_of(folder)) is not None}
     try:
         jobs = query(sorted(numbers))
     except SlurmError as error:
-        print(f"Slurm does not answer: {error}", file=sys.stderr)
+        warn(f"Slurm does not answer: {error}")
         jobs = None
     print(status_table([read_status(folder, jobs) for folder in folders]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    printer(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qsr.config.load import ConfigError, load_configs, run_folder
 from qsr.config.schema import Config, SlurmCluster
+from qsr.output import program, warn
 from qsr.report.forecast import forecast
 from qsr.report.planner_text import plan_line
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     if unknown:
-        print(f"refused: {min(unknown)} is no option; there is --dry-run", file=sys.stderr)
+        warn(f"refused: {min(unknown)} is no option; there is --dry-run")
         return 2
     try:
         configs = load_configs(settings)
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigError("give one cluster for all of these runs")
         return _run_here(configs, settings, dry_run="--dry-run" in options)
     except (ConfigError, OSError) as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
 
 
@@ -73,7 +74,7 @@ def _submit(configs: list[Config], *, dry_run: bool) -> int:
             try:
                 print(f"  job {submit(config, steps)}, logs in {folder.jobs}", flush=True)
             except SlurmError as error:
-                print(f"not submitted: {error}", file=sys.stderr)
+                warn(f"not submitted: {error}")
                 return 1
     if not dry_run:
         print(f"python scripts/status.py {' '.join(sorted({c.runs_dir for c in configs}))}")
@@ -145,4 +146,4 @@ def _print_plan(config: Config) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from qsr.config.load import ConfigError
+from qsr.output import printer, program, warn
 from qsr.report.collect import ReportError
 from qsr.report.deep import read_deep
 from qsr.report.generated import generate, stale, write
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
             return 0
         return _tables(check=options.check)
     except (ConfigError, ReportError) as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
 
 
@@ -66,11 +67,11 @@ def _tables(*, check: bool) -> int:
     for path in paths:
         name = path.relative_to(ROOT)
         if check:
-            print(f"{name} is not current: python scripts/tables.py", file=sys.stderr)
+            warn(f"{name} is not current: python scripts/tables.py")
         else:
             print(f"written: {name}")
     return 1 if check and paths else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    (program if sys.argv[1:2] == ["add"] else printer)(main)

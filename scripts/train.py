@@ -8,12 +8,12 @@
 Settings are those of configs/, described in qsr/config/schema.py; several values give a run each.
 Without a launcher the ranks are started here. A run lives in runs/EXPERIMENT/seed_SEED; the same
 command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong
-settings, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2) with everything saved, 130 interrupted.
+settings, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130
+interrupted: the first Ctrl-C saves everything, the second ends at once.
 """
 
-import sys
-
 from qsr.config.load import ConfigError, load_configs
+from qsr.output import program, warn
 from qsr.slurm import leave_when_signalled
 
 
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     try:
         configs = load_configs(arguments)
     except ConfigError as error:
-        print(f"refused: {error}", file=sys.stderr)
+        warn(f"refused: {error}")
         return 2
 
     from qsr.session import carry_out  # after the settings are known to be right: torch is slow
@@ -34,4 +34,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(main)

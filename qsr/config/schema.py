@@ -320,7 +320,7 @@ class CheckpointConfig:
     keep: PositiveInt
     """Newest checkpoints that stay on disk."""
     stop_signals: tuple[Literal["SIGTERM", "SIGUSR1", "SIGUSR2"], ...]
-    """Signals on which all ranks save after the same step and leave."""
+    """Signals on which all ranks save after the same step and leave, as always on SIGHUP."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qsr.output import warn
+
 QUIET_SECONDS = 30.0
 """Where there is no terminal, at most one line in this time."""
 
@@ -44,4 +46,4 @@ class _Lines:
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + QUIET_SECONDS
             line = f"{self._name}: {done:,} of {self._total:,} {self._unit}"
-            print(line, file=sys.stderr, flush=True)
+            warn(line)
