@@ -11,7 +11,7 @@ from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.data import DataError
 from qsr.distributed import ClusterError, LostRankError
-from qsr.launch import execute
+from qsr.launch import Failed, execute
 from qsr.monitor import TrainingError
 from qsr.place import find_place
 from qsr.processes import RunFailedError
@@ -23,7 +23,7 @@ _FAILURES = (RunFailedError, CheckpointError, DisagreementError, LostRankError, 
 def carry_out(configs: Sequence[Config]) -> int:
     """Carry out the runs, as launch.execute does, and return what this process is to exit with: 0
     done, 1 failed, 2 refused, 130 interrupted; for a run that a signal stopped, see
-    slurm.stopped_status."""
+    slurm.stopped_status. Of a list: 1 if one of them failed, or was refused when its turn came."""
     try:
         outcomes = execute(configs)
     except (ConfigError, DataError) as error:
@@ -41,8 +41,11 @@ def carry_out(configs: Sequence[Config]) -> int:
         folders = ", ".join(str(run_folder(config)) for config in configs)
         print(f"interrupted; {again}: {folders}", file=sys.stderr)
         return 130
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     if find_place().rank == 0:
         for config, outcome in zip(configs, outcomes, strict=False):
+            if isinstance(outcome, Failed):
+                continue
             folder = str(run_folder(config))
             print(
                 f"stopped after step {outcome.step} by {outcome.reason}, everything saved; the "
@@ -51,8 +54,16 @@ def carry_out(configs: Sequence[Config]) -> int:
                 else _last_line(outcome, folder),
                 flush=True,
             )
-    stopped = any(isinstance(found, Stopped) and found.by_signal for found in outcomes)
-    return stopped_status() if stopped else 0
+        if failed:
+            print(_summary_of(failed, len(configs)), file=sys.stderr, flush=True)
+    if any(isinstance(found, Stopped) and found.by_signal for found in outcomes):
+        return stopped_status()
+    return 1 if failed else 0
+
+
+def _summary_of(failed: Sequence[Failed], runs: int) -> str:
+    head = f"failed: {len(failed)} of {runs} runs, which the same command tries again:"
+    return "\n".join([head, *(f"  {run.folder}: {run.reason}" for run in failed)])
 
 
 def _last_line(summary: dict[str, Any], folder: str) -> str:

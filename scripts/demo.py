@@ -45,7 +45,7 @@ def main(settings: list[str]) -> int:
             f"{configs[0].workers} workers each; {finished} finished before",
             flush=True,
         )
-        launch.execute(configs)
+        launch.raise_failures(launch.execute(configs))
         groups = group_by_label([read_run(run_folder(config)) for config in configs])
     except (ConfigError, DataError, ReportError) as error:
         print(f"refused: {error}", file=sys.stderr)

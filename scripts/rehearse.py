@@ -49,7 +49,7 @@ def main(settings: list[str]) -> int:
         prepare_digits(Path(runs[0].data.root))
         finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
         print(f"{len(runs)} runs of {len(rows)} rows; {finished} finished before", flush=True)
-        launch.execute(runs)
+        launch.raise_failures(launch.execute(runs))
         summaries = {
             experiment: [read_run(run_folder(config)).summary for config in seeds]
             for experiment, seeds in configs.items()

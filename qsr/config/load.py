@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -388,12 +389,13 @@ def _experiment_name(parsed: Iterable[Override]) -> str:
             experiment = str(override.value())
         elif key != "seed" and not _is_execution(key):
             value = override.get_value_element_as_str() if not override.is_delete() else ""
-            changes.append(f"{key}={value}".replace("/", "_"))
+            changes.append(re.sub(r"[/\x00-\x1f\x7f]", "_", f"{key}={value}"))
     if not changes:
         return experiment
     text = ",".join(sorted(changes))
-    if len(text) > 120:  # folders' names end at 255 bytes, tables' columns before
-        text = text[:100] + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
+    if len(text.encode()) > 120:  # folders' names end at 255 bytes, tables' columns before
+        short = text.encode()[:100].decode(errors="ignore")
+        text = short + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{experiment}/{text}"
 
 
