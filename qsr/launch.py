@@ -29,7 +29,6 @@ from qsr.slurm import current_task
 from qsr.stopping import StopFlag, passing_on
 
 
-
 @dataclass(frozen=True)
 class Failed:
     """A run of a list that did not come to its end; the same command tries it again."""
@@ -61,9 +60,7 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
     if launched or ranks == 1:
         flag = StopFlag()
         with flag.listening(configs[0].checkpoint.stop_signals):
-            return _one_by_one(
-                configs, lambda config: start_ranks(_run, ranks, config, flag), flag
-            )
+            return _one_by_one(configs, lambda config: start_ranks(_run, ranks, config, flag), flag)
     stop = multiprocessing.get_context(START_METHOD).Event()
 
     def in_own_ranks(config: Config) -> dict[str, Any] | Stopped:

@@ -53,12 +53,14 @@ def _parse_override(parser: OverridesParser, text: str) -> Override:
     if is_path and value.startswith("~"):
         raise ConfigError(
             f"{text}: the shell has not expanded ~, and nothing else does: write "
-            f"{key}={os.path.expanduser(value)}; or quote a path that begins so: "
+            f"{key}={Path(value).expanduser()}; or quote a path that begins so: "
             f"{_quoted(key, value)}"
         )
     quoted = re.fullmatch(r"""(['"]).*\1""", value, re.DOTALL)
     try:
-        return parser.parse_override(f"{key}={_in_quotes(value)}" if is_path and not quoted else text)
+        return parser.parse_override(
+            f"{key}={_in_quotes(value)}" if is_path and not quoted else text
+        )
     except HydraException as error:
         reason = str(error).splitlines()[0]
         mend = f"; a value with special characters is quoted: {_quoted(key, value)}" * bool(value)
@@ -137,7 +139,9 @@ def _check_choice(override: Override, config_dir: Path) -> None:
     if value is None:
         raise ConfigError(f"{group}=null: leave it out, or choose of configs/{group}/")
     if value not in options:
-        raise ConfigError(f"{group}={value}: no such file in configs; {suggest(str(value), options)}")
+        raise ConfigError(
+            f"{group}={value}: no such file in configs; {suggest(str(value), options)}"
+        )
 
 
 def compose_defaults(config_dir: Path) -> Any:

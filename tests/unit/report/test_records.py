@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qsr.config.load import CONFIG_DIR
+from qsr.config.load import CONFIG_DIR, settings_hash
 from qsr.report.collect import ReportError, read_run
 from qsr.report.records import RECORD_FILES, add_record, read_summaries
 from tests.unit.report.conftest import WriteRun
@@ -45,8 +45,8 @@ def test_summaries_by_experiment_in_order_of_the_seeds(
 def test_the_same_run_replaces_its_record(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run("experiment=demo/parallel")
     add_record(folder, tmp_path / "records")
-    summary = folder / "summary.json"
-    summary.write_text(summary.read_text().replace("72.0", "80.0"))
+    for name in ("summary.json", "metrics.jsonl"):
+        (folder / name).write_text((folder / name).read_text().replace("72.0", "80.0"))
     add_record(folder, tmp_path / "records")
     ((run,),) = read_summaries(tmp_path / "records").values()
     assert run["train_seconds"] == 80.0
@@ -72,8 +72,11 @@ def test_another_run_of_the_same_name_is_refused(
     first = add_record(write_run("experiment=demo/quadratic"), records)
     other = write_run("experiment=demo/quadratic", f"seed={seed}", "runs_dir=later")
     config = yaml.safe_load((other / "config.yaml").read_text())
+    summary = (other / "summary.json").read_text()
+    hash_before = settings_hash(config)
     config["sync"]["alpha"] = 0.5  # the experiment's file was changed in between
     (other / "config.yaml").write_text(yaml.safe_dump(config))
+    (other / "summary.json").write_text(summary.replace(hash_before, settings_hash(config)))
     before = {path: path.read_bytes() for path in records.rglob("*") if path.is_file()}
     with pytest.raises(ReportError) as raised:
         add_record(other, records)
