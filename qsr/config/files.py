@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping of YAML. Raises ConfigError if the file holds something else."""
     try:
-        return _mapping(path, yaml.load(_text(path), _Loader))  # noqa: S506  (a SafeLoader)
+        return _mapping(path, yaml.load(_text(path), _Loader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
 

@@ -23,7 +23,6 @@ from qsr.core.schedules import (
     StepSchedule,
 )
 
-
 MOST_STEPS = 10_000_000
 """Of a run. Its rounds are known before it starts, which takes a microsecond and some 200 bytes
 each; the longest runs of the paper have 187,000 steps."""
