@@ -36,8 +36,6 @@ class Failed:
     folder: str
     reason: str
     """One line."""
-    refused: bool
-    """Whether it was not even begun."""
 
 
 Outcome = dict[str, Any] | Stopped | Failed
@@ -115,7 +113,7 @@ def _tell(config: Config, error: Exception) -> Failed:
     if find_place().local_rank == 0:
         with contextlib.suppress(OSError):
             print(f"{word}: {folder}: {text}", file=sys.stderr, flush=True)
-    return Failed(folder, text.partition("\n")[0], refused)
+    return Failed(folder, text.partition("\n")[0])
 
 
 def _common_ranks(configs: Sequence[Config]) -> int:

@@ -7,8 +7,9 @@
 
 Settings are those of configs/, described in qsr/config/schema.py; several values give a run each.
 Without a launcher the ranks are started here. A run lives in runs/EXPERIMENT/seed_SEED; the same
-command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong
-settings, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2) with everything saved, 130 interrupted.
+command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed (of several runs
+the others are carried out all the same), 2 wrong settings, 75 stopped by a signal (SIGTERM,
+SIGUSR1, SIGUSR2) with everything saved, 130 interrupted.
 """
 
 import sys
