@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qsr.config.compose import expand_sweeps, parse_overrides
 from qsr.config.evaluate import load_evaluate
 from qsr.config.load import ConfigError, load_config, load_configs, run_folder
 from qsr.report.status import find_runs, read_status, status_table
@@ -46,15 +47,21 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_path_is_taken_as_it_is_written(name: str) -> None:
-    for path in (f"/data/{name}", f"./{name}/data", name):
-        if path.startswith("~"):
-            continue
-        config = load_config([DEMO, f"data.root={path}", f"runs_dir={path}"])
-        assert (config.data.root, config.runs_dir) == (path, path)
-        found = load_evaluate([f"weights={path}", "model=resnet152", f"data.root={path}"])
-        assert (found.weights, found.data.root) == (path, path)
+@pytest.mark.parametrize("setting", ["data.root", "runs_dir", "weights", "++data.root"])
+def test_a_path_is_one_value_as_it_is_written(setting: str) -> None:
+    paths = [*(f"/data/{name}" for name in NAMES), *(f"{name}/data" for name in NAMES[:-1])]
+    for path in paths:
+        assert expand_sweeps([f"{setting}={path}"]) == [[f"{setting}={path}"]]
+        (override,) = parse_overrides([f"{setting}={path}"])
+        assert override.value() == path
+
+
+def test_the_settings_have_the_path() -> None:
+    path = "/data/" + "".join(NAMES)
+    config = load_config([DEMO, f"data.root={path}", f"runs_dir={path}"])
+    assert (config.data.root, config.runs_dir) == (path, path)
+    found = load_evaluate([f"weights={path}", "model=resnet152", f"data.root={path}"])
+    assert (found.weights, found.data.root) == (path, path)
 
 
 def test_quotes_of_hydra_and_variables_are_understood_as_before(
