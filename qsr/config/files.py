@@ -86,9 +86,9 @@ def _text(path: Path) -> str:
 
 
 def _read(path: Path, most: int = -1) -> bytes:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ConfigError(f"{path} cannot be read: it is no file")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{path} cannot be read: it is no file")
         with path.open("rb") as file:
             return file.read(most)
     except OSError as error:

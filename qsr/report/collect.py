@@ -68,7 +68,10 @@ def walk(root: Path) -> Iterator[Path]:
     those of runs are not gone through, nor are copies of the code."""
     seen = set()
     for path, folders, _ in os.walk(root, followlinks=True):
-        about = Path(path).stat()
+        try:
+            about = Path(path).stat()
+        except OSError:  # removed since
+            continue
         if (about.st_dev, about.st_ino) in seen:
             folders.clear()
             continue

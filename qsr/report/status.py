@@ -46,7 +46,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         folder
         for path in paths
         for folder in walk(path)
-        if any((folder / name).exists() for name in marks)
+        if any(os.access(folder / name, os.F_OK) for name in marks)
     }
     return sorted(found)
 
@@ -57,6 +57,8 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damage: list[str] = []
+        if not os.access(folder, os.R_OK | os.X_OK):
+            self.damage.append(f"{folder} cannot be read: permission denied")
         self.job = self._record("job.json", job=str, log=str)
         if self.job is not None and not re.fullmatch(r"[0-9_]+", self.job["job"], re.ASCII):
             # squeue would not answer at all, not for the other jobs either
@@ -80,7 +82,7 @@ class _Files:
 
     def _record(self, name: str, **fields: type) -> dict[str, Any] | None:
         path = self.folder / name
-        if not path.exists():
+        if not os.access(path, os.F_OK):
             return None
         try:
             record = read_json(path)
@@ -95,7 +97,7 @@ class _Files:
     def _rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Of training and of evaluations."""
         path = self.folder / "metrics.jsonl"
-        if not path.exists():
+        if not os.access(path, os.F_OK):
             return [], []
         try:
             rows, damaged = read_rows(path)
@@ -144,7 +146,7 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None) -> RunStatus:
 
 
 def _state(files: _Files, jobs: Mapping[str, JobState] | None) -> tuple[State, str]:
-    if (files.folder / "summary.json").exists():
+    if os.access(files.folder / "summary.json", os.F_OK):
         return "done", ""
     if _locked(files.folder / "run.lock"):
         return "running", ""
@@ -169,11 +171,10 @@ def _state(files: _Files, jobs: Mapping[str, JobState] | None) -> tuple[State, s
 
 def _locked(path: Path) -> bool:
     """Whether a session holds the run's lock."""
-    if not path.is_file():  # a pipe would be waited for
-        return False
     try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if path.is_file():  # a pipe would be waited for
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

@@ -4,6 +4,7 @@ others; only what a run really came to becomes a record, in its place, with noth
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from qsr.config.load import settings_hash
 from qsr.report.collect import ReportError, read_run
 from qsr.report.records import add_record, read_summaries
 from qsr.report.status import find_runs, read_status, status_table
-from tests.cli import ROOT, call
+from tests.cli import ENVIRONMENT, ROOT, call
 
 Change = Callable[[Path], object]
 
@@ -102,6 +103,35 @@ def test_a_damaged_folder_says_so_and_hides_no_other(folder: Path, damage: str) 
     assert bad.state == "stopped"
     assert f"{damaged}/{name}" in bad.detail
     assert len(status_table([good, bad]).splitlines()) == 3
+
+
+AS_ANOTHER_USER = """
+import sys
+from pathlib import Path
+from qsr.report.status import find_runs, read_status, status_table
+from tests.faults.inject import give_up_privileges_here
+give_up_privileges_here()
+print(status_table([read_status(folder, {}) for folder in find_runs([Path(sys.argv[1])])]))
+"""
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+def test_a_folder_that_is_closed_to_this_user_hides_no_other(folder: Path, mode: int) -> None:
+    closed = Path(shutil.copytree(folder, folder.parent / "seed_4"))
+    (closed / "summary.json").chmod(0o000)
+    closed.chmod(mode)
+    seen = subprocess.run(
+        [sys.executable, "-c", AS_ANOTHER_USER, str(folder.parent)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    closed.chmod(0o700)
+    assert (seen.returncode, seen.stderr) == (0, "")
+    assert f"{folder}\n" in seen.stdout
+    assert "done  " in seen.stdout
 
 
 def test_odd_names_beside_the_checkpoints_are_none(folder: Path) -> None:
