@@ -40,7 +40,7 @@ def measure(folder: Path) -> dict[str, Any]:
     outcomes = launch.execute(configs)
     top1: dict[int, list[float]] = {delay: [] for delay in DELAYS}
     for config, outcome in zip(configs, outcomes, strict=True):
-        assert isinstance(outcome, dict)  # no signal is expected
+        assert isinstance(outcome, dict), outcome  # no signal is expected
         top1[config.sync.delay_steps].append(outcome["top1"])
     at_once = top1[0]
     return {

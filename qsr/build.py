@@ -119,7 +119,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     if finished is not None:
         return finished
     plan = make_plan(config, len(train))
-    communicator = join(config)
+    communicator = join(config, f"{config.experiment}/seed_{config.seed}")
     place = communicator.topology
     _check_same_data(communicator, data)
     communicator.barrier()  # every rank has looked at the folder; now it may be written
@@ -203,15 +203,15 @@ def _on_main(communicator: Communicator, folder: RunFolder, write: Callable[[], 
         ) from None
 
 
-def join(config: Config) -> Communicator:
-    """Collective: find this rank's place, device and threads, and join the others. Raises
-    ClusterError before a process group exists."""
+def join(config: Config, name: str = "group") -> Communicator:
+    """Collective: find this rank's place, device and threads, and join the others, in the process
+    group of this name. Raises ClusterError before a process group exists."""
     place = topology(config.cluster, config.workers)
     device = choose_device(config.cluster.device, place.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_num_threads(config.cluster.threads_per_rank or find_place().cores)
-    return Communicator(place, device, config.cluster.timeout_seconds)
+    return Communicator(place, device, config.cluster.timeout_seconds, name)
 
 
 def _build(

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from qsr.config.schema import ClusterConfig
@@ -34,6 +34,9 @@ class LostRankError(RuntimeError):
 
 _roll_call: RollCall | None = None
 """Of the process group."""
+
+_store: Store | None = None
+"""Where the ranks meet: one for the life of the process, because its port may be held by it."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,23 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 class Communicator:
     """The collectives of a run, and the time that training's own averages took."""
 
-    def __init__(self, topology: Topology, device: torch.device, timeout_seconds: float) -> None:
-        """Collective: joins the process group, if there are several ranks and no run before this
-        one in the same process has done so. `leave_process_group` ends it."""
+    def __init__(
+        self,
+        topology: Topology,
+        device: torch.device,
+        timeout_seconds: float,
+        name: str = "group",
+    ) -> None:
+        """Collective: joins the process group, if there are several ranks and this process is in
+        none. `leave_process_group` ends it; the next one of the same processes needs another
+        `name`."""
         self.topology = topology
         self.device = device
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._timeout_seconds = timeout_seconds
         if topology.ranks > 1 and not dist.is_initialized():
-            _join_group(topology, device, timeout_seconds)
+            _join_group(topology, device, timeout_seconds, name)
 
     def sum_(self, tensor: Tensor) -> None:
         """Collective: replace `tensor`, in place, by its sum over the ranks; timed."""
@@ -277,16 +287,20 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _join_group(topology: Topology, device: torch.device, timeout_seconds: float) -> None:
-    global _roll_call
+def _join_group(
+    topology: Topology, device: torch.device, timeout_seconds: float, name: str
+) -> None:
+    global _roll_call, _store
     # gloo beside NCCL: barriers and flags of the host never wait for the GPU's queue
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout, task = timedelta(seconds=timeout_seconds), find_place().slurm
     try:
-        if task is not None:
-            store = meet(task, timeout_seconds)
-        else:  # torchrun tells by environment variables where to meet
-            store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        if _store is None and task is not None:
+            _store = meet(task, timeout_seconds)
+        elif _store is None:  # torchrun tells by environment variables where to meet
+            _store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        # an earlier group's addresses, and who was missed there, are still in the store
+        store = PrefixStore(name, _store)
         dist.init_process_group(
             backend,
             store=PrefixStore("group", store),

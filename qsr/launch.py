@@ -1,8 +1,14 @@
-"""Carry out runs: in this process, in ranks that are started here, or as told by a launcher."""
+"""Carry out runs: in this process, in ranks that are started here, or as told by a launcher.
 
+A run of a list that fails does not keep the others from running: each has a process group, and
+where the ranks are started here also processes, of its own.
+"""
+
+import contextlib
 import multiprocessing
-from collections.abc import Sequence
-from dataclasses import replace
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,14 +18,28 @@ from qsr.build import Stopped, prepare, run
 from qsr.checkpoint import FolderMovedError
 from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config, SlurmCluster
-from qsr.failures import record_failure
+from qsr.data import DataError
+from qsr.distributed import ClusterError
+from qsr.failures import describe, record_failure
+from qsr.output import warn
 from qsr.place import find_place
 from qsr.processes import RunFailedError, socket_folder, start_ranks
 from qsr.runfolder import RunFolder
+from qsr.runlock import FolderInUseError
 from qsr.slurm import current_task
 from qsr.stopping import StopFlag
 
-Outcome = dict[str, Any] | Stopped
+
+@dataclass(frozen=True)
+class Failed:
+    """A run of a list that did not come to its end; the same command tries it again."""
+
+    folder: str
+    reason: str
+    """One line."""
+
+
+Outcome = dict[str, Any] | Stopped | Failed
 
 
 def execute(configs: Sequence[Config]) -> list[Outcome]:
@@ -27,26 +47,80 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
     are finished are not started again, and after one that a signal stopped none is begun.
 
     Under a launcher such as torchrun or srun this process is one rank; otherwise the ranks are
-    started here, once for all runs, and RunFailedError is raised if one of them fails. Raises
-    ConfigError if the runs do not ask for the same ranks and device, or two of them are the same
-    run.
+    started here, anew for each run. One run raises what it fails of, RunFailedError if that
+    happened in ranks that were started here. Of several each failure is told on stderr when it
+    happens, and the others are carried out. Raises ConfigError or DataError, before anything
+    starts, if settings or data of one of them are wrong, if the runs do not ask for the same ranks
+    and device, or if two of them are the same run.
     """
-    ranks = _common_ranks(configs)
-    if find_place().launched or ranks == 1:
-        return start_ranks(_run_all, ranks, configs)
-    # one clear line now, instead of one from every rank
-    socket_folder()
-    finished = [prepare(config).summary for config in configs]
-    todo = [config for config, summary in zip(configs, finished, strict=True) if summary is None]
-    flag = StopFlag()
+    ranks, launched = _common_ranks(configs), find_place().launched
+    own_ranks = ranks > 1 and not launched
+    if own_ranks:
+        socket_folder()
+    if len(configs) > 1 and not launched:
+        _check_all(configs)
+    flag, signals = StopFlag(), _stop_signals(configs)
+    if not own_ranks:
+        # with a launcher Ctrl-C is for that one
+        with flag.listening(signals if launched else [*signals, "SIGINT"]):
+            return _one_by_one(configs, lambda config: start_ranks(_run, ranks, config, flag), flag)
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    with receiver, sender, flag.passing_on([*_stop_signals(configs), "SIGINT"], sender):
-        found = start_ranks(_run_all, ranks, todo, receiver) if todo else []
+
+    def in_own_ranks(config: Config) -> dict[str, Any] | Stopped:
+        finished = prepare(config).summary  # one clear line, instead of one from every rank
+        return finished or start_ranks(_run_listening, ranks, config, receiver)
+
+    with receiver, sender, flag.passing_on([*signals, "SIGINT"], sender):
+        outcomes = _one_by_one(configs, in_own_ranks, flag)
     if flag.reason == "SIGINT":  # of which the ranks know nothing
-        found = [_interrupted(outcome) for outcome in found]
-    new = iter(found)
-    outcomes = (next(new, None) if summary is None else summary for summary in finished)
-    return [outcome for outcome in outcomes if outcome is not None]
+        outcomes = [_interrupted(outcome) for outcome in outcomes]
+    return outcomes
+
+
+def raise_failures(outcomes: Sequence[Outcome]) -> None:
+    """Raise RunFailedError if there are failed runs among these."""
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
+    if failed:
+        raise RunFailedError("; ".join(f"{run.folder}: {run.reason}" for run in failed))
+
+
+def _check_all(configs: Sequence[Config]) -> None:
+    for config in configs:
+        with contextlib.suppress(FolderInUseError):  # it may be free when its turn comes
+            prepare(config)
+
+
+def _one_by_one(
+    configs: Sequence[Config],
+    carry_out: Callable[[Config], dict[str, Any] | Stopped],
+    flag: StopFlag,
+) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for config in configs:
+        try:
+            outcome: Outcome = carry_out(config)
+        except Exception as error:
+            if len(configs) == 1:
+                raise
+            outcome = _tell(config, error)
+        outcomes.append(outcome)
+        told_to_stop = isinstance(outcome, Failed) and flag.reason is not None
+        if told_to_stop or (isinstance(outcome, Stopped) and outcome.by_signal):
+            break
+    return outcomes
+
+
+def _tell(config: Config, error: Exception) -> Failed:
+    """Say now what failed: the others may take days."""
+    refused = isinstance(error, ConfigError | DataError | ClusterError)
+    text = str(error)
+    if not refused and not isinstance(error, RunFailedError):  # which says of which rank it is
+        trace = "".join(traceback.format_exception(error))
+        text = describe(find_place().rank, f"{type(error).__name__}: {error}", trace)
+    folder, word = str(run_folder(config)), "refused" if refused else "failed"
+    if find_place().local_rank == 0:
+        warn(f"{word}: {folder}: {text}")
+    return Failed(folder, text.partition("\n")[0])
 
 
 def _stop_signals(configs: Sequence[Config]) -> list[str]:
@@ -89,21 +163,13 @@ def number_of_ranks(config: Config) -> int:
     return next(n for n in range(most, 0, -1) if config.workers % n == 0)
 
 
-def _run_all(configs: Sequence[Config], launcher: Connection | None = None) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+def _run_listening(config: Config, launcher: Connection) -> dict[str, Any] | Stopped:
     flag = StopFlag(launcher)
-    # with a launcher Ctrl-C is for that one
-    interrupt = [] if find_place().launched else ["SIGINT"]
-    with flag.listening([*_stop_signals(configs), *interrupt]):
-        for config in configs:
-            outcome = _run(config, flag)
-            outcomes.append(outcome)
-            if isinstance(outcome, Stopped) and outcome.by_signal:
-                break
-    return outcomes
+    with flag.listening(_stop_signals([config])):
+        return _run(config, flag)
 
 
-def _run(config: Config, flag: StopFlag) -> Outcome:
+def _run(config: Config, flag: StopFlag) -> dict[str, Any] | Stopped:
     try:
         return run(config, flag)
     except (ConfigError, FolderMovedError):

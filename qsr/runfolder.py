@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from qsr.checkpoint_files import pack_tensors, packed_size
+from qsr.config.files import read_yaml
 from qsr.config.load import ConfigError, differences, parse_identity, run_folder, to_dict
 from qsr.config.schema import Config
 from qsr.distributed import Topology
@@ -132,11 +133,10 @@ def make_run_folder(folder: RunFolder) -> None:
 def read_config(path: Path) -> Config:
     """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
     try:
-        return parse_identity(yaml.safe_load(path.read_text()))
-    except (ConfigError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        return parse_identity(read_yaml(path))
+    except ConfigError as error:
         raise ConfigError(
-            f"{path} cannot be read by this version ({reason}): delete {path.parent}, or use the "
+            f"{path} cannot be read by this version ({error}): delete {path.parent}, or use the "
             f"version that made it"
         ) from None
 

@@ -28,6 +28,10 @@ PATIENCE_SECONDS = 2.0
 """For a session that is just ending, and for a holder that has not yet written who it is."""
 
 
+class FolderInUseError(ConfigError):
+    """One line: which session is at work in the folder."""
+
+
 class RunLock:
     """A lock that this process holds, and the folder that it holds it in, whatever becomes of its
     name."""
@@ -113,7 +117,7 @@ def _acquire(folder: Path, patience_seconds: float) -> int:
             if time.monotonic() > give_up:
                 holder = _holder(os.pread(descriptor, 4096, 0))
                 os.close(descriptor)
-                raise ConfigError(
+                raise FolderInUseError(
                     f"{folder} is in use by {holder}: wait for its end, or end it"
                 ) from None
             time.sleep(0.05)

@@ -10,7 +10,7 @@ from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.data import DataError
 from qsr.distributed import ClusterError, LostRankError
-from qsr.launch import Outcome, execute
+from qsr.launch import Failed, Outcome, execute
 from qsr.monitor import TrainingError
 from qsr.output import say, warn
 from qsr.place import find_place
@@ -26,7 +26,7 @@ _FAILURES = (
 def carry_out(configs: Sequence[Config]) -> int:
     """Carry out the runs, as launch.execute does, and return what this process is to exit with: 0
     done, 1 failed, 2 refused, 130 interrupted; for a run that a signal stopped, see
-    `stopped_by_signal`."""
+    `stopped_by_signal`. Of a list: 1 if one of them failed, or was refused when its turn came."""
     try:
         outcomes = execute(configs)
     except (ConfigError, DataError) as error:
@@ -44,8 +44,11 @@ def carry_out(configs: Sequence[Config]) -> int:
         folders = ", ".join(str(run_folder(config)) for config in configs)
         warn(f"interrupted; {again}: {folders}")
         return 130
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     if find_place().rank == 0:
         for config, outcome in zip(configs, outcomes, strict=False):
+            if isinstance(outcome, Failed):
+                continue
             folder = str(run_folder(config))
             say(
                 f"stopped after step {outcome.step} by {outcome.reason}, everything saved; the "
@@ -53,7 +56,9 @@ def carry_out(configs: Sequence[Config]) -> int:
                 if isinstance(outcome, Stopped)
                 else _last_line(outcome, folder)
             )
-    return stopped_by_signal(outcomes)
+        if failed:
+            warn(_summary_of(failed, len(configs)))
+    return stopped_by_signal(outcomes) or (1 if failed else 0)
 
 
 def stopped_by_signal(outcomes: Sequence[Outcome]) -> int:
@@ -63,6 +68,11 @@ def stopped_by_signal(outcomes: Sequence[Outcome]) -> int:
     if "SIGINT" in by:
         return 130
     return stopped_status() if by else 0
+
+
+def _summary_of(failed: Sequence[Failed], runs: int) -> str:
+    head = f"failed: {len(failed)} of {runs} runs, which the same command tries again:"
+    return "\n".join([head, *(f"  {run.folder}: {run.reason}" for run in failed)])
 
 
 def _last_line(summary: dict[str, Any], folder: str) -> str:

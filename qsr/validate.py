@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import nn
 
 from qsr.config.evaluate import OF_NETWORK, EvaluateConfig, load_evaluate, settings_of_run
+from qsr.config.files import read_yaml
 from qsr.config.load import ConfigError
 from qsr.config.schema import DataConfig
 from qsr.data import (
@@ -128,12 +128,9 @@ def _known(source: Path, about: Description) -> dict[str, Any]:
         return of_file
     path = RunFolder(source).config
     try:
-        return settings_of_run(yaml.safe_load(path.read_text())) | of_file
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{path} cannot be read ({reason}): give the model.safetensors alone, and data.root"
-        ) from None
+        return settings_of_run(read_yaml(path)) | of_file
+    except ConfigError as error:
+        raise ConfigError(f"{error}: give the model.safetensors alone, and data.root") from None
 
 
 def _published(config: EvaluateConfig, num_classes: int) -> nn.Module:

@@ -16,7 +16,7 @@ from qsr.config.load import ConfigError, load_config, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
 from qsr.distributed import ClusterError
-from qsr.launch import execute
+from qsr.launch import execute, raise_failures
 from qsr.output import program, warn
 from qsr.processes import RunFailedError
 from qsr.report.collect import ReportError, group_by_label, read_run
@@ -47,7 +47,9 @@ def main(settings: list[str]) -> int:
             f"{configs[0].workers} workers each; {finished} finished before",
             flush=True,
         )
-        stopped = stopped_by_signal(execute(configs))
+        outcomes = execute(configs)
+        raise_failures(outcomes)
+        stopped = stopped_by_signal(outcomes)
         if stopped:
             warn("stopped, everything saved; the same command goes on")
             return stopped

@@ -17,7 +17,7 @@ from qsr.config.load import ConfigError, load_configs, run_folder
 from qsr.data import DataError
 from qsr.data.digits import prepare_digits
 from qsr.distributed import ClusterError
-from qsr.launch import execute
+from qsr.launch import execute, raise_failures
 from qsr.output import program, warn
 from qsr.processes import RunFailedError
 from qsr.report.collect import ReportError, read_run
@@ -51,7 +51,9 @@ def main(settings: list[str]) -> int:
         prepare_digits(Path(runs[0].data.root))
         finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
         print(f"{len(runs)} runs of {len(rows)} rows; {finished} finished before", flush=True)
-        stopped = stopped_by_signal(execute(runs))
+        outcomes = execute(runs)
+        raise_failures(outcomes)
+        stopped = stopped_by_signal(outcomes)
         if stopped:
             warn("stopped, everything saved; the same command goes on")
             return stopped

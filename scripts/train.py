@@ -7,9 +7,10 @@
 
 Settings are those of configs/, described in qsr/config/schema.py; several values give a run each.
 Without a launcher the ranks are started here. A run lives in runs/EXPERIMENT/seed_SEED; the same
-command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed, 2 wrong
-settings, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130
-interrupted: the first Ctrl-C saves everything, the second ends at once.
+command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed (of several runs
+the others are carried out all the same), 2 wrong settings, 75 stopped by a signal (SIGTERM,
+SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130 interrupted: the first Ctrl-C saves
+everything, the second ends at once.
 """
 
 from qsr.config.load import ConfigError, load_configs

@@ -2,13 +2,17 @@
 
 import difflib
 import itertools
+import math
+import os
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,31 +28,69 @@ class ConfigError(Exception):
     """One line: the setting, what is wrong with it, what would be right."""
 
 
+PATHS = ("data.root", "runs_dir", "weights")
+"""Settings that are taken as they are written, whatever characters they have."""
+
+MOST_RUNS = 10_000
+"""Of one command line."""
+
+
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Overrides, understood one by one. Raises ConfigError."""
     parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            parsed.append(parser.parse_override(text))
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{text!r} is not of the form setting=value ({reason})") from None
-    return parsed
+    return [_parse_override(parser, text) for text in overrides]
+
+
+def _parse_override(parser: OverridesParser, text: str) -> Override:
+    key, _, value = text.partition("=")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{key}={os.fsencode(value)!r} is not UTF-8: give a symbolic link to it, whose name is"
+        ) from None
+    is_path = key.lstrip("+") in PATHS and value != "null"
+    if is_path and value.startswith("~"):
+        raise ConfigError(
+            f"{text}: the shell has not expanded ~, and nothing else does: write "
+            f"{key}={Path(value).expanduser()}; or quote a path that begins so: "
+            f"{_quoted(key, value)}"
+        )
+    quoted = re.fullmatch(r"""(['"]).*\1""", value, re.DOTALL)
+    try:
+        return parser.parse_override(
+            f"{key}={_in_quotes(value)}" if is_path and not quoted else text
+        )
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        mend = f"; a value with special characters is quoted: {_quoted(key, value)}" * bool(value)
+        raise ConfigError(f"{text!r} is not of the form setting=value ({reason}){mend}") from None
+
+
+def _in_quotes(value: str) -> str:
+    return str(QuotedString(value, Quote.double).with_quotes())
+
+
+def _quoted(key: str, value: str) -> str:
+    """As it would be typed."""
+    return shlex.quote(f"{key}={_in_quotes(value)}")
 
 
 def expand_sweeps(overrides: Sequence[str]) -> list[list[str]]:
     """Overrides without lists of values, one list of them for each combination; the last list
     changes fastest. Raises ConfigError."""
     choices = []
-    for override in parse_overrides(overrides):
+    for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         if not override.is_sweep_override():
-            choices.append([override.input_line or ""])
-        elif override.is_discrete_sweep():
+            choices.append([text])
+        elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):
             name = override.get_key_element()
-            choices.append([f"{name}={value}" for value in override.sweep_string_iterator()])
+            values = itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1)
+            choices.append([f"{name}={value}" for value in values])
         else:
-            raise ConfigError(f"{override.input_line!r}: list the values, as in seed=1,2,3")
+            raise ConfigError(f"{text!r}: list the values, as in seed=1,2,3")
+    if math.prod(map(len, choices)) > MOST_RUNS:
+        raise ConfigError(f"these lists ask for more than {MOST_RUNS:,} runs: give fewer at a time")
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -61,6 +103,8 @@ def compose_settings(
     arguments = []
     for override in parsed:
         text = override.input_line or ""
+        if override.key_or_group in groups and not override.is_delete():
+            _check_choice(override, config_dir)
         if override.is_add() and override.key_or_group in groups:
             text = text.lstrip("+")
         elif override.key_or_group not in groups and not override.is_delete():
@@ -83,22 +127,21 @@ def compose_settings(
     except YAMLError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_describe_hydra(error, parsed, groups, config_dir)) from None
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
-def _describe_hydra(
-    error: Exception, parsed: Sequence[Override], groups: frozenset[str], config_dir: Path
-) -> str:
-    for override in parsed:
-        if override.key_or_group in groups:
-            options = _options(config_dir, override.key_or_group)
-            value = override.value()
-            if value is not None and value not in options:
-                return (
-                    f"{override.key_or_group}={value}: no such file in configs; "
-                    f"{suggest(str(value), options)}"
-                )
-    return " ".join(str(error).split())
+def _check_choice(override: Override, config_dir: Path) -> None:
+    """Hydra would take any path that leads to a file, and the run folder has it in its name."""
+    group, value = override.key_or_group, override.value()
+    options = _options(config_dir, group)
+    if override.package is not None:
+        raise ConfigError(f"{override.input_line}: write {group}=NAME")
+    if value is None:
+        raise ConfigError(f"{group}=null: leave it out, or choose of configs/{group}/")
+    if value not in options:
+        raise ConfigError(
+            f"{group}={value}: no such file in configs; {suggest(str(value), options)}"
+        )
 
 
 def compose_defaults(config_dir: Path) -> Any:
@@ -110,8 +153,9 @@ def compose_defaults(config_dir: Path) -> Any:
 def mark_given_speed(settings: dict[str, Any], parsed: Iterable[Override]) -> None:
     """What a cluster's profile says of its sources does not hold for constants of the command
     line."""
-    speed = settings["cluster"].get("speed")
-    if not isinstance(speed, dict) or "sources" not in speed:
+    cluster = settings.get("cluster")
+    speed = cluster.get("speed") if isinstance(cluster, dict) else None
+    if not isinstance(speed, dict) or not isinstance(speed.get("sources"), dict):
         return  # refused later
     given = set()
     for override in parsed:

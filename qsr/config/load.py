@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ __all__ = [
     "parse_config",
     "parse_identity",
     "run_folder",
+    "settings_hash",
     "to_dict",
+    "without_execution",
 ]
 
 EXECUTION = (
@@ -145,22 +148,34 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Config:
     """Parse what config.yaml of a run folder holds, but with the execution settings of train.yaml
     in place of its own: those may be of another version, and a report has no use for them."""
+    settings = without_execution(raw, config_dir)
+    try:
+        _translate_first_version(settings)
+        for name, value in LATER.items():
+            *path, leaf = name.split(".")
+            _inner(settings, path).setdefault(leaf, value)
+    except (TypeError, LookupError, AttributeError):
+        raise ConfigError("settings are missing") from None
+    return parse_config(settings)
+
+
+def without_execution(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> dict[str, Any]:
+    """What config.yaml of a run folder holds, with the execution settings of train.yaml in place of
+    its own. Raises ConfigError if these are not settings at all."""
     defaults = compose_defaults(config_dir)
     settings = copy.deepcopy(dict(raw))
     for name in EXECUTION:
         *path, leaf = name.split(".")
-        target, source = settings, defaults
-        for part in path:
-            target, source = target[part], source[part]
-        target[leaf] = source[leaf]
-    _translate_first_version(settings)
-    for name, value in LATER.items():
-        *path, leaf = name.split(".")
-        target = settings
-        for part in path:
-            target = target[part]
-        target.setdefault(leaf, value)
-    return parse_config(settings)
+        _inner(settings, path)[leaf] = _inner(defaults, path)[leaf]
+    return settings
+
+
+def _inner(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    for part in path:
+        settings = settings.get(part)  # type: ignore[assignment]
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{part} is missing")
+    return settings
 
 
 def _translate_first_version(settings: dict[str, Any]) -> None:
@@ -350,16 +365,25 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def identity(config: Config) -> dict[str, Any]:
     """The settings that decide what a run computes, by dotted name."""
+    return _identity(to_dict(config))
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
-        for key, value in flatten(to_dict(config))
+        for key, value in flatten(settings)
         if key != "experiment" and not _is_execution(key) and (key, value) not in LATER.items()
     }
 
 
 def config_hash(config: Config) -> str:
     """16 hex digits that are equal for runs that compute the same."""
-    text = json.dumps(identity(config), sort_keys=True)
+    return settings_hash(to_dict(config))
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """The hash of the run whose config.yaml holds these, of an earlier version too."""
+    text = json.dumps(_identity(settings), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -388,12 +412,13 @@ def _experiment_name(parsed: Iterable[Override]) -> str:
             experiment = str(override.value())
         elif key != "seed" and not _is_execution(key):
             value = override.get_value_element_as_str() if not override.is_delete() else ""
-            changes.append(f"{key}={value}".replace("/", "_"))
+            changes.append(re.sub(r"[/\x00-\x1f\x7f]", "_", f"{key}={value}"))
     if not changes:
         return experiment
     text = ",".join(sorted(changes))
-    if len(text) > 120:  # folders' names end at 255 bytes, tables' columns before
-        text = text[:100] + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
+    if len(text.encode()) > 120:  # folders' names end at 255 bytes, tables' columns before
+        short = text.encode()[:100].decode(errors="ignore")
+        text = short + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{experiment}/{text}"
 
 

@@ -23,6 +23,10 @@ from qsr.core.schedules import (
     StepSchedule,
 )
 
+MOST_STEPS = 10_000_000
+"""Of a run. Its rounds are known before it starts, which takes a microsecond and some 200 bytes
+each; the longest runs of the paper have 187,000 steps."""
+
 
 def make_sampler(config: schema.Config, train_images: int) -> Sampler:
     """Who sees which of the `train_images` samples; it also counts the steps of an epoch."""
@@ -32,6 +36,11 @@ def make_sampler(config: schema.Config, train_images: int) -> Sampler:
 def make_plan(config: schema.Config, train_images: int) -> Plan:
     """All rounds of the run on `train_images` samples. ValueError names a setting that is off."""
     steps_per_epoch = make_sampler(config, train_images).steps_per_epoch
+    if config.epochs * steps_per_epoch > MOST_STEPS:
+        raise ValueError(
+            f"epochs={config.epochs} x {steps_per_epoch} steps are more than a run may have, "
+            f"{MOST_STEPS:,}: take fewer epochs, or a larger global_batch"
+        )
     schedule = make_schedule(config.schedule, config.epochs, steps_per_epoch)
     return Plan(schedule, make_rule(config.sync, steps_per_epoch))
 

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from qsr.config.compose import CONFIG_DIR, ConfigError, compose_settings, parse_overrides
 from qsr.config.parsing import parse
+from qsr.config.planning import MOST_STEPS
 from qsr.config.schema import STRICT, Finite, Fraction, NonNegative, Positive, PositiveInt
 from qsr.core.plan import Plan
 from qsr.core.rules import ConstantRule, EveryStepRule, PowerRule, QuadraticRule, Rule
@@ -77,7 +78,7 @@ class SimulationConfig:
     """Learning rate of the first step."""
     final_fraction: Fraction
     """Of the peak, at the last step."""
-    total_steps: PositiveInt
+    total_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     """Steps of every worker."""
     h_base: PositiveInt
     """Shortest round of the rules that do not give their own."""

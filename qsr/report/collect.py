@@ -1,14 +1,13 @@
 """Run folders -> records."""
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
-import yaml
-
 from qsr.config import schema
+from qsr.config.files import read_json, read_rows, read_yaml
 from qsr.config.load import ConfigError, differences, parse_identity
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
@@ -48,18 +47,40 @@ def read_run(folder: Path) -> Run:
     if not (folder / "summary.json").exists():
         raise ReportError(f"{folder} holds no finished run: its training command goes on with it")
     try:
-        config = parse_identity(yaml.safe_load((folder / "config.yaml").read_text()))
+        config = parse_identity(read_yaml(folder / "config.yaml"))
     except ConfigError as error:
         raise ReportError(
             f"{folder} cannot be read by this version ({error}): remove it, or use the version "
             f"that made it"
         ) from None
-    return Run(
-        folder,
-        config,
-        json.loads((folder / "summary.json").read_text()),
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-    )
+    try:
+        summary = read_json(folder / "summary.json")
+        rows, damaged = read_rows(folder / "metrics.jsonl")
+    except ConfigError as error:
+        raise ReportError(str(error)) from None
+    if damaged:
+        raise ReportError(f"{folder}/metrics.jsonl, line {damaged[0]}, is damaged")
+    return Run(folder, config, summary, rows)
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """The folders at and below `root`, behind symbolic links too, each once, sorted by their paths;
+    those of runs are not gone through, nor are copies of the code."""
+    seen = set()
+    for path, folders, _ in os.walk(root, followlinks=True):
+        try:
+            about = Path(path).stat()
+        except OSError:  # removed since
+            continue
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(set(folders) - _NO_RUNS)
+        yield Path(path)
+
+
+_NO_RUNS = {".snapshots", "checkpoints", "slurm", "wandb"}
 
 
 def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -53,9 +53,12 @@ def write_run(tmp_path: Path) -> WriteRun:
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(bytes(1000))
         (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        (folder / "metrics.jsonl").write_text(
-            json.dumps({"kind": "eval", "step": plan.total_steps, "top1": top1}) + "\n"
-        )
+        last: dict[str, Any] = {"step": plan.total_steps, "epoch": float(config.epochs)}
+        rows = [
+            {"kind": "train", **last, "train_seconds": summary.get("train_seconds", 72.0)},
+            {"kind": "eval", **last, "top1": top1, "loss": 0.5, "seconds": 1.0},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         contents: dict[str, dict[str, Any]] = {
             "data.json": {"train_images": 1442, "train_files": "3f2a", "loader": "dali"},
             "environment.json": {"python": "3.12.1", "host": "alices-laptop", "cores": 2},
@@ -63,9 +66,18 @@ def write_run(tmp_path: Path) -> WriteRun:
                 "experiment": config.experiment,
                 "seed": config.seed,
                 "config_hash": config_hash(config),
+                "rule": config.sync.rule,
+                "model": config.model.name,
+                "data": config.data.name,
+                "workers": config.workers,
+                "global_batch": config.global_batch,
+                "epochs": config.epochs,
+                "train_images": 1442,
                 "steps": plan.total_steps,
                 "averages": plan.num_rounds,
+                "volume": plan.volume,
                 "top1": top1,
+                "val_loss": 0.5,
                 "train_seconds": 72.0,
             },
         }

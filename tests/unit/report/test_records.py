@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qsr.config.load import CONFIG_DIR
+from qsr.config.load import CONFIG_DIR, settings_hash
 from qsr.report.collect import ReportError, read_run
 from qsr.report.records import RECORD_FILES, add_record, read_summaries
 from tests.unit.report.conftest import WriteRun
@@ -20,8 +20,12 @@ def test_a_record_is_the_run_without_weights_and_host(write_run: WriteRun, tmp_p
     record = add_record(folder, tmp_path / "records")
     assert record == tmp_path / "records" / "demo" / "quadratic" / "seed_3"
     assert sorted(path.name for path in record.iterdir()) == sorted(RECORD_FILES)
-    for name in set(RECORD_FILES) - {"environment.json"}:
+    for name in set(RECORD_FILES) - {"environment.json", "config.yaml"}:
         assert (record / name).read_bytes() == (folder / name).read_bytes()
+    settings, written = (
+        yaml.safe_load((path / "config.yaml").read_text()) for path in (record, folder)
+    )
+    assert settings == written
     environment = json.loads((record / "environment.json").read_text())
     assert environment == {"python": "3.12.1", "cores": 2}
     assert read_run(record).config == read_run(folder).config
@@ -45,8 +49,8 @@ def test_summaries_by_experiment_in_order_of_the_seeds(
 def test_the_same_run_replaces_its_record(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run("experiment=demo/parallel")
     add_record(folder, tmp_path / "records")
-    summary = folder / "summary.json"
-    summary.write_text(summary.read_text().replace("72.0", "80.0"))
+    for name in ("summary.json", "metrics.jsonl"):
+        (folder / name).write_text((folder / name).read_text().replace("72.0", "80.0"))
     add_record(folder, tmp_path / "records")
     ((run,),) = read_summaries(tmp_path / "records").values()
     assert run["train_seconds"] == 80.0
@@ -72,14 +76,18 @@ def test_another_run_of_the_same_name_is_refused(
     first = add_record(write_run("experiment=demo/quadratic"), records)
     other = write_run("experiment=demo/quadratic", f"seed={seed}", "runs_dir=later")
     config = yaml.safe_load((other / "config.yaml").read_text())
-    config["sync"]["alpha"] = 0.5  # the experiment's file was changed in between
+    summary = (other / "summary.json").read_text()
+    hash_before = settings_hash(config)
+    config["optimizer"]["weight_decay"] = 0.5  # the experiment's file was changed in between
     (other / "config.yaml").write_text(yaml.safe_dump(config))
+    (other / "summary.json").write_text(summary.replace(hash_before, settings_hash(config)))
     before = {path: path.read_bytes() for path in records.rglob("*") if path.is_file()}
     with pytest.raises(ReportError) as raised:
         add_record(other, records)
     assert str(raised.value) == (
-        f"{other} is another run than {first} of the same name (sync.alpha: 0.4375 -> 0.5): "
-        f"remove {first.parent}, or give this one a name of its own"
+        f"{other} is another run than {first} of the same name "
+        f"(optimizer.weight_decay: 0.0001 -> 0.5): remove {first.parent}, or give this one a name "
+        f"of its own"
     )
     assert {p: p.read_bytes() for p in records.rglob("*") if p.is_file()} == before
 
