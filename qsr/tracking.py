@@ -160,10 +160,7 @@ class JsonlTracker:
         aside = self._path.with_name(f"{self._path.name}.damaged-{secrets.token_hex(4)}")
         write_file(aside, [line + b"\n" for line in damaged])
         lines = "1 line" if len(damaged) == 1 else f"{len(damaged)} lines"
-        text = (
-            f"{self._path}: {lines} could not be read; the rest is kept, they are in {aside.name}"
-        )
-        print(text, file=sys.stderr, flush=True)
+        warn(f"{self._path}: {lines} could not be read; the rest is kept, they are in {aside.name}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
