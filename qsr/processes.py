@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from qsr.distributed import leave_process_group
 from qsr.failures import describe, read_failure, record_failure
-from qsr.place import find_place
+from qsr.place import OWN_RUN, find_place
 from qsr.slurm import die_with_parent
 from qsr.stopping import handling
 
@@ -52,9 +53,13 @@ def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) ->
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     # the ranks meet at a store of this process: it lives as long as any of them
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    listener = socket.create_server(("127.0.0.1", 0))  # by itself it would listen on all networks
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        "localhost", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
     with (
-        tempfile.TemporaryDirectory(prefix="qsr-ranks-") as folder,
+        tempfile.TemporaryDirectory(prefix=OWN_RUN) as folder,
         handling(["SIGHUP"], _interrupt),
     ):
         results = Path(folder)
