@@ -21,7 +21,8 @@ from qsr.durable import partial_name, replace_file, reserve
 from qsr.model_file import MODEL_NAME, Description
 from qsr.snapshot import git_revision, running_code
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "hydra-core", "safetensors")
+_COMPUTING = ("torch", "torchvision", "nvidia-dali-cuda130", "timm")
+PACKAGES = (*_COMPUTING, "hydra-core", "safetensors")
 
 _SMALL_FILES_BYTES = 2**20
 """For summary.json, the rows of metrics.jsonl that a full disk has held up, and the digits of what
@@ -136,6 +137,14 @@ def _earlier_code(folder: RunFolder) -> list[str]:
         stored = {}
     codes = [*stored.get("earlier_code", []), stored.get("code", "unknown")]
     return [code for code in dict.fromkeys(codes) if code != running_code()]
+
+
+def code_that_runs() -> dict[str, str | None]:
+    """What decides, beside settings and data, what this process computes: it must be the same on
+    all ranks."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    packages = {name: _version(name) for name in _COMPUTING}
+    return {"qsr": running_code(), "python": python, **packages}
 
 
 def environment(topology: Topology, device: str) -> dict[str, Any]:
