@@ -14,17 +14,17 @@ settings, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2) with everything sav
 import sys
 
 from qsr.config.load import ConfigError, load_configs
-from qsr.slurm import leave_when_signalled
+from qsr.slurm import ClusterError, leave_when_signalled
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    leave_when_signalled()
     try:
+        leave_when_signalled()
         configs = load_configs(arguments)
-    except ConfigError as error:
+    except (ConfigError, ClusterError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
 
