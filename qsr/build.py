@@ -1,6 +1,5 @@
 """Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from qsr.data import (
     uses_dali,
 )
 from qsr.data.randaugment import RandAugment
-from qsr.distributed import Communicator, Topology, choose_device, topology
+from qsr.distributed import ClusterError, Communicator, Topology, choose_device, topology
 from qsr.evaluation import BatchNormSource, Evaluation, Evaluator
 from qsr.flat import FlatModule
 from qsr.losses import TrainingLoss
@@ -41,6 +40,7 @@ from qsr.precision import Precision
 from qsr.runfolder import (
     RunFolder,
     check_run_folder,
+    code_that_runs,
     make_run_folder,
     missing_room,
     other_code,
@@ -121,7 +121,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     plan = make_plan(config, len(train))
     communicator = join(config, f"{config.experiment}/seed_{config.seed}")
     place = communicator.topology
-    _check_same_data(communicator, data)
+    _check_same_code_and_data(communicator, data)
     communicator.barrier()  # every rank has looked at the folder; now it may be written
     lock = claim(folder.path, communicator)
     tracker: Tracker = NullTracker()
@@ -180,16 +180,19 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             lock.release()
 
 
-def _check_same_data(communicator: Communicator, data: dict[str, Any]) -> None:
-    """Collective: machines may have copies of their own. Raises DataError, on every rank."""
-    main, *others = map(json.loads, communicator.gather_texts(json.dumps(data)))
-    for rank, other in enumerate(others, start=1):
-        changed = [f"{k}: {main[k]} -> {v}" for k, v in other.items() if v != main[k]]
-        if changed:
-            raise DataError(
-                f"rank {rank} has other data than rank 0 ({'; '.join(changed)}): give all machines "
-                f"the same files and packages"
-            )
+def _check_same_code_and_data(communicator: Communicator, data: dict[str, Any]) -> None:
+    """Collective: machines may have copies of their own. Raises ClusterError or DataError, on every
+    rank."""
+    if differs := communicator.first_difference(code_that_runs()):
+        raise ClusterError(
+            f"rank {differs.rank} runs other code than rank 0 ({differs.what}): give all machines "
+            f"the same qsr, Python and packages"
+        )
+    if differs := communicator.first_difference(data):
+        raise DataError(
+            f"rank {differs.rank} has other data than rank 0 ({differs.what}): give all machines "
+            f"the same files and packages"
+        )
 
 
 def _on_main(communicator: Communicator, folder: RunFolder, write: Callable[[], None]) -> None:

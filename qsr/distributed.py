@@ -5,11 +5,13 @@ All collectives stand here, so that it is plain where ranks wait for each other.
 """
 
 import contextlib
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,7 @@ from qsr.output import warn
 from qsr.place import find_place
 from qsr.rendezvous import meet
 from qsr.rollcall import RollCall
-
-
-class ClusterError(Exception):
-    """One line: what of the machines does not fit the run, and the mend."""
+from qsr.slurm import ClusterError as ClusterError
 
 
 class LostRankError(RuntimeError):
@@ -194,6 +193,20 @@ class Communicator:
             for row, size in zip(everyone, sizes, strict=True)
         ]
 
+    def first_difference(self, record: Mapping[str, Any]) -> "Difference | None":
+        """Collective: the first rank whose `record`, of what JSON holds, is not rank 0's; None if
+        all are the same."""
+        main, *others = map(json.loads, self.gather_texts(json.dumps(record)))
+        for rank, other in enumerate(others, start=1):
+            changed = [
+                f"{name}: {main.get(name)} -> {other.get(name)}"
+                for name in {**main, **other}
+                if main.get(name) != other.get(name)
+            ]
+            if changed:
+                return Difference(rank, "; ".join(changed))
+        return None
+
     def try_on_all(self, action: Callable[[], object]) -> None:
         """Collective: do `action`. Where it raises OSError on any rank, every rank raises one: that
         of the first of them, with its number."""
@@ -256,6 +269,14 @@ class Communicator:
         return f"{during} for {waited:.0f} s, and so were all ranks: is the network that slow?"
 
 
+class Difference(NamedTuple):
+    """Of a rank from rank 0."""
+
+    rank: int
+    what: str
+    """What differs, as "name: of rank 0 -> of this rank"."""
+
+
 @dataclass(frozen=True)
 class PendingSum:
     """A sum over the ranks that is on its way."""
@@ -298,7 +319,9 @@ def _join_group(
         if _store is None and task is not None:
             _store = meet(task, timeout_seconds)
         elif _store is None:  # torchrun tells by environment variables where to meet
-            _store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+            found, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+            # torchrun's own store outlives the ranks that it starts again
+            _store = PrefixStore(find_place().attempt, found)
         # an earlier group's addresses, and who was missed there, are still in the store
         store = PrefixStore(name, _store)
         dist.init_process_group(

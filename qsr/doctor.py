@@ -1,5 +1,6 @@
 """Whether a run would start here: what it needs is tried, and each failure named with its mend."""
 
+import hashlib
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def examine(config: Config) -> bool:
             report.check("training", lambda: checks.check_training(config, device))
     if own.is_main:
         report.check("wandb", lambda: checks.check_wandb(config))
-    mark = Path(config.runs_dir) / f".doctor-{place.attempt.replace(' ', '-')}"
+    digest = hashlib.sha256(place.attempt.encode()).hexdigest()[:16]  # the name may hold anything
+    mark = Path(config.runs_dir) / f".doctor-{digest}"
     patience = min(_PATIENCE_SECONDS, config.cluster.timeout_seconds)
     everyone_well = False
 

@@ -8,6 +8,7 @@ import json
 import platform
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ EXPECTED = (
 )
 """Errors whose message says everything; any other one is shown with its traceback."""
 
+_KINDS = {"attempt": str, "rank": int, "time": float, "error": str, "traceback": str}
+"""What is read of failure.json."""
+
 
 def record_failure(path: Path, place: Place, error: Exception) -> str | None:
     """Write failure.json at `path`, if this rank is the first of this attempt to fail; otherwise
@@ -40,7 +44,7 @@ def record_failure(path: Path, place: Place, error: Exception) -> str | None:
     }
     with contextlib.suppress(OSError):  # no folder yet, or no room: there are the logs
         earlier = read_failure(path)
-        if earlier is not None and earlier["attempt"] != place.attempt:
+        if earlier is not None and not _of_this_start(earlier, place):
             path.unlink(missing_ok=True)
         try:
             # the file system says who is first; the nodes' clocks may differ
@@ -53,13 +57,22 @@ def record_failure(path: Path, place: Place, error: Exception) -> str | None:
     return None
 
 
+def _of_this_start(record: Mapping[str, Any], place: Place) -> bool:
+    return bool(record["attempt"] == place.attempt) and (
+        place.since is None or record["time"] >= place.since
+    )
+
+
 def read_failure(path: Path) -> dict[str, Any] | None:
-    """What `record_failure` wrote; None if there is nothing."""
+    """What `record_failure` wrote; None if there is nothing, or something else."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
-    return record
+    whole = isinstance(record, dict) and all(
+        isinstance(record.get(name), kind) for name, kind in _KINDS.items()
+    )
+    return record if whole else None
 
 
 def describe(rank: int, error: str, trace: str) -> str:

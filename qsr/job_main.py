@@ -5,15 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from qsr.config.load import parse_config
-from qsr.output import guard
-from qsr.slurm import leave_when_signalled
+from qsr.output import guard, warn
+from qsr.slurm import ClusterError, leave_when_signalled
 
 
 def run_job(settings: Mapping[str, Any]) -> None:
     """Carry out the run that these settings describe (`to_dict` of a Config), or what is left of
     it, as the rank that srun says. Exits with another status than 0 if it is not done then."""
     guard()
-    leave_when_signalled()
+    try:
+        leave_when_signalled()
+    except ClusterError as error:
+        warn(f"refused: {error}")
+        sys.exit(2)
     from qsr.session import carry_out
 
     status = carry_out([parse_config(settings)])

@@ -1,7 +1,7 @@
 """The job that a run was submitted as: what is checked before, and what is written down."""
 
 import json
-import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.models import check_network
 from qsr.runfolder import RunFolder, check_run_folder, write_json
-from qsr.slurm import IN_QUEUE, SlurmError, query
+from qsr.slurm import IN_QUEUE, SlurmError, own_job, query
 
 
 def check_submission(config: Config) -> RunFolder:
@@ -19,25 +19,30 @@ def check_submission(config: Config) -> RunFolder:
     still in the queue."""
     check_network(config)
     folder = check_run_folder(config, {})
-    job = read_job(folder)
-    if job is None or job["job"] == os.environ.get("SLURM_JOB_ID"):  # begun before in this job
+    record = read_job(folder)
+    if record is None or record["job"] == own_job():  # begun before in this job
         return folder
+    job = record["job"]
     try:
-        state = query([job["job"]]).get(job["job"])
+        state = query([job]).get(job)
     except SlurmError:
         return folder  # no Slurm here: nothing is going to be submitted
-    if state is not None and state.name in IN_QUEUE:
+    same = state is not None and record.get("title", state.title) == state.title
+    if same and state is not None and state.name in IN_QUEUE:
         raise ConfigError(
-            f"{folder.path} is job {job['job']}, {state.name}: it goes on by itself; to start it "
-            f"anew, scancel {job['job']}"
+            f"{folder.path} is job {job}, {state.name}: it goes on by itself; to start it anew, "
+            f"scancel {job}"
         )
     return folder
 
 
-def write_job(config: Config, job: str, snapshot: Path, steps: int | None, log: str) -> None:
-    """Write job.json."""
+def write_job(
+    config: Config, job: str, title: str, snapshot: Path, steps: int | None, log: str
+) -> None:
+    """Write job.json. `title`: the job's name; job numbers come again."""
     record = {
         "job": job,
+        "title": title,
         "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
         "snapshot": str(snapshot),
         "steps": steps,
@@ -47,8 +52,21 @@ def write_job(config: Config, job: str, snapshot: Path, steps: int | None, log: 
 
 
 def read_job(folder: RunFolder) -> dict[str, Any] | None:
-    """The job that the run was submitted as, the last one; None if it was not."""
-    if not folder.job.exists():
+    """The job that the run was submitted as, the last one; None if it was not. Raises ConfigError
+    if job.json is not what `write_job` wrote."""
+    try:
+        record = json.loads(folder.job.read_text())
+    except FileNotFoundError:
         return None
-    record: dict[str, Any] = json.loads(folder.job.read_text())
-    return record
+    except (OSError, ValueError, RecursionError) as error:
+        found = f"cannot be read ({error})"
+    else:
+        if isinstance(record, dict) and _is_number(record.get("job")):
+            return record
+        found = "is not what was written there"
+    raise ConfigError(f"{folder.job} {found}: see that no job of the run is queued, and delete it")
+
+
+def _is_number(job: object) -> bool:
+    """Whether it is what Slurm's commands take for one job."""
+    return isinstance(job, str) and re.fullmatch(r"[0-9]+(_[0-9]+)?", job) is not None

@@ -1,9 +1,18 @@
 """What the launcher told this process: which rank of how many it is. Standard library only."""
 
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from qsr.slurm import SlurmTask, current_task
+from qsr.slurm import ClusterError, SlurmTask, current_task, whole_number
+
+_MEND = "start the ranks with torchrun, or unset RANK and WORLD_SIZE"
+
+
+OWN_RUN = "qsr-ranks-"
+"""What the names begin with that our own launcher gives its starts, each another one."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +31,20 @@ class Place:
     """Whether a launcher (torchrun, ours, or srun) started this process as one of several ranks."""
     slurm: SlurmTask | None
     """The task that this rank is, if srun is that launcher."""
+    since: float | None = None
+    """When this process began, in seconds since 1970, if an earlier start may have had the same
+    name, as with torchrun; None: no other start has it."""
 
 
 def find_place() -> Place:
     """From the environment variables of torchrun (ours sets the same) or, if they are not there, of
     srun. What srun starts as a single task may start ranks of its own: it counts as not launched.
+
+    Raises ClusterError if the variables make no sense.
     """
-    environment, available = os.environ, len(os.sched_getaffinity(0))
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Place(
-            rank=int(environment["RANK"]),
-            ranks=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
-            cores=max(1, available // int(environment.get("LOCAL_WORLD_SIZE", "1"))),
-            attempt=environment.get("TORCHELASTIC_RUN_ID", "none"),
-            launched=True,
-            slurm=None,
-        )
+    available = len(os.sched_getaffinity(0))
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return _of_torchrun(os.environ, available)
     task = current_task()
     if task is not None and task.ranks > 1:
         return Place(
@@ -51,3 +57,44 @@ def find_place() -> Place:
             slurm=task,
         )
     return Place(0, 1, 0, available, f"process {os.getpid()}", launched=False, slurm=None)
+
+
+def _of_torchrun(environment: Mapping[str, str], available: int) -> Place:
+    def number(name: str, default: int | None = None) -> int:
+        return whole_number(environment, name, default, mend=_MEND)
+
+    rank, ranks = number("RANK"), number("WORLD_SIZE")
+    local_rank, local_ranks = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+    if not rank < ranks:
+        raise ClusterError(f"RANK={rank} is not below WORLD_SIZE={ranks}: {_MEND}")
+    if not local_ranks:
+        raise ClusterError(f"LOCAL_WORLD_SIZE is 0: {_MEND}")
+    if ranks > 1:
+        if not environment.get("MASTER_ADDR"):
+            raise ClusterError(f"RANK is set, but MASTER_ADDR is not: {_MEND}")
+        if not 0 < number("MASTER_PORT") < 2**16:
+            raise ClusterError(f"MASTER_PORT={environment['MASTER_PORT']} is no port: {_MEND}")
+    # torchrun's name is "none" if the user gives none; it starts ranks again within one start
+    name = environment.get("TORCHELASTIC_RUN_ID", "none")
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT")
+    return Place(
+        rank=rank,
+        ranks=ranks,
+        local_rank=local_rank,
+        cores=max(1, available // local_ranks),
+        attempt=name if restarts is None else f"{name}.{restarts}",
+        launched=True,
+        slurm=None,
+        since=None if name.startswith(OWN_RUN) else _began(),
+    )
+
+
+def _began() -> float:
+    """When this process began."""
+    try:
+        # behind the program's name, which may hold anything, the 20th is a number of ticks
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:  # no /proc
+        age = time.process_time()
+    return time.time() - age

@@ -8,6 +8,7 @@ import os
 import pickle
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -22,7 +23,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from qsr.distributed import ClusterError, leave_process_group
 from qsr.failures import describe
 from qsr.output import guard
-from qsr.place import find_place
+from qsr.place import OWN_RUN, find_place
 from qsr.slurm import die_with_parent
 
 Result = TypeVar("Result")
@@ -67,11 +68,15 @@ def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) ->
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
     # the ranks meet at a store of this process: it lives as long as any of them
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    listener = socket.create_server(("127.0.0.1", 0))  # by itself it would listen on all networks
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        "localhost", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
     with _Reports() as reports:
         processes = start_processes(
             _rank_main,
-            (ranks, store.port, f"process {secrets.token_hex(8)}", reports, function, arguments),
+            (ranks, store.port, f"{OWN_RUN}{secrets.token_hex(8)}", reports, function, arguments),
             nprocs=ranks,
             join=False,
             start_method=START_METHOD,

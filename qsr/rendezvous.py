@@ -3,10 +3,13 @@
 torchrun brings its own rendezvous; srun starts processes and no more. So rank 0 opens a store and
 tells where to whoever asks at a port that follows from the job's number, its restarts and its
 step. That port may belong to another program, or to processes of an earlier start of the job that
-have not died: so there is a sequence of ports, and both sides say the name of their attempt. (The
-store itself does not stand there, because TCPStore waits for ever for a program that says nothing.)
+have not died: so there is a sequence of ports, and both sides say the name of their attempt. Anyone
+may connect there and say nothing, or say it slowly: each gets a few seconds, and none waits for
+another. (The store itself does not stand there, because TCPStore waits for ever for a program that
+says nothing.)
 """
 
+import asyncio
 import contextlib
 import errno
 import socket
@@ -21,6 +24,10 @@ _PORTS = 8
 """Ports to try: that so many are taken means that something else is wrong."""
 _REPLY_SECONDS = 3.0
 """How long the other side may take to say its name."""
+_LINE_BYTES = 200
+"""No name is longer."""
+_OPEN = 32
+"""Connections that rank 0 keeps: the next one ends the oldest, whose rank would ask again."""
 
 
 def meet(task: SlurmTask, timeout_seconds: float) -> Store:
@@ -32,8 +39,9 @@ def meet(task: SlurmTask, timeout_seconds: float) -> Store:
     if task.rank == 0:
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         answer = f"{task.attempt} {store.port}\n".encode()
-        arguments = (_listen(task), f"{task.attempt}\n".encode(), answer)
-        threading.Thread(target=_answer, args=arguments, name="rendezvous", daemon=True).start()
+        serving = _serve(_listen(task), f"{task.attempt}\n".encode(), answer)
+        run = threading.Thread(target=asyncio.run, args=(serving,), name="rendezvous", daemon=True)
+        run.start()  # for the life of the process
     else:
         port = _search(task, timeout_seconds)
         store = TCPStore(task.first_node, port, is_master=False, wait_for_workers=False)
@@ -54,14 +62,29 @@ def _listen(task: SlurmTask) -> socket.socket:
     raise OSError(f"{task.first_node} has no free port among {ports}: is it full of old processes?")
 
 
-def _answer(listener: socket.socket, question: bytes, answer: bytes) -> None:
-    """For the life of the process: tell those who name this attempt where the store is."""
-    while True:
-        connection, _ = listener.accept()
-        with contextlib.suppress(OSError), connection:
-            connection.settimeout(_REPLY_SECONDS)
-            if connection.makefile("rb").readline(200) == question:
-                connection.sendall(answer)
+async def _serve(listener: socket.socket, question: bytes, answer: bytes) -> None:
+    """Tell those who name this attempt where the store is, all at once."""
+    talks: dict[asyncio.Task[None], None] = {}  # the oldest first
+
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # an unfinished or endless line, a closed connection, too slow, or one too many
+        ends = (OSError, ValueError, TimeoutError, asyncio.CancelledError)
+        with contextlib.suppress(*ends):
+            async with asyncio.timeout(_REPLY_SECONDS):
+                if await reader.readline() == question:
+                    writer.write(answer)
+                    await writer.drain()
+        writer.close()
+
+    def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        talk = asyncio.create_task(reply(reader, writer))
+        talks[talk] = None
+        talk.add_done_callback(talks.pop)
+        if len(talks) > _OPEN:
+            next(iter(talks)).cancel()
+
+    server = await asyncio.start_server(begin, sock=listener, limit=_LINE_BYTES)
+    await server.serve_forever()
 
 
 def _search(task: SlurmTask, timeout_seconds: float) -> int:
@@ -88,8 +111,16 @@ def _search(task: SlurmTask, timeout_seconds: float) -> int:
 
 def _ask(task: SlurmTask, port: int) -> int | None:
     """Where the store of this attempt is, if the program at `port` knows."""
+    deadline = time.monotonic() + _REPLY_SECONDS
     with socket.create_connection((task.first_node, port), _REPLY_SECONDS) as connection:
         connection.sendall(f"{task.attempt}\n".encode())
-        reply = connection.makefile("rb").readline(200).decode(errors="replace")
-    name, _, store = reply.partition(" ")
-    return int(store) if name == task.attempt else None
+        reply = b""
+        while not reply.endswith(b"\n") and len(reply) < _LINE_BYTES:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            part = connection.recv(_LINE_BYTES)
+            if not part:
+                return None
+            reply += part
+    name, _, store = reply.decode(errors="replace").rstrip("\n").partition(" ")
+    found = int(store) if store.isascii() and store.isdigit() else 0
+    return found if name == task.attempt and 0 < found < 2**16 else None

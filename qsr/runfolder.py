@@ -23,7 +23,8 @@ from qsr.folder_trial import refusing, try_folder
 from qsr.model_file import MODEL_NAME, Description
 from qsr.snapshot import git_revision, running_code
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "hydra-core", "safetensors")
+_COMPUTING = ("torch", "torchvision", "nvidia-dali-cuda130", "timm")
+PACKAGES = (*_COMPUTING, "hydra-core", "safetensors")
 
 _SUMMARY_BYTES = 2**20
 """For summary.json, and what it leaves for rows of metrics.jsonl that a full disk has held up."""
@@ -175,6 +176,14 @@ def _earlier_code(folder: RunFolder) -> list[str]:
     codes = [*(earlier if isinstance(earlier, list) else []), stored.get("code", "unknown")]
     texts = dict.fromkeys(code for code in codes if isinstance(code, str))
     return [code for code in texts if code != running_code()]
+
+
+def code_that_runs() -> dict[str, str | None]:
+    """What decides, beside settings and data, what this process computes: it must be the same on
+    all ranks."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    packages = {name: _version(name) for name in _COMPUTING}
+    return {"qsr": running_code(), "python": python, **packages}
 
 
 def environment(topology: Topology, device: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def carry_out(configs: Sequence[Config]) -> int:
     done, 1 failed, 2 refused, 130 interrupted; for a run that a signal stopped, see
     `stopped_by_signal`. Of a list: 1 if one of them failed, or was refused when its turn came."""
     try:
+        find_place()  # what the launcher says must make sense before anything else does
         outcomes = execute(configs)
     except (ConfigError, DataError) as error:
         if find_place().local_rank == 0:  # the others of this machine see the same

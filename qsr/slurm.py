@@ -33,8 +33,18 @@ _FIRST_PORT, _LAST_PORT = 15_000, 31_999
 """Below what Linux gives to outgoing connections (32768 and up)."""
 
 
+OWN_JOB = "QSR_JOB"
+"""The variable in which a batch script of this project hands down the number of its job: the record
+that the job is there for the run alone, and may be requeued with it."""
+
+
 class SlurmError(Exception):
     """One line: what Slurm would not do."""
+
+
+class ClusterError(Exception):
+    """One line: what of the machines, or of what a launcher says of them, does not fit the run, and
+    the mend."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class SlurmTask:
     """This process, as a task of a step that srun started."""
 
     job: str
+    """As Slurm's commands name it."""
     restarts: int
     """How often the job was requeued."""
     step: str
@@ -70,30 +81,74 @@ class SlurmTask:
 
 def current_task(environment: Mapping[str, str] = os.environ) -> SlurmTask | None:
     """What srun told this process; None if it was not started by srun (the shell of a batch script
-    has SLURM_NTASKS and SLURM_PROCID too, but is in no step)."""
+    has SLURM_NTASKS and SLURM_PROCID too, but is in no step). Raises ClusterError if that makes no
+    sense."""
     if "SLURM_STEP_ID" not in environment:
         return None
-    node = int(environment["SLURM_NODEID"])
-    cpus = environment.get("SLURM_CPUS_PER_TASK")
+
+    def text(name: str) -> str:
+        if not environment.get(name):
+            raise ClusterError(f"SLURM_STEP_ID is set, but {name} is not: {_MEND}")
+        return environment[name]
+
+    def number(name: str, default: int | None = None) -> int:
+        return whole_number(environment, name, default, mend=_MEND)
+
+    each = _counts(text("SLURM_STEP_TASKS_PER_NODE"))
+    node, rank, ranks = (number(f"SLURM_{n}") for n in ("NODEID", "PROCID", "STEP_NUM_TASKS"))
+    if not (node < len(each) and rank < ranks):
+        raise ClusterError(
+            f"SLURM_NODEID={node} and SLURM_PROCID={rank} lie outside of the step's {len(each)} "
+            f"nodes and {ranks} tasks: {_MEND}"
+        )
+    cpus = number("SLURM_CPUS_PER_TASK", 0)
+    text("SLURM_JOB_ID")
     return SlurmTask(
-        job=environment["SLURM_JOB_ID"],
-        restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
-        step=environment["SLURM_STEP_ID"],
-        rank=int(environment["SLURM_PROCID"]),
-        ranks=int(environment["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environment["SLURM_LOCALID"]),
-        local_ranks=_counts(environment["SLURM_STEP_TASKS_PER_NODE"])[node],
-        first_node=_first_host(environment["SLURM_STEP_NODELIST"]),
-        cpus=int(cpus) if cpus else None,
+        job=own_job(environment),
+        restarts=number("SLURM_RESTART_COUNT", 0),
+        step=text("SLURM_STEP_ID"),
+        rank=rank,
+        ranks=ranks,
+        local_rank=number("SLURM_LOCALID"),
+        local_ranks=each[node],
+        first_node=_first_host(text("SLURM_STEP_NODELIST")),
+        cpus=cpus or None,
     )
+
+
+_MEND = "start it with srun, or unset Slurm's variables"
+
+
+def whole_number(
+    environment: Mapping[str, str], name: str, default: int | None = None, *, mend: str
+) -> int:
+    """A count in a launcher's variable. Raises ClusterError, which ends with `mend`, if it is no
+    such number, or if it is not there and has no default."""
+    value = environment.get(name)
+    if not value and default is not None:
+        return default
+    if not value or not re.fullmatch(r"[0-9]{1,9}", value):
+        found = f"is {value!r}, not a number" if value else "is not set"
+        raise ClusterError(f"{name} {found}: {mend}")
+    return int(value)
+
+
+def own_job(environment: Mapping[str, str] = os.environ) -> str:
+    """The job that this process is in, as Slurm's commands name it; "" in none. A task of an array
+    is ARRAY_TASK, because the number of its last task alone is that of the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID", "")
 
 
 def _counts(text: str) -> list[int]:
     """Slurm's short form of a list: "2(x3),1" is 2, 2, 2, 1."""
-    counts = []
+    counts: list[int] = []
     for part in text.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(times or 1)
+        found = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
+        if found is None:
+            raise ClusterError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, not a list: {_MEND}")
+        counts += [int(found[1])] * int(found[2] or 1)
     return counts
 
 
@@ -122,15 +177,18 @@ def leave_when_signalled() -> None:
 def stopped_status() -> int:
     """What a process exits with after its run was told to stop and all ranks have saved.
 
-    In a job, rank 0 puts it back into the queue first. The others leave with 0, because srun ends
-    the rest, rank 0 too, as soon as one leaves with anything else. Call it when all ranks have
-    saved; Slurm ends them soon after.
+    In a job that is there for the run alone (see OWN_JOB), rank 0 puts it back into the queue
+    first. In one that is somebody else's nothing is done to it. The other ranks leave with 0,
+    because srun ends the rest, rank 0 too, as soon as one leaves with anything else. Call it when
+    all ranks have saved; Slurm ends them soon after.
     """
     task = current_task()
     if task is None:
         return STOPPED
     if task.rank > 0:
         return 0
+    if os.environ.get("RANK", "0") != "0":  # torchrun's, beside its rank 0 in the same task
+        return STOPPED
     for number in STOP_SIGNALS:  # the next one must not keep this rank from it
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -142,11 +200,17 @@ def stopped_status() -> int:
 
 
 def requeue(job: str) -> None:
-    """Put a running job back into the queue; Slurm ends its processes.
+    """Put the running job that this process is in back into the queue; Slurm ends its processes.
 
-    Raises SlurmError if the job is not running any more, because a requeue would bring back what a
-    user has cancelled; or if Slurm refuses, as it does for a job with --no-requeue.
+    Raises SlurmError if the job is not this run's own; if it is not running any more, because a
+    requeue would bring back what a user has cancelled; or if Slurm refuses, as it does for a job
+    with --no-requeue.
     """
+    if not os.environ.get(OWN_JOB) or os.environ[OWN_JOB] != os.environ.get("SLURM_JOB_ID"):
+        raise SlurmError(
+            "scripts/submit.py or slurm/train.sbatch did not submit it to be requeued; the same "
+            "command goes on with the run"
+        )
     state = query([job]).get(job)
     if state is None or state.name not in ("RUNNING", "SIGNALING"):
         now = state.name if state else "gone"
@@ -164,6 +228,8 @@ class JobState:
     """How often it was requeued."""
     reason: str
     """Why it is in this state, in Slurm's words."""
+    title: str
+    """The job's name. Numbers come again, on another cluster or after many jobs."""
 
 
 def query(jobs: Sequence[str]) -> dict[str, JobState]:
@@ -171,16 +237,19 @@ def query(jobs: Sequence[str]) -> dict[str, JobState]:
     minutes the ended ones. Needs no accounting. Raises SlurmError if Slurm does not answer."""
     if not jobs:
         return {}
-    columns = "JobID:|,State:|,RestartCnt:|,Reason:|"
-    listed = ",".join(jobs)
+    columns = "JobArrayID:|,State:|,RestartCnt:|,Reason:|,Name:|"
+    wanted = ("--array", "--states=all", f"--jobs={','.join(jobs)}", f"--Format={columns}")
     try:
-        text = _run("squeue", "-h", "--states=all", f"--jobs={listed}", f"--Format={columns}")
+        text = _run("squeue", "-h", *wanted)
     except SlurmError as error:
         if "Invalid job id" in str(error):  # it knows none of them
             return {}
         raise
-    rows = (line.split("|") for line in text.splitlines())
-    return {job: JobState(name, int(restarts), reason) for job, name, restarts, reason, *_ in rows}
+    rows = (line.split("|", 4) for line in text.splitlines())
+    return {
+        job: JobState(name, int(restarts), reason, title.removesuffix("|"))
+        for job, name, restarts, reason, title in rows
+    }
 
 
 def partitions() -> list[str]:

@@ -3,15 +3,23 @@
 Standard library only.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import os
+import re
 import shutil
+import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from qsr.output import warn
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ("qsr",)
@@ -20,6 +28,8 @@ EVERYTHING = ("qsr", "scripts", "configs")
 """What a job needs of the project."""
 _REVISION = "revision.json"
 """In a copy: the commit that it was taken from."""
+_LEFT_SECONDS = 86_400
+"""A copy that was begun so long ago is not going to be finished."""
 
 
 def code_files(root: Path, folders: tuple[str, ...]) -> Iterator[Path]:
@@ -47,23 +57,41 @@ def running_code() -> str:
 
 
 def snapshot_folder(runs_dir: Path) -> Path:
-    """Where `take_snapshot` puts the code as it is now."""
-    return (runs_dir / ".snapshots" / code_hash(ROOT, EVERYTHING)).absolute()
+    """Where `take_snapshot` puts the code as it is now: below the contents' hash, and, where that
+    copy is not whole, below the hash and a number."""
+    name = code_hash(ROOT, EVERYTHING)
+    first = (runs_dir / ".snapshots" / name).absolute()
+    others = (first.with_name(f"{name}-{number}") for number in itertools.count(2))
+    copies = itertools.chain([first], others)
+    return next(path for path in copies if not path.exists() or _is_whole(path, name))
+
+
+def _is_whole(copy: Path, name: str) -> bool:
+    try:
+        return code_hash(copy, EVERYTHING) == name
+    except OSError:
+        return False
 
 
 def take_snapshot(runs_dir: Path) -> Path:
     """Copy the project's code to below `runs_dir`, unless it is there; return the copy's folder.
 
-    Equal code is stored once, and nothing here removes it. Raises OSError, also if what is there
-    is no longer what its name says.
+    Equal code is stored once. Nothing here removes or changes a copy, because jobs may run it: one
+    that was edited or damaged is passed over, with a line on stderr. What a copying that was killed
+    has left behind a day ago is removed. Raises OSError.
     """
     target = snapshot_folder(runs_dir)
+    name = code_hash(ROOT, EVERYTHING)
+    if target.name != name:
+        warn(
+            f"warning: {target.with_name(name)} was edited or damaged, and jobs may run it: "
+            f"{target.name} is used instead; remove it when no job does"
+        )
     if target.exists():
-        if code_hash(target, EVERYTHING) != target.name:
-            raise OSError(f"{target} was edited, and jobs may run it: remove it when none does")
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _remove_leftovers(target.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
     try:
         for path in code_files(ROOT, EVERYTHING):
             copy = partial / path.relative_to(ROOT)
@@ -78,6 +106,17 @@ def take_snapshot(runs_dir: Path) -> Path:
         if not target.exists():  # it does if another process was first
             raise
     return target
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of this user's own copying, which takes seconds."""
+    for path in folder.glob(".*"):
+        with contextlib.suppress(OSError):
+            found = path.lstat()
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            named = re.fullmatch(r"\.[0-9a-f]{16}\.\w{8}", path.name)
+            if ours and named and time.time() - found.st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def git_revision() -> dict[str, Any] | None:

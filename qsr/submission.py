@@ -19,7 +19,7 @@ from qsr.config.schema import Config, SlurmCluster
 from qsr.job_main import run_job
 from qsr.jobs import write_job
 from qsr.runfolder import RunFolder
-from qsr.slurm import SlurmError
+from qsr.slurm import OWN_JOB, SlurmError
 from qsr.snapshot import take_snapshot
 
 
@@ -51,8 +51,13 @@ def submit(config: Config, steps: int | None) -> str:
             job = _executor(config, snapshot).submit(run_job, to_dict(config))
     except (RuntimeError, FileNotFoundError) as error:
         raise SlurmError(" ".join(f"sbatch: {error}".split())) from None
-    write_job(config, job.job_id, snapshot, steps, str(job.paths.stdout))
+    write_job(config, job.job_id, _title(config), snapshot, steps, str(job.paths.stdout))
     return str(job.job_id)
+
+
+def _title(config: Config) -> str:
+    """The job's name."""
+    return f"{config.experiment}/seed_{config.seed}"
 
 
 @contextmanager
@@ -84,7 +89,7 @@ def _executor(config: Config, snapshot: Path) -> _Executor:
         "constraint": cluster.constraint,
     }
     executor.update_parameters(
-        job_name=f"{config.experiment}/seed_{config.seed}",
+        job_name=_title(config),
         nodes=cluster.nodes,
         ntasks_per_node=cluster.tasks_per_node,
         time=cluster.time_limit_minutes,
@@ -104,6 +109,8 @@ def _exports(cluster: SlurmCluster, snapshot: Path) -> list[str]:
         interface = cluster.network_interface
         values |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     lines = [f"export {name}={shlex.quote(str(value))}" for name, value in values.items()]
+    if cluster.requeue:
+        lines.append(f"export {OWN_JOB}=$SLURM_JOB_ID")
     return [*lines, f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 

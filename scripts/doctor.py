@@ -35,11 +35,11 @@ def main(arguments: list[str]) -> int:
     from qsr.launch import number_of_ranks
     from qsr.processes import RunFailedError, start_ranks
 
-    if isinstance(config.cluster, SlurmCluster) and current_task() is None:
-        well = examine_login_node(config)
-        print(f"the nodes, too: {_on_the_nodes(config.cluster)} {shlex.join(arguments)}")
-        return 0 if well else 1
     try:
+        if isinstance(config.cluster, SlurmCluster) and current_task() is None:
+            well = examine_login_node(config)
+            print(f"the nodes, too: {_on_the_nodes(config.cluster)} {shlex.join(arguments)}")
+            return 0 if well else 1
         return 0 if start_ranks(examine, number_of_ranks(config), config) else 1
     except (ClusterError, RunFailedError) as error:
         print(f"FAIL  {error}", flush=True)

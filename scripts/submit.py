@@ -100,20 +100,26 @@ def _run_here(configs: list[Config], settings: list[str], *, dry_run: bool) -> i
 
 def _prepare_job(configs: list[Config]) -> int:
     """For slurm/train.sbatch, at the first start of its job: check, and copy the code. Where the
-    copy is: RUNS_DIR/.snapshots/job_NUMBER."""
+    copy is: RUNS_DIR/.snapshots/job_CLUSTER_NUMBER."""
     from qsr.jobs import check_submission, write_job
     from qsr.runfolder import make_run_folder
+    from qsr.slurm import own_job
     from qsr.snapshot import take_snapshot
 
-    job = os.environ["SLURM_JOB_ID"]
     _refuse_equal(configs)
+    if len({config.runs_dir for config in configs}) > 1:
+        raise ConfigError("the runs of one job share one runs_dir")
+    folders = [check_submission(config) for config in configs]
     runs_dir = Path(configs[0].runs_dir)
-    code = take_snapshot(runs_dir)
-    for config in configs:
-        make_run_folder(check_submission(config))
-        steps = _print_plan(config)
-        write_job(config, job, code, steps, str(Path("/proc/self/fd/1").resolve()))
-    (runs_dir / ".snapshots" / f"job_{job}").symlink_to(code.name)
+    code, title = take_snapshot(runs_dir), os.environ.get("SLURM_JOB_NAME", "")
+    for config, folder in zip(configs, folders, strict=True):
+        make_run_folder(folder)
+        log = str(Path("/proc/self/fd/1").resolve())
+        write_job(config, own_job(), title, code, _print_plan(config), log)
+    cluster, number = os.environ.get("SLURM_CLUSTER_NAME", ""), os.environ["SLURM_JOB_ID"]
+    link = runs_dir / ".snapshots" / f"job_{cluster}_{number}"
+    link.unlink(missing_ok=True)  # of an earlier job of that number: numbers come again
+    link.symlink_to(code.name)
     return 0
 
 

@@ -15,17 +15,17 @@ everything, the second ends at once.
 
 from qsr.config.load import ConfigError, load_configs
 from qsr.output import program, warn
-from qsr.slurm import leave_when_signalled
+from qsr.slurm import ClusterError, leave_when_signalled
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    leave_when_signalled()
     try:
+        leave_when_signalled()
         configs = load_configs(arguments)
-    except ConfigError as error:
+    except (ConfigError, ClusterError) as error:
         warn(f"refused: {error}")
         return 2
 

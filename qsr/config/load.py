@@ -15,6 +15,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
+from qsr.config.batch_script import check_batch_script
 from qsr.config.compose import (
     CONFIG_DIR,
     GIVEN,
@@ -217,6 +218,7 @@ def check(config: Config) -> None:
         )
     if isinstance(config.cluster, SlurmCluster):
         _check_slurm(config.cluster, config.workers)
+        check_batch_script(config.cluster, config.experiment, run_folder(config))
         if config.cluster.signal not in config.checkpoint.stop_signals:
             raise ConfigError(
                 f"cluster.signal={config.cluster.signal} is none of checkpoint.stop_signals: the "
