@@ -19,6 +19,7 @@ from qsr.data import (
     ImageFolder,
     make_loader,
     open_validation_folder,
+    try_some,
     uses_dali,
 )
 from qsr.distributed import ClusterError, Communicator, Topology, choose_device
@@ -67,7 +68,7 @@ def evaluate(source: str | None, overrides: Sequence[str]) -> int:
     except (ConfigError, DataError, ClusterError, ModelFileError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    for note in _notes(candidate):
+    for note in (*candidate.val.notes, *_notes(candidate)):
         print(f"note: {note}", file=sys.stderr, flush=True)
     try:
         result = validate(
@@ -117,6 +118,7 @@ def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
         _check_classes(source, about.classes, val)
         module = load_model(source).module
     _try(module, data.image_size)
+    try_some(val)
     return Candidate(module.to(device).eval(), config, val, device, about)
 
 
