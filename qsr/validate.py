@@ -22,6 +22,7 @@ from qsr.data import (
     try_some,
     uses_dali,
 )
+from qsr.data.names import appearance, how_they_differ
 from qsr.distributed import ClusterError, Communicator, Topology, choose_device
 from qsr.evaluation import Evaluation, validate
 from qsr.model_file import (
@@ -156,9 +157,12 @@ def _check_classes(source: str, classes: Sequence[str], val: ImageFolder) -> Non
     for label, (ours, theirs) in enumerate(zip_longest(classes, val.classes)):
         if ours != theirs:
             here, there = (f"{name!r}" if name else "none" for name in (ours, theirs))
+            alike = bool(ours and theirs) and appearance(ours) == appearance(theirs)
+            hint = f"; {how_they_differ(ours, theirs)}" if alike else ""
             raise DataError(
                 f"{source} and {val.root / val.split} have different classes ({len(classes)} and "
                 f"{len(val.classes)}): class {label} is {here} in the model, {there} in the folder"
+                f"{hint}"
             )
 
 

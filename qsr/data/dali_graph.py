@@ -36,7 +36,7 @@ def train_pipeline(
     happens on the GPU if there is no `resizer`; the `crew` and it must outlive the pipeline. On a
     GPU, images that RandAugment is still to change leave as uint8 [size, size, 3]."""
     gpu = resizer is None
-    encoded, shape = read_files(crew)
+    encoded, shape = as_decoded_alike(read_files(), crew)
     box = crop_box(transform, shape)
     images = fn.decoders.image_slice(
         encoded,
@@ -67,7 +67,7 @@ def eval_pipeline(
     """Outputs images [3, size, size] and labels []; inputs are `paths` and `labels`. `resizer` and
     `crew` as above."""
     gpu = resizer is None
-    encoded, shape = read_files(crew)
+    encoded, shape = as_decoded_alike(read_files(), crew)
     # torchvision's Resize: int(resize * long / short) for the long side, in whole numbers.
     resized = transform.resize * shape[0:2] // fn.reductions.min(shape[0:2])
     # torchvision's CenterCrop: Python's round, which rounds halves to even.
@@ -89,12 +89,15 @@ def eval_pipeline(
     return _normalise(images, transform), _labels(gpu)
 
 
-def read_files(crew: Crew) -> tuple[DataNode, DataNode]:
-    """The files' contents, those that DALI would decode in another way than Pillow as PPMs; and
-    height, width and channels of each."""
+def read_files() -> DataNode:
     paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
     # A mapped file that is cut short while it is read kills the process.
-    encoded = fn.io.file.read(paths, dont_use_mmap=True)
+    return fn.io.file.read(paths, dont_use_mmap=True)
+
+
+def as_decoded_alike(encoded: DataNode, crew: Crew) -> tuple[DataNode, DataNode]:
+    """The files' contents, those that DALI would decode in another way than Pillow as PPMs; and
+    height, width and channels of each."""
     # ordinary JPEGs are neither copied nor shown to Python by these two conditions
     if (encoded[0] != 0xFF) | (encoded[1] != 0xD8):
         encoded = _by_pillow(encoded, crew)

@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from qsr.data import DataError, EvalTransform, Loader, Request, open_image_folders
+from qsr.data import (
+    DataError,
+    EvalTransform,
+    Loader,
+    Request,
+    open_image_folders,
+    open_validation_folder,
+)
 from qsr.data.imagenet import _files
 from qsr.model_file import read_description
+from qsr.validate import _check_classes
 from tests.cli import call, command, folder_in
 from tests.image_formats import IMAGE
 from tests.image_trees import GOOD, encoded, plant, write_tree
@@ -253,6 +261,14 @@ def test_a_class_that_val_spells_otherwise_is_named(tree: Path, one: str, other:
     assert str(caught.value).endswith(": rename one")
 
 
+def test_a_class_that_the_model_spells_otherwise_is_named(tree: Path) -> None:
+    val = open_validation_folder(tree)
+    for name in ("B", "b "):
+        with pytest.raises(DataError) as caught:
+            _check_classes("model.safetensors", ("a", name), val)
+        assert str(caught.value).endswith(f"; {name!a} and 'b' differ only in case or blanks")
+
+
 def test_a_class_folder_may_be_a_link(tree: Path) -> None:
     (tree / "train/b").rename(tree / "elsewhere")
     (tree / "train/b").symlink_to(tree / "elsewhere")
@@ -280,8 +296,13 @@ def test_listing_opens_no_file_with_a_known_ending(
     """1.28 million of them would take minutes on a file server."""
     for number in range(50):
         plant(tmp_path, f"train/a/{number}.jpg", f"val/a/{number}.JPEG")
-    opened = []
+    opened: list[str] = []
     real = os.open
-    monkeypatch.setattr(os, "open", lambda *call: opened.append(call[0]) or real(*call))
+
+    def count(path: str, *more: int) -> int:
+        opened.append(path)
+        return real(path, *more)
+
+    monkeypatch.setattr(os, "open", count)
     open_image_folders(tmp_path)
     assert opened == []

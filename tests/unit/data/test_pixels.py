@@ -204,7 +204,7 @@ def test_dali_computes_the_same_crop_boxes(odd_images: ImageFolder) -> None:
     crew = Crew(1)
 
     def boxes() -> Any:
-        return graph.crop_box(transform, graph.read_files(crew)[1])
+        return graph.crop_box(transform, graph.as_decoded_alike(graph.read_files(), crew)[1])
 
     samples = len(odd_images)
     make = dali.pipeline_def(enable_conditionals=True)(boxes)
