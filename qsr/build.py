@@ -23,6 +23,7 @@ from qsr.data import (
     TrainTransform,
     make_loader,
     open_image_folders,
+    try_some,
     uses_dali,
 )
 from qsr.data.randaugment import RandAugment
@@ -90,6 +91,7 @@ def prepare(config: Config) -> Prepared:
     folder = check_run_folder(config, record)
     summary = folder.summary_if_finished()
     if summary is None:  # a finished run is not written to: its disk may be full, or read-only
+        try_some(train, val)
         make_run_folder(folder)
         check_free(folder.path)
     return Prepared(train, val, record, folder, summary)
@@ -131,6 +133,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             warning = other_code(folder)
             if warning is not None:
                 warn(f"warning: {warning}")
+            for note in (*train.notes, *val.notes):
+                warn(f"note: {note}")
 
         def begin() -> None:
             nonlocal tracker

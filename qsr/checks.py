@@ -18,7 +18,14 @@ from qsr.checkpoint import readable, room_for_checkpoints
 from qsr.config.load import check_plan, run_folder
 from qsr.config.planning import make_plan
 from qsr.config.schema import Config, SlurmCluster
-from qsr.data import ImageFolder, Request, make_loader, open_image_folders, uses_dali
+from qsr.data import (
+    ImageFolder,
+    Request,
+    make_loader,
+    open_image_folders,
+    try_some,
+    uses_dali,
+)
 from qsr.distributed import Communicator
 from qsr.flat import FlatModule
 from qsr.folder_trial import refusing, try_folder
@@ -55,6 +62,7 @@ class DataChecks:
             expected_val=data.val_images,
             expected_classes=data.classes,
         )
+        try_some(train, val)
         self.train = train
         return f"{len(train):,} and {len(val):,} images of {len(train.classes)} classes"
 

@@ -75,7 +75,9 @@ class Description:
 
     def metadata(self) -> dict[str, str]:
         """The metadata of the safetensors file."""
-        return {_KEY: json.dumps({"format": _FORMAT, **asdict(self)}, ensure_ascii=False)}
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, ensure_ascii=False)
+        # a class may have a name that is no UTF-8: its bytes become escapes, which JSON reads back
+        return {_KEY: text.encode("utf-8", "backslashreplace").decode()}
 
 
 class LoadedModel(NamedTuple):

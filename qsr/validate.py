@@ -18,8 +18,10 @@ from qsr.data import (
     ImageFolder,
     make_loader,
     open_validation_folder,
+    try_some,
     uses_dali,
 )
+from qsr.data.names import appearance, how_they_differ
 from qsr.distributed import ClusterError, Communicator, Topology, choose_device
 from qsr.evaluation import Evaluation, validate
 from qsr.model_file import (
@@ -67,7 +69,7 @@ def evaluate(source: str | None, overrides: Sequence[str]) -> int:
     except (ConfigError, DataError, ClusterError, ModelFileError) as error:
         warn(f"refused: {error}")
         return 2
-    for note in _notes(candidate):
+    for note in (*candidate.val.notes, *_notes(candidate)):
         warn(f"note: {note}")
     try:
         result = validate(
@@ -117,6 +119,7 @@ def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
         _check_classes(source, about.classes, val)
         module = load_model(source).module
     _try(module, data.image_size)
+    try_some(val)
     return Candidate(module.to(device).eval(), config, val, device, about)
 
 
@@ -151,9 +154,12 @@ def _check_classes(source: str, classes: Sequence[str], val: ImageFolder) -> Non
     for label, (ours, theirs) in enumerate(zip_longest(classes, val.classes)):
         if ours != theirs:
             here, there = (f"{name!r}" if name else "none" for name in (ours, theirs))
+            alike = bool(ours and theirs) and appearance(ours) == appearance(theirs)
+            hint = f"; {how_they_differ(ours, theirs)}" if alike else ""
             raise DataError(
                 f"{source} and {val.root / val.split} have different classes ({len(classes)} and "
                 f"{len(val.classes)}): class {label} is {here} in the model, {there} in the folder"
+                f"{hint}"
             )
 
 

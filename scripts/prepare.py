@@ -21,6 +21,7 @@ from qsr.data.datasets import IMAGENET, Counts
 from qsr.data.digits import DIGITS, FEW_DIGITS, HeldOut, prepare_digits, prepare_few_digits
 from qsr.data.ground_truth import read_devkit, read_labels
 from qsr.data.imagenet import prepare_imagenet
+from qsr.data.names import printable
 from qsr.data.subset import choose_classes, link_subset, read_classes
 from qsr.output import program, warn
 
@@ -141,11 +142,13 @@ def _check(arguments: argparse.Namespace) -> int:
         expected_train=IMAGENET.train if arguments.imagenet else None,
         expected_val=IMAGENET.val if arguments.imagenet else None,
     )
+    for note in (note for split in splits for note in split.notes):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     broken = 0
     for line in check_images(splits, arguments.manifest or root, arguments.threads):
         broken += 1
         print(line, flush=True)
-    print(f"{root}: {sum(map(len, splits)):,} images, {broken} broken")
+    print(printable(f"{root}: {sum(map(len, splits)):,} images, {broken} broken"))
     return 1 if broken else 0
 
 
@@ -159,10 +162,8 @@ def _subset(arguments: argparse.Namespace) -> int:
             arguments.seed,
         )
     train, val = link_subset(source, arguments.to, classes, seed)
-    print(
-        f"{arguments.to}: {len(classes):,} classes, {len(train):,} training, {len(val):,} "
-        "validation images"
-    )
+    counts = f"{len(classes):,} classes, {len(train):,} training, {len(val):,} validation images"
+    print(printable(f"{arguments.to}: {counts}"))
     return 0
 
 

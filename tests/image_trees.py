@@ -1,17 +1,31 @@
-"""Data sets for tests: trees of real images, or of empty files where names alone count."""
+"""Data sets for tests: trees of real images, or of one-pixel images where names alone count."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from qsr.data.listing import IMAGE_EXTENSIONS
+
 
 def plant(root: Path, *files: str) -> Path:
-    """Empty files below `root`."""
+    """Files below `root`: an image of one pixel where the ending is an image's, else empty."""
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).touch()
+        (root / file).write_bytes(PIXEL if file.lower().endswith(IMAGE_EXTENSIONS) else b"")
     return root
+
+
+def encoded(image: Image.Image, format_: str, **options: Any) -> bytes:
+    """The contents of a file."""
+    stream = io.BytesIO()
+    image.copy().save(stream, format_, **options)  # Pillow leaves options of one format in it
+    return stream.getvalue()
+
+
+PIXEL = encoded(Image.new("RGB", (1, 1)), "PNG")
 
 
 GOOD = ("train/a/1.jpg", "train/a/2.JPEG", "train/b/x.png", "val/a/1.jpg", "val/b/1.webp")

@@ -5,7 +5,12 @@ from typing import Literal
 import torch
 
 from qsr.data.batch import Batch, DataError, Loader, Request
-from qsr.data.datasets import ImageFolder, open_image_folders, open_validation_folder
+from qsr.data.datasets import (
+    ImageFolder,
+    open_image_folders,
+    open_validation_folder,
+    try_some,
+)
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
 
@@ -20,6 +25,7 @@ __all__ = [
     "make_loader",
     "open_image_folders",
     "open_validation_folder",
+    "try_some",
     "uses_dali",
 ]
 

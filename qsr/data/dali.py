@@ -10,8 +10,10 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from qsr.data.batch import Batch, DataError, Request, check_request
+from qsr.data.crew import Crew
 from qsr.data.dali_graph import Decode, eval_pipeline, train_pipeline
 from qsr.data.datasets import ImageFolder, unreadable_files
+from qsr.data.decoding import defect
 from qsr.data.randaugment_torch import augment_batch
 from qsr.data.resize import Resizer
 from qsr.data.torchvision import Normalisation
@@ -56,7 +58,8 @@ class DaliLoader:
         randaugment = getattr(transform, "randaugment", None)
         self._fill = randaugment.fill(transform.mean) if randaugment else (0, 0, 0)
         self._normalise = Normalisation(transform, device)
-        self._resizer = None if self._gpu else Resizer(transform.size, max(1, threads), self._fill)
+        self._crew = Crew(max(1, threads))
+        self._resizer = None if self._gpu else Resizer(transform.size, self._crew, self._fill)
         self._pipeline = self._build(batch_size)
         self._in_work: deque[_InWork] = deque()  # in the order of the pipeline's outputs
         self._stream: object = None  # the newest stream; older ones end
@@ -80,8 +83,7 @@ class DaliLoader:
         """See `Loader.close`."""
         self._in_work.clear()
         self._pipeline = None  # its destructor ends the threads
-        if self._resizer is not None:
-            self._resizer.close()
+        self._crew.close()
 
     def _build(self, batch_size: int) -> Any:
         build: Any = (
@@ -91,6 +93,7 @@ class DaliLoader:
             self._transform,
             self._resizer,
             decode=self._decode,
+            crew=self._crew,
             batch_size=batch_size,
             num_threads=max(1, self._threads),
             device_id=self._device_id(),
@@ -170,7 +173,8 @@ class DaliLoader:
         return DataError(f"DALI failed on a batch whose files load one by one: {_reason(error)}")
 
     def _unreadable(self, request: Request) -> dict[int, str]:
-        """Run each sample alone with the same draws; the reason of each failure, by index."""
+        """Run each sample alone with the same draws; the reason of each failure, by index: that of
+        the other readers, if they refuse the file too."""
         inputs = self._inputs(request, self._draw(request))
         reasons = {}
         pipeline = self._build(1)
@@ -179,7 +183,7 @@ class DaliLoader:
                 _start(pipeline, {name: rows[row : row + 1] for name, rows in inputs.items()})
                 pipeline.outputs()
             except RuntimeError as error:
-                reasons[index] = _reason(error)
+                reasons[index] = defect(self._dataset.path(index)) or _reason(error)
                 pipeline = self._build(1)
         return reasons
 

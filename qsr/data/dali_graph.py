@@ -1,33 +1,43 @@
 """The DALI pipelines: from file names and drawn numbers to normalised images.
 
 Nothing here draws random numbers: `transforms.draw` did, and the pipelines receive its arrays.
-Images are read without regard to EXIF orientation, as ImageNet's are by every published recipe.
+DALI decodes JPEGs in colour or grey, as Pillow does. `decoding` decodes whatever else there is, so
+that a file shows one image whoever reads it.
 """
 
 # DALI makes its operators and types at import; its stubs do not know them all.
 # mypy: disable-error-code="attr-defined, no-any-return, no-untyped-call, untyped-decorator"
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
+from PIL import Image
 
+from qsr.data.crew import Crew
+from qsr.data.decoding import as_ppm
 from qsr.data.resize import Resizer
 from qsr.data.transforms import CROP_ATTEMPTS, EvalTransform, TrainTransform
 
 Decode = Literal["cpu", "gpu"]
 
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Pillow refuses larger images."""
+
 
 @pipeline_def(enable_conditionals=True)
-def train_pipeline(transform: TrainTransform, resizer: Resizer | None, decode: Decode) -> Any:
+def train_pipeline(
+    transform: TrainTransform, resizer: Resizer | None, decode: Decode, crew: Crew
+) -> Any:
     """Outputs images [3, size, size] and labels []; inputs are named as the fields of
     `TrainDraws` and of `RandAugmentDraws`, with `paths` and `labels`. What follows the decoder
-    happens on the GPU if there is no `resizer`, which otherwise must outlive the pipeline.
-    On a GPU, images that RandAugment is still to change leave as uint8 [size, size, 3]."""
+    happens on the GPU if there is no `resizer`; the `crew` and it must outlive the pipeline. On a
+    GPU, images that RandAugment is still to change leave as uint8 [size, size, 3]."""
     gpu = resizer is None
-    encoded = read_files()
-    box = crop_box(transform, encoded)
+    encoded, shape = as_decoded_alike(read_files(), crew)
+    box = crop_box(transform, shape)
     images = fn.decoders.image_slice(
         encoded,
         device="mixed" if decode == "gpu" else "cpu",
@@ -50,13 +60,14 @@ def train_pipeline(transform: TrainTransform, resizer: Resizer | None, decode: D
     return _normalise(images, transform, mirror=flips), _labels(gpu)
 
 
-@pipeline_def
-def eval_pipeline(transform: EvalTransform, resizer: Resizer | None, decode: Decode) -> Any:
-    """Outputs images [3, size, size] and labels []; inputs are `paths` and `labels`. `resizer` as
-    above."""
+@pipeline_def(enable_conditionals=True)
+def eval_pipeline(
+    transform: EvalTransform, resizer: Resizer | None, decode: Decode, crew: Crew
+) -> Any:
+    """Outputs images [3, size, size] and labels []; inputs are `paths` and `labels`. `resizer` and
+    `crew` as above."""
     gpu = resizer is None
-    encoded = read_files()
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    encoded, shape = as_decoded_alike(read_files(), crew)
     # torchvision's Resize: int(resize * long / short) for the long side, in whole numbers.
     resized = transform.resize * shape[0:2] // fn.reductions.min(shape[0:2])
     # torchvision's CenterCrop: Python's round, which rounds halves to even.
@@ -82,6 +93,23 @@ def read_files() -> DataNode:
     paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
     # A mapped file that is cut short while it is read kills the process.
     return fn.io.file.read(paths, dont_use_mmap=True)
+
+
+def as_decoded_alike(encoded: DataNode, crew: Crew) -> tuple[DataNode, DataNode]:
+    """The files' contents, those that DALI would decode in another way than Pillow as PPMs; and
+    height, width and channels of each."""
+    # ordinary JPEGs are neither copied nor shown to Python by these two conditions
+    if (encoded[0] != 0xFF) | (encoded[1] != 0xD8):
+        encoded = _by_pillow(encoded, crew)
+    # any data: a CMYK image shall count as one of four channels
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA)
+    if (shape[2] == 4) | (shape[0] * shape[1] > MAX_PIXELS):
+        encoded = _by_pillow(encoded, crew)
+    return encoded, shape
+
+
+def _by_pillow(encoded: DataNode, crew: Crew) -> Any:
+    return fn.python_function(encoded, function=partial(crew.each, as_ppm), batch_processing=True)
 
 
 def _labels(gpu: bool) -> DataNode:
@@ -110,10 +138,10 @@ def _with_python(function: Any, *inputs: DataNode) -> Any:
     )
 
 
-def crop_box(transform: TrainTransform, encoded: DataNode) -> DataNode:
+def crop_box(transform: TrainTransform, shape: DataNode) -> DataNode:
     """`transforms.crop_box` [4], operation by operation, on the shapes in the files' headers."""
     # float64 throughout, as in numpy: float32 would round some windows to other pixels.
-    shape = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.FLOAT64)
+    shape = fn.cast(shape, dtype=types.FLOAT64)
     height, width = shape[0], shape[1]
     windows = fn.external_source(name="windows", dtype=types.FLOAT64, ndim=2)
     side = math.sqrt(height * width)

@@ -1,28 +1,24 @@
 """Image folders on disk, checked before a run trusts them.
 
 A data set is a tree `root/{train,val}/CLASS/IMAGE`; the classes in alphabetical order are the
-labels 0, 1, ... A tree that would shift labels or drop images in silence is refused by name.
+labels 0, 1, ... A tree that would shift labels is refused by name; what is left out is noted.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from qsr.data.batch import DataError
+from qsr.data.decoding import defect
+from qsr.data.listing import MAX_NAMED_FILES, Listing
+from qsr.data.names import appearance, how_they_differ
 
-IMAGE_EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-"""Lower-case endings of image files, the same as torchvision's; other files are ignored."""
-
-
-MAX_NAMED_FILES = 3
-"""An error names this many files and counts the rest."""
+FILES_TRIED = 16
+"""So many files of a split are decoded at the start of a run."""
 
 
 class Counts(NamedTuple):
@@ -50,6 +46,8 @@ class ImageFolder:
     """Paths relative to `root`, sorted by class, then name."""
     labels: tuple[int, ...]
     """One per file."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What its user should know: what was left out and why, in lines without line breaks."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -61,7 +59,7 @@ class ImageFolder:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when a file or class is added, lost or renamed."""
-        return hashlib.sha256("\n".join(self.files).encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode("\n".join(self.files))).hexdigest()[:16]
 
 
 def open_image_folders(
@@ -75,8 +73,8 @@ def open_image_folders(
 
     Raises:
         DataError: `root`, `train` or `val` is missing or unreadable, a class folder is empty or
-            holds a folder, a link points nowhere, the splits have different classes, or a count is
-            not the expected one.
+            holds a folder, a link points nowhere or makes two classes of one, something is neither
+            file nor folder, the splits have different classes, or a count is not the expected one.
     """
     root = Path(root).absolute()
     for folder in (root, root / "train", root / "val"):
@@ -84,11 +82,11 @@ def open_image_folders(
             raise DataError(
                 f"no folder {folder}: the data root must hold train/CLASS/* and val/CLASS/*"
             )
-    classes = _list_classes(root / "train")
-    _check_same_classes(root, classes, _list_classes(root / "val"))
+    listings = {split: Listing(root / split) for split in ("train", "val")}
+    classes = listings["train"].classes
+    _check_same_classes(root, classes, listings["val"].classes)
     _check_count(root, "classes", len(classes), expected_classes)
-    train = _list_split(root, "train", classes)
-    val = _list_split(root, "val", classes)
+    train, val = (_list_images(root, split, listing) for split, listing in listings.items())
     _check_count(root / "train", "images", len(train), expected_train)
     _check_count(root / "val", "images", len(val), expected_val)
     return train, val
@@ -105,11 +103,21 @@ def open_validation_folder(
     root = Path(root).absolute()
     if not (root / "val").is_dir():
         raise DataError(f"no folder {root / 'val'}: the data root must hold val/CLASS/*")
-    classes = _list_classes(root / "val")
-    _check_count(root / "val", "classes", len(classes), expected_classes)
-    val = _list_split(root, "val", classes)
+    listing = Listing(root / "val")
+    _check_count(root / "val", "classes", len(listing.classes), expected_classes)
+    val = _list_images(root, "val", listing)
     _check_count(root / "val", "images", len(val), expected_images)
     return val
+
+
+def try_some(*splits: ImageFolder) -> None:
+    """Decode a few files of each split, spread over its classes: data of a kind that is not read
+    are refused before a run starts, without the time to read them all. Raises DataError."""
+    for split in splits:
+        spread = range(0, len(split), max(1, len(split) // FILES_TRIED))[:FILES_TRIED]
+        reasons = {index: defect(split.path(index)) for index in spread}
+        if broken := {index: reason for index, reason in reasons.items() if reason is not None}:
+            raise unreadable_files(split, broken)
 
 
 def unreadable_files(dataset: ImageFolder, reasons: dict[int, str]) -> DataError:
@@ -126,59 +134,29 @@ def unreadable_files(dataset: ImageFolder, reasons: dict[int, str]) -> DataError
     )
 
 
-def _list_classes(folder: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(entry.name for entry in _scan(folder) if _is_folder(entry)))
-    if not classes:
-        raise DataError(f"no class folders in {folder}: expected {folder}/CLASS/*")
-    return classes
-
-
-def _list_split(root: Path, split: str, classes: tuple[str, ...]) -> ImageFolder:
+def _list_images(root: Path, split: str, listing: Listing) -> ImageFolder:
     files: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = _list_images(root / split / name)
+    for label, name in enumerate(listing.classes):
+        found = listing.images(name)
         files.extend(f"{split}/{name}/{file}" for file in found)
         labels.extend([label] * len(found))
-    return ImageFolder(root, split, classes, tuple(files), tuple(labels))
-
-
-def _list_images(folder: Path) -> list[str]:
-    found = []
-    for entry in _scan(folder):
-        if _is_folder(entry):
-            raise DataError(f"{entry.path} is a folder inside a class: move its images up")
-        if entry.name.lower().endswith(IMAGE_EXTENSIONS):
-            found.append(entry.name)
-    if not found:
-        # Skipping it would shift the labels of all classes behind it.
-        raise DataError(f"no images in class folder {folder}: restore them or remove the folder")
-    return sorted(found)
-
-
-def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from entries
-    except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror}") from error
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        if entry.is_symlink():
-            entry.stat()  # is_dir takes a link to nothing for a file: a class would be missing
-        return entry.is_dir()
-    except OSError as error:  # a symbolic link to itself, or to nothing
-        raise DataError(f"cannot follow {entry.path}: {error.strerror}") from error
+    return ImageFolder(root, split, listing.classes, tuple(files), tuple(labels), listing.notes())
 
 
 def _check_same_classes(root: Path, train: tuple[str, ...], val: tuple[str, ...]) -> None:
+    only_in_val = {appearance(name): name for name in set(val) - set(train)}
     for in_train, in_val in zip_longest(train, val):
         if in_train != in_val:
+            twins = [
+                how_they_differ(name, only_in_val[appearance(name)])
+                for name in train
+                if name not in val and appearance(name) in only_in_val
+            ]
+            hint = f"; {twins[0]}: rename one" if twins else ""
             raise DataError(
                 f"train and val of {root} have different classes ({len(train)} and {len(val)}); "
-                f"the first that differ are train/{in_train} and val/{in_val}"
+                f"the first that differ are train/{in_train} and val/{in_val}{hint}"
             )
 
 

@@ -22,6 +22,7 @@ from qsr.data.batch import DataError
 from qsr.data.datasets import IMAGENET, Counts, ImageFolder, open_image_folders
 from qsr.data.ground_truth import WNID
 from qsr.data.lock import lock
+from qsr.data.names import is_service
 from qsr.data.progress import show_progress
 
 WORKSHOP = ".incomplete"
@@ -183,9 +184,9 @@ def _files(folder: Path) -> dict[str, list[str]]:
     """The names of the files of each class of a split."""
     try:
         return {
-            wnid.name: [file.name for file in os.scandir(wnid)]
+            wnid.name: [file.name for file in os.scandir(wnid) if not is_service(file.name)]
             for wnid in os.scandir(folder)
-            if wnid.is_dir()
+            if wnid.is_dir() and not is_service(wnid.name)
         }
     except OSError as error:
         raise DataError(f"cannot list {folder}: {error}") from error

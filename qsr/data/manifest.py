@@ -92,7 +92,8 @@ class Manifest:
         self._csv_path = folder / "manifest.csv"
         self._json_path = folder / "manifest.json"
         self._partial = folder / "manifest.csv.partial"
-        self._file = self._partial.open("w", newline="")
+        # names as they are on disk, whatever their bytes
+        self._file = self._partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._csv.writerow(("file", "bytes", "sha256"))
 

@@ -2,8 +2,6 @@
 and Pillow carries out RandAugment, whose operations are defined by it."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
+from qsr.data.crew import Crew
 from qsr.data.randaugment import Fill, RandAugmentDraws
 from qsr.data.randaugment_pillow import augment_image
 
@@ -21,25 +20,17 @@ Pixels = NDArray[np.uint8]
 
 class Resizer:
     """Resizes batches of images with antialiased linear filtering, as Pillow does (to within one
-    level), and cuts out squares of `side` pixels. `threads` work on a batch. `fill` is what
+    level), and cuts out squares of `side` pixels. The `crew` works on a batch. `fill` is what
     RandAugment moves in from outside."""
 
-    def __init__(self, side: int, threads: int, fill: Fill = (0, 0, 0)) -> None:
+    def __init__(self, side: int, crew: Crew, fill: Fill = (0, 0, 0)) -> None:
         self._side = side
         self._fill = fill
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
-        # all threads start now: if one of DALI's started them, Python would list that one for ever
-        together = Barrier(threads)
-        list(self._pool.map(lambda _: together.wait(), range(threads)))
-
-    def close(self) -> None:
-        """End the threads; no pipeline may need them any more."""
-        self._pool.shutdown()
+        self._crew = crew
 
     def whole(self, images: Sequence[Pixels]) -> list[Pixels]:
         """Each image as a square."""
-        return self._each(lambda image: _resize(image, (self._side, self._side)), images)
+        return self._crew.each(lambda image: _resize(image, (self._side, self._side)), images)
 
     def augmented(
         self, images: Sequence[Pixels], flips: Sequence[Any], *draws: Sequence[Any]
@@ -54,7 +45,7 @@ class Resizer:
             one = RandAugmentDraws(*(field[None] for field in row))
             return np.asarray(augment_image(Image.fromarray(square), one, 0, self._fill))
 
-        return self._each(augment, images, flips, *draws)
+        return self._crew.each(augment, images, flips, *draws)
 
     def cut(
         self, images: Sequence[Pixels], sizes: Sequence[Any], corners: Sequence[Any]
@@ -66,19 +57,7 @@ class Resizer:
             resized = _resize(image, tuple(size.tolist()))
             return resized[top : top + self._side, left : left + self._side]
 
-        return self._each(resize_and_cut, images, sizes, corners)
-
-    def _each(self, function: Any, *rows: Sequence[Any]) -> list[Pixels]:
-        samples = list(zip(*rows, strict=True))
-
-        def work(first: int) -> list[Pixels]:
-            return [function(*sample) for sample in samples[first :: self._threads]]
-
-        done: list[Any] = [None] * len(samples)
-        # a task for each thread and not for each image: Python's part of it is not small
-        for first, part in enumerate(self._pool.map(work, range(self._threads))):
-            done[first :: self._threads] = part
-        return done
+        return self._crew.each(resize_and_cut, images, sizes, corners)
 
 
 def _resize(image: Pixels, size: tuple[int, int]) -> Pixels:

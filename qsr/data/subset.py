@@ -34,8 +34,8 @@ def read_classes(path: Path) -> list[str]:
         DataError: it cannot be read, names none, or one twice.
     """
     try:
-        names = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        names = path.read_text("utf-8", "surrogateescape").split("\n")
+    except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error
     classes = sorted(name.strip() for name in names if name.strip())
     if not classes:

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional
 
 from qsr.data.batch import Batch, Request, check_request
 from qsr.data.datasets import ImageFolder, unreadable_files
+from qsr.data.decoding import UndecodableError, read_image, to_rgb
 from qsr.data.randaugment_pillow import augment_image
 from qsr.data.transforms import EvalTransform, TrainDraws, TrainTransform, crop_box, draw
 
@@ -87,7 +88,7 @@ class TorchvisionLoader:
 
     def _load(self, index: int, draws: TrainDraws | None, row: int, pixels: Tensor) -> None:
         """Decode and transform one sample into `pixels` [size, size, 3]."""
-        image = _decode(self._dataset.path(index))
+        image = read_image(self._dataset.path(index))
         if isinstance(self._transform, EvalTransform):
             image = _transform_eval(image, self._transform)
         else:
@@ -100,7 +101,7 @@ class TorchvisionLoader:
         for index, task in zip(batch.request.indices, batch.tasks, strict=True):
             try:
                 task.result()
-            except _UndecodableError as error:
+            except UndecodableError as error:
                 reasons[index] = str(error)
         if reasons:
             raise unreadable_files(self._dataset, reasons)
@@ -122,8 +123,9 @@ class Normalisation:
 
 
 def validation_input(image: Image.Image, transform: EvalTransform) -> Tensor:
-    """One image of any mode and size as validation sees it: float32 [3, size, size]."""
-    pixels = np.array(_transform_eval(image.convert("RGB"), transform))
+    """One image of any size as validation sees it: float32 [3, size, size]. Raises ValueError if
+    its pixels have no scale of their own (floating point, 32 bits)."""
+    pixels = np.array(_transform_eval(to_rgb(image), transform))
     normalise = Normalisation(transform, torch.device("cpu"))
     return normalise(torch.from_numpy(pixels).permute(2, 0, 1))
 
@@ -134,19 +136,6 @@ class _BatchInWork(NamedTuple):
     """uint8 [b, size, size, 3], filled in by the tasks."""
     tasks: list[Future[None]]
     """One per sample."""
-
-
-class _UndecodableError(Exception):
-    """Why Pillow refused a file."""
-
-
-def _decode(path: str) -> Image.Image:
-    """RGB pixels as stored: an EXIF orientation is ignored."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many types on a broken file
-        raise _UndecodableError(f"{type(error).__name__}: {error}") from error
 
 
 def _transform_eval(image: Image.Image, transform: EvalTransform) -> Image.Image:

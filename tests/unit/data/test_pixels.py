@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from qsr.data import EvalTransform, ImageFolder, Loader, Request, TrainTransform, open_image_folders
+from qsr.data.crew import Crew
 from qsr.data.randaugment import COMPOSER_OPS, OPS, RandAugment
 from qsr.data.randaugment_pillow import augment_image
 from qsr.data.transforms import crop_box, draw
@@ -200,8 +201,10 @@ def test_dali_computes_the_same_crop_boxes(odd_images: ImageFolder) -> None:
     graph: Any = importlib.import_module("qsr.data.dali_graph")
     transform = TrainTransform(32, min_area=0.4)
 
+    crew = Crew(1)
+
     def boxes() -> Any:
-        return graph.crop_box(transform, graph.read_files())
+        return graph.crop_box(transform, graph.as_decoded_alike(graph.read_files(), crew)[1])
 
     samples = len(odd_images)
     make = dali.pipeline_def(enable_conditionals=True)(boxes)
@@ -217,6 +220,7 @@ def test_dali_computes_the_same_crop_boxes(odd_images: ImageFolder) -> None:
         found = np.asarray(pipeline.outputs()[0].as_array()).tolist()
         for row, (width, height) in enumerate(shapes):
             assert tuple(found[row]) == crop_box(transform, windows[row], height, width)
+    crew.close()
 
 
 def test_mean_and_std_are_applied(kind: str, load: Load, photos: Photos) -> None:
