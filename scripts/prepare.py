@@ -143,7 +143,7 @@ def _check(arguments: argparse.Namespace) -> int:
         expected_val=IMAGENET.val if arguments.imagenet else None,
     )
     for note in (note for split in splits for note in split.notes):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        warn(f"note: {note}")
     broken = 0
     for line in check_images(splits, arguments.manifest or root, arguments.threads):
         broken += 1
