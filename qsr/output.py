@@ -23,7 +23,7 @@ MOST_WAITING = 1024 * 1024
 """Bytes that wait for such an output; what is said beyond is dropped."""
 
 _PIECE = 4096
-"""Bytes that are written at once, which a pipe takes whole: lines of several ranks do not mix."""
+"""Bytes that are written at once: a pipe takes so many whole, beside those of other ranks."""
 
 
 def say(text: str) -> None:
