@@ -117,7 +117,7 @@ def _check_files(folder: RunFolder) -> None:
             raise ConfigError(f"{path} cannot be read (it is no file): move it away")
         if path in own and not os.access(path, os.R_OK):
             raise ConfigError(f"{path} cannot be read (Permission denied): ask its owner for it")
-    if folder.checkpoints.exists() and not folder.checkpoints.is_dir():
+    if os.path.lexists(folder.checkpoints) and not folder.checkpoints.is_dir():
         raise ConfigError(f"{folder.checkpoints} is no folder: move it away")
 
 
@@ -133,12 +133,14 @@ def read_config(path: Path) -> Config:
     """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
     try:
         return parse_identity(yaml.safe_load(path.read_text()))
-    except (ConfigError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+    except (ConfigError, yaml.YAMLError, OSError, ValueError, TypeError, LookupError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{path} cannot be read by this version ({reason}): delete {path.parent}, or use the "
-            f"version that made it"
-        ) from None
+    except RecursionError:
+        reason = "nested too deeply"
+    raise ConfigError(
+        f"{path} cannot be read by this version ({reason}): delete {path.parent}, or use the "
+        f"version that made it"
+    )
 
 
 def write_records(

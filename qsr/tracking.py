@@ -127,7 +127,7 @@ class JsonlTracker:
         os.fsync(self._descriptor)
 
     def rewind(self, step: int) -> None:
-        rows, damaged = _read(self._path)
+        rows, damaged = _rows(self._path.read_bytes() if self._path.exists() else b"")
         if damaged:
             self._put_aside(damaged)
         if self._file is not None:
@@ -166,13 +166,12 @@ class JsonlTracker:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, as far as they can be read; raises OSError."""
-    return [row for _, row in _read(path)[0]]
+    return [row for _, row in _rows(path.read_bytes())[0]]
 
 
-def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
+def _rows(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
     """The rows of a file, each with its line, and the lines that are none. A last line that a kill
     cut short is neither."""
-    text = path.read_bytes() if path.exists() else b""
     lines = _ROW_START.split(text)
     rows, damaged = [], []
     for line in filter(None, lines):

@@ -517,7 +517,7 @@ def test_a_file_of_another_shape_is_told_in_one_line_or_does_not_matter(
     assert "\n" not in message
     if text is None or name == "summary.json" or name == "config.yaml":
         assert message.startswith(f"{path} ")
-        assert len(message) < 500
+        assert len(message) < 600
     elif name != "data.json":
         assert message == ""
 
