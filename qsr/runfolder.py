@@ -133,7 +133,15 @@ def read_config(path: Path) -> Config:
     """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
     try:
         return parse_identity(yaml.safe_load(path.read_text()))
-    except (ConfigError, yaml.YAMLError, OSError, ValueError, TypeError, LookupError) as error:
+    except (
+        ConfigError,
+        yaml.YAMLError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())
     except RecursionError:
         reason = "nested too deeply"

@@ -22,7 +22,13 @@ from qsr.config.load import ConfigError, load_config, run_folder
 from qsr.durable import partial_name, replace_file, reserve
 from qsr.model_file import Description
 from qsr.monitor import TrainingError
-from qsr.runfolder import RunFolder, check_run_folder, reserve_results, write_results
+from qsr.runfolder import (
+    RunFolder,
+    check_run_folder,
+    other_code,
+    reserve_results,
+    write_results,
+)
 from qsr.runlock import take
 from qsr.tracking import JsonlTracker, Row, _wandb_id, read_metrics
 from tests.cli import RUN, command, folder_in, same_weights, start, wait_for
@@ -461,7 +467,7 @@ def write_a_long_summary_on_a_full_disk(rank: int, ranks: int, path: Path) -> st
         fill(path)
         real(old, new)
 
-    os.replace = fill_and_replace
+    os.replace = fill_and_replace  # type: ignore[assignment]
     write_results(folder, model, ABOUT, summary)
     return str(json.loads(folder.summary.read_text()) == summary)
 
@@ -509,7 +515,7 @@ def test_a_file_of_another_shape_is_told_in_one_line_or_does_not_matter(
             config, json.loads((folder.data).read_text()) if name != "data.json" else {}
         )
         folder.summary_if_finished()
-        build.other_code(folder)
+        other_code(folder)
     except ConfigError as error:
         message = str(error)
     else:
