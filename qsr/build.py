@@ -143,7 +143,10 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
 
         _on_main(communicator, folder, begin)
         checkpointer = Checkpointer(
-            folder.checkpoints, config.checkpoint.keep, communicator, lock and lock.locate
+            folder.checkpoints,
+            config.checkpoint.keep,
+            communicator,
+            lock.locate if lock is not None else None,
         )
         trainer, evaluator = _build(
             config,

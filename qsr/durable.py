@@ -163,7 +163,7 @@ def _open_own(path: Path) -> int:
         if alone and found.st_uid == os.geteuid():
             return descriptor
         os.close(descriptor)
-    with contextlib.suppress(FileNotFoundError):
+    if os.path.lexists(path):
         path.unlink()
     new = os.O_WRONLY | os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL
     return _patiently(lambda: os.open(path, new, 0o666))

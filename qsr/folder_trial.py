@@ -80,8 +80,8 @@ def _try_files(trial: Path) -> None:
     ):
         write_all(rows.fileno(), _SHORTER)
         os.fsync(rows.fileno())
-    with _named("knowing an open file by its number"), (trial / "rows").open() as rows:
-        if not os.path.samestat(os.fstat(rows.fileno()), (trial / "rows").stat()):
+    with _named("knowing an open file by its number"), (trial / "rows").open() as again:
+        if not os.path.samestat(os.fstat(again.fileno()), (trial / "rows").stat()):
             raise OSError(errno.EIO, "by its name it has another one")
     with _named("taking room on the disk"):
         reserve(trial / "results", len(_CONTENT))

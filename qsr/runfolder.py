@@ -119,7 +119,7 @@ def _check_files(folder: RunFolder) -> None:
             raise ConfigError(f"{path} cannot be read (it is no file): move it away")
         if path in own and not os.access(path, os.R_OK):
             raise ConfigError(f"{path} cannot be read (Permission denied): ask its owner for it")
-    if folder.checkpoints.exists() and not folder.checkpoints.is_dir():
+    if os.path.lexists(folder.checkpoints) and not folder.checkpoints.is_dir():
         raise ConfigError(f"{folder.checkpoints} is no folder: move it away")
 
 
@@ -135,11 +135,12 @@ def read_config(path: Path) -> Config:
     """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
     try:
         return parse_identity(read_yaml(path))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{path} cannot be read by this version ({error}): delete {path.parent}, or use the "
-            f"version that made it"
-        ) from None
+    except (ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+    raise ConfigError(
+        f"{path} cannot be read by this version ({reason}): delete {path.parent}, or use the "
+        f"version that made it"
+    )
 
 
 def write_records(

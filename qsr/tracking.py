@@ -19,9 +19,10 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -117,8 +118,8 @@ class JsonlTracker:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting = b""
-        self._file: BinaryIO | None = None
-        self.rewind(sys.maxsize)  # a line that a kill cut short would spoil the next one
+        # a line that a kill cut short would spoil the next one
+        self._file = self._rewritten(sys.maxsize)
 
     def log(self, row: Row) -> None:
         self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
@@ -126,17 +127,21 @@ class JsonlTracker:
 
     def sync(self) -> None:
         self._write()
-        os.fsync(self._descriptor)
+        os.fsync(self._file.fileno())
 
     def rewind(self, step: int) -> None:
-        rows, damaged = _read(self._path)
+        rewritten = self._rewritten(step)
+        self._file.close()
+        self._file = rewritten
+
+    def _rewritten(self, step: int) -> FileIO:
+        """The file, open at its end, with the rows up to this step alone."""
+        rows, damaged = _rows(self._path.read_bytes() if self._path.exists() else b"")
         if damaged:
             self._put_aside(damaged)
-        if self._file is not None:
-            self._file.close()
         kept = [line + b"\n" for line, row in rows if row["step"] <= step]
         replace_file(self._path, kept)
-        self._file = self._path.open("ab", buffering=0)
+        return self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         try:
@@ -149,12 +154,7 @@ class JsonlTracker:
 
     def _write(self) -> None:
         while self._waiting:
-            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
-
-    @property
-    def _descriptor(self) -> int:
-        assert self._file is not None
-        return self._file.fileno()
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def _put_aside(self, damaged: Sequence[bytes]) -> None:
         aside = self._path.with_name(f"{self._path.name}.damaged-{secrets.token_hex(4)}")
@@ -165,13 +165,12 @@ class JsonlTracker:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, as far as they can be read; raises OSError."""
-    return [row for _, row in _read(path)[0]]
+    return [row for _, row in _rows(path.read_bytes())[0]]
 
 
-def _read(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
+def _rows(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
     """The rows of a file, each with its line, and the lines that are none. A last line that a kill
     cut short is neither."""
-    text = path.read_bytes() if path.exists() else b""
     lines = _ROW_START.split(text)
     rows, damaged = [], []
     for line in filter(None, lines):
