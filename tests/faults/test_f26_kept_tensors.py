@@ -94,9 +94,10 @@ def test_every_evaluation_is_of_the_weights_of_now(
     replicas = [worker.model.flat for worker in rig.workers]
     losses = []
     for step in range(3):
-        for replica in replicas:
+        for worker, replica in enumerate(replicas):
+            generator = torch.Generator().manual_seed(step if averaged else 10 * step + worker)
             for buffer in replica.buffers.values():
-                buffer.add_(0.5 * torch.randn(buffer.shape) if not averaged else 0.3)
+                buffer.add_(0.5 * torch.randn(buffer.shape, generator=generator))
         result = rig.evaluator.evaluate(replicas, step, averaged=averaged)
         check(result, rig, make)
         losses.append(result.loss)
@@ -125,8 +126,8 @@ def test_validation_of_a_model_that_was_used_before(name: str) -> None:
     loader = MemoryLoader(rig.loader.images, rig.loader.labels)
     with torch.no_grad():
         model.eval()(loader.images)
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.add_(1) if tensor.is_floating_point() else None
+        for parameter in model.parameters():
+            parameter.add_(1)
     arguments = (loader, len(loader.labels), 10, rig.communicator, Precision("fp32", CPU))
     check(validate(model, *arguments), rig, NETS[name])
 
@@ -155,7 +156,7 @@ def test_the_hessian_is_in_all_parameters() -> None:
         hessian_trace(net, images, labels, probes=4, seed=1).mean for net in (used, fresh)
     )
     assert first == pytest.approx(second, rel=1e-6)
-    assert first > 0
+    assert first != 0
 
 
 def test_a_loaded_model_keeps_nothing_of_how_it_was_built(
