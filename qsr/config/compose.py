@@ -1,6 +1,8 @@
 """Command line -> plain dictionaries: what Hydra does, with one line for whatever it refuses."""
 
+import copy
 import difflib
+import functools
 import itertools
 import math
 import os
@@ -144,10 +146,16 @@ def _check_choice(override: Override, config_dir: Path) -> None:
         )
 
 
-def compose_defaults(config_dir: Path) -> Any:
+def compose_defaults(config_dir: Path) -> dict[str, Any]:
     """What configs/train.yaml gives by itself; settings without a value are "???"."""
+    return copy.deepcopy(_defaults(config_dir))
+
+
+@functools.cache
+def _defaults(config_dir: Path) -> dict[str, Any]:
+    """Once: status and tables need it for each of many runs."""
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        return OmegaConf.to_container(compose("train"))
+        return cast("dict[str, Any]", OmegaConf.to_container(compose("train")))
 
 
 def mark_given_speed(settings: dict[str, Any], parsed: Iterable[Override]) -> None:

@@ -66,8 +66,9 @@ def read_run(folder: Path) -> Run:
 def walk(root: Path) -> Iterator[Path]:
     """The folders at and below `root`, behind symbolic links too, each once, sorted by their paths;
     those of runs are not gone through, nor are copies of the code."""
-    seen = set()
-    for path, folders, _ in os.walk(root, followlinks=True):
+    seen, closed = set(), []
+    found = os.walk(root, onerror=lambda error: closed.append(error.filename), followlinks=True)
+    for path, folders, _ in found:
         try:
             about = Path(path).stat()
         except OSError:  # removed since
@@ -78,6 +79,7 @@ def walk(root: Path) -> Iterator[Path]:
         seen.add((about.st_dev, about.st_ino))
         folders[:] = sorted(set(folders) - _NO_RUNS)
         yield Path(path)
+    yield from map(Path, closed)  # they cannot be listed, and may be gone through all the same
 
 
 _NO_RUNS = {".snapshots", "checkpoints", "slurm", "wandb"}

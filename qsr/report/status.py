@@ -73,11 +73,12 @@ class _Files:
         steps = (self.job or {}).get("steps")
         if isinstance(steps, int) or self.data is None:
             return steps if isinstance(steps, int) else None
+        path = self.folder / "config.yaml"
         try:
-            config = parse_identity(read_yaml(self.folder / "config.yaml"))
+            config = parse_identity(read_yaml(path))
             return make_plan(config, self.data["train_images"]).total_steps
         except (ConfigError, ValueError) as error:
-            self.damage.append(str(error))
+            self.damage.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         return None
 
     def _record(self, name: str, **fields: type) -> dict[str, Any] | None:

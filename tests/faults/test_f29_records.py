@@ -132,6 +132,7 @@ def test_a_folder_that_is_closed_to_this_user_hides_no_other(folder: Path, mode:
     assert (seen.returncode, seen.stderr) == (0, "")
     assert f"{folder}\n" in seen.stdout
     assert "done  " in seen.stdout
+    assert (str(closed) in seen.stdout) == (mode == 0o100)  # its files can be opened by their names
 
 
 def test_odd_names_beside_the_checkpoints_are_none(folder: Path) -> None:
