@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qsr.durable import Written, parse_object, read_file, write_file
+from qsr.config.files import parse_object
+from qsr.durable import Written, read_file, write_file
 
 STATE = "state.json"
 SHARED = "shared.safetensors"

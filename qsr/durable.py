@@ -7,7 +7,6 @@ What not every file system can do has its substitute here; folder_trial.py tries
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -15,7 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 _CHUNK_BYTES = 2**22
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,17 +74,6 @@ def read_file(path: Path) -> Written:
             digest.update(chunk)
             size += len(chunk)
     return Written(size, digest.hexdigest())
-
-
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else, whatever is wrong with it."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    return value
 
 
 def replace_file(path: Path, content: Iterable[bytes | memoryview]) -> None:

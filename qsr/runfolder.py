@@ -14,11 +14,11 @@ import yaml
 from torch import Tensor
 
 from qsr.checkpoint_files import pack_tensors, packed_size
-from qsr.config.files import read_yaml
+from qsr.config.files import parse_object, read_yaml
 from qsr.config.load import ConfigError, differences, parse_identity, run_folder, to_dict
 from qsr.config.schema import Config
 from qsr.distributed import Topology
-from qsr.durable import parse_object, partial_name, replace_file, reserve
+from qsr.durable import partial_name, replace_file, reserve
 from qsr.folder_trial import refusing, try_folder
 from qsr.model_file import MODEL_NAME, Description
 from qsr.snapshot import git_revision, running_code

@@ -17,9 +17,9 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qsr.config.files import parse_object
 from qsr.config.load import ConfigError
 from qsr.distributed import Communicator
-from qsr.durable import parse_object
 from qsr.folder_trial import TRIALS
 from qsr.output import warn
 

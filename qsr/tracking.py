@@ -27,8 +27,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qsr.config.files import parse_object
 from qsr.config.schema import Config, TrackingConfig
-from qsr.durable import parse_object, replace_file, write_file
+from qsr.durable import replace_file, write_file
 from qsr.output import warn
 from qsr.slurm import STOP_SIGNALS
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError if the file holds something else."""
     try:
-        return _mapping(path, json.loads(_text(path)))
-    except (ValueError, RecursionError) as error:
+        return parse_object(_text(path))
+    except ValueError as error:
         raise _unreadable(path, error) from None
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for anything else, whatever is wrong with it."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
@@ -51,9 +63,9 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     text = _read(path).decode(errors="replace")
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+            row = parse_object(line)
+        except ValueError:
+            row = {}
         if _is_row(row):
             rows.append(row)
         else:
@@ -61,8 +73,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return rows, damaged
 
 
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or row.get("kind") not in ("train", "eval"):
+def _is_row(row: Mapping[str, Any]) -> bool:
+    if row.get("kind") not in ("train", "eval"):
         return False
     step, values = row.get("step"), (value for name, value in row.items() if name != "kind")
     return (
