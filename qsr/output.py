@@ -83,7 +83,7 @@ def guard(*names: str) -> None:
         if old is not None:
             with contextlib.suppress(OSError, ValueError):
                 old.flush()
-        outlet = _Outlet(number)
+        outlet = _Outlet(number, f"<{name}>")
         encoding = "utf-8" if old is None else old.encoding
         new = io.TextIOWrapper(outlet, encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, new)
@@ -112,7 +112,8 @@ class _Outlet(io.BufferedIOBase):
     nothing, that stands for /dev/null.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, name: str) -> None:
+        self.name = name
         self._number = number
         self._target = os.dup(number)
         self._nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from qsr.config.load import load_config
-from qsr.tracking import RunTracker, WandbTracker, build_tracker, read_metrics
+from qsr.tracking import Row, RunTracker, WandbTracker, build_tracker, read_metrics
 from tests.cli import ENVIRONMENT, ROOT, command, folder_in, same_weights, wait_for
 
 # 300 kB and 40 kB: more than a pipe holds, and than a terminal does
@@ -90,7 +90,7 @@ def terminal(hangs_up: bool) -> Iterator[int]:
     os.close(slave)
 
 
-OUTPUTS = {
+OUTPUTS: dict[str, Callable[[], contextlib.AbstractContextManager[int]]] = {
     "full": full,
     "gone": lambda: read_by(gone),
     "gone later": lambda: read_by(gone_later),
@@ -290,7 +290,8 @@ def test_the_bar_does_not_end_a_program_whose_reader_goes_away(
     os.close(out)
     with contextlib.suppress(BrokenPipeError), os.fdopen(into, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        row = {"kind": "eval", "step": 1, "epoch": 1.0, "top1": 1.0, "loss": 1.0, "shadow": False}
+        values = {"epoch": 1.0, "top1": 1.0, "loss": 1.0, "shadow": False}
+        row: Row = {"kind": "eval", "step": 1, **values}
         with build_tracker(load_config(["experiment=demo/quadratic"]), tmp_path, 1) as tracker:
             tracker.log(row)
         monkeypatch.undo()
