@@ -44,6 +44,8 @@ def build_network(
         case "timm":
             import timm  # slow, and not needed by the others
 
+            if not timm.is_model(timm_name or ""):  # create_model would take an address, and ask it
+                raise ValueError(f"Unknown model ({timm_name})")
             model = timm.create_model(timm_name or "", num_classes=num_classes)
         case _:
             raise ValueError(f"there is no network {name!r}")

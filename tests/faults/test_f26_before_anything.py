@@ -19,6 +19,7 @@ from qsr.config.load import ConfigError, load_config
 from qsr.config.schema import Config
 from qsr.doctor import examine
 from qsr.jobs import check_submission
+from qsr.networks import build_network
 from tests.cli import call, command, refusal
 from tests.image_trees import write_tree
 
@@ -94,7 +95,8 @@ class NotFinite(Logits):
 def _network(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm has "NAME" for each class above."""
     create = timm.create_model
-    own = {kind.__name__: kind for kind in (Logits, *Logits.__subclasses__())}
+    kinds: list[type[Logits]] = [Logits, *Logits.__subclasses__()]
+    own = {kind.__name__: kind for kind in kinds}
 
     def create_model(name: str, num_classes: int) -> nn.Module:
         return own[name](num_classes) if name in own else create(name, num_classes=num_classes)
@@ -130,8 +132,8 @@ def settings(photos: Path, tmp_path: Path) -> Callable[..., Config]:
 CASES = [
     (
         "test_vit",
-        ("data.image_size=48",),
-        r"data\.image_size=48: model\.timm_name=test_vit takes no such images \(.*48.*160.*\): "
+        ("data.image_size=50",),
+        r"data\.image_size=50: model\.timm_name=test_vit takes no such images \(.*50.*16.*\): "
         r"take data\.image_size=160, for which it is made, or another network",
     ),
     (
@@ -199,6 +201,18 @@ def test_what_works_is_not_refused(name: str, settings: Callable[..., Config]) -
         assert count == 8 * 3 * 9 + 8 + 8 * 2 + 2
 
 
+def test_nobody_is_asked_for_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model file that comes from elsewhere neither."""
+
+    def ask(*_: Any, **__: Any) -> nn.Module:
+        raise AssertionError("timm would go to the hub, or read a folder")
+
+    monkeypatch.setattr(timm, "create_model", ask)
+    for name in ("hf-hub:timm/test_resnet.r160_in1k", "hf_hub:a/b", "local-dir:/nets/resnet18"):
+        with pytest.raises(ValueError, match=f"Unknown model .{name}"):
+            build_network("timm", name, 10, 32, channels_last=False)
+
+
 def test_a_run_of_one_image_in_a_pass(settings: Callable[..., Config]) -> None:
     """A BatchNorm that sees more than one place is content with one image."""
     build.prepare(settings("test_resnet", "micro_batch=1", "data.image_size=64"))
@@ -242,12 +256,12 @@ def test_of_a_list_of_seeds_the_network_is_tried_once(
 
 
 def test_one_line_for_all_ranks(photos: Path, tmp_path: Path) -> None:
-    vit_at_48 = [
-        *("data=folder", "model=timm", "model.timm_name=test_vit", "data.image_size=48"),
+    vit_at_50 = [
+        *("data=folder", "model=timm", "model.timm_name=test_vit", "data.image_size=50"),
         *("data.loader=torchvision", "global_batch=8", "schedule.warmup_epochs=0"),
     ]
-    line = refusal(command(photos, tmp_path / "runs", *vit_at_48, "cluster.ranks=2"))
-    assert line.startswith("refused: data.image_size=48: model.timm_name=test_vit takes no such ")
+    line = refusal(command(photos, tmp_path / "runs", *vit_at_50, "cluster.ranks=2"))
+    assert line.startswith("refused: data.image_size=50: model.timm_name=test_vit takes no such ")
     assert not (tmp_path / "runs").exists()
 
 
