@@ -49,14 +49,6 @@ def halfway(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-TITLE = "qsr"
-"""The name of job 17."""
-
-
-def queued(name: str, restarts: int, reason: str) -> JobState:
-    return JobState(name, restarts, reason, TITLE)
-
-
 @pytest.fixture
 def runs(halfway: Path, tmp_path: Path) -> Path:
     """A copy."""
@@ -72,7 +64,7 @@ def submitted(digits: Path, runs: Path, steps: int | None = 44) -> None:
     """Write what scripts/submit.py leaves of job 17."""
     config = load_config(settings(digits, runs))
     make_run_folder(RunFolder(run_folder(config)))
-    write_job(config, "17", TITLE, runs / ".snapshots" / "0123", steps, "/logs/17.out")
+    write_job(config, "17", "demo", runs / ".snapshots" / "0123", steps, "/logs/17.out")
 
 
 def state(folder: Path, jobs: Mapping[str, JobState] | None = NO_JOBS) -> tuple[State, str]:
@@ -135,27 +127,27 @@ def test_failed_with_the_first_error(digits: Path, runs: Path, folder: Path) -> 
     assert state(folder) == ("running", "")
     lock.release()
     submitted(digits, runs)
-    waiting = {"17": queued("PENDING", 0, "Priority")}
+    waiting = {"17": JobState("PENDING", 0, "Priority")}
     assert state(folder, waiting) == ("queued", "job 17: Priority")
-    ended = {"17": queued("FAILED", 0, "NonZeroExitCode")}
+    ended = {"17": JobState("FAILED", 0, "NonZeroExitCode")}
     assert state(folder, ended) == ("failed", "rank 3: DataError: train/3/bad.png is no image")
 
 
 @pytest.mark.parametrize(
     ("job", "expected"),
     [
-        (queued("PENDING", 0, "Resources"), ("queued", "job 17: Resources")),
-        (queued("PENDING", 2, "BeginTime"), ("preempted", "job 17: BeginTime")),
-        (queued("REQUEUE_HOLD", 1, "launch failed"), ("preempted", "job 17: launch failed")),
-        (queued("CONFIGURING", 0, "None"), ("running", "job 17")),
-        (queued("RUNNING", 0, "None"), ("running", "job 17")),  # no rank has come to the lock
-        (queued("SIGNALING", 0, "None"), ("running", "job 17")),
-        (queued("COMPLETING", 0, "None"), ("running", "job 17")),
-        (queued("CANCELLED", 0, "None"), ("stopped", "job 17: CANCELLED; the same command goes "
+        (JobState("PENDING", 0, "Resources"), ("queued", "job 17: Resources")),
+        (JobState("PENDING", 2, "BeginTime"), ("preempted", "job 17: BeginTime")),
+        (JobState("REQUEUE_HOLD", 1, "launch failed"), ("preempted", "job 17: launch failed")),
+        (JobState("CONFIGURING", 0, "None"), ("running", "job 17")),
+        (JobState("RUNNING", 0, "None"), ("running", "job 17")),  # no rank has come to the lock
+        (JobState("SIGNALING", 0, "None"), ("running", "job 17")),
+        (JobState("COMPLETING", 0, "None"), ("running", "job 17")),
+        (JobState("CANCELLED", 0, "None"), ("stopped", "job 17: CANCELLED; the same command goes "
          "on")),
-        (queued("COMPLETED", 0, "None"), ("stopped", "job 17: COMPLETED; the same command goes "
+        (JobState("COMPLETED", 0, "None"), ("stopped", "job 17: COMPLETED; the same command goes "
          "on")),  # stop_after_steps
-        (queued("OUT_OF_MEMORY", 0, "OutOfMemory"), ("failed", "job 17: OUT_OF_MEMORY, see "
+        (JobState("OUT_OF_MEMORY", 0, "OutOfMemory"), ("failed", "job 17: OUT_OF_MEMORY, see "
          "/logs/17.out")),
         (None, ("failed", "job 17: ended without a word, see /logs/17.out")),
     ],
@@ -164,7 +156,7 @@ def test_what_slurm_says_of_the_job(
     job: JobState | None, expected: tuple[State, str], digits: Path, runs: Path, folder: Path
 ) -> None:
     submitted(digits, runs)
-    other = queued("PENDING", 5, "somebody else's")
+    other = JobState("PENDING", 5, "somebody else's")
     assert state(folder, {"18": other} | ({"17": job} if job else {})) == expected
 
 
@@ -181,7 +173,7 @@ def test_a_run_whose_job_has_not_begun(digits: Path, tmp_path: Path) -> None:
     submitted(digits, tmp_path)
     (folder,) = find_runs([tmp_path])
     assert job_of(folder) == "17"
-    status = read_status(folder, {"17": queued("PENDING", 0, "Priority")})
+    status = read_status(folder, {"17": JobState("PENDING", 0, "Priority")})
     nothing = (None, None, None, None)
     assert (status.state, status.step, status.total_steps) == ("queued", 0, 44)
     assert (status.epoch, status.h, status.top1, status.seconds_left) == nothing
