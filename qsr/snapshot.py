@@ -61,7 +61,8 @@ def snapshot_folder(runs_dir: Path) -> Path:
     name = code_hash(ROOT, EVERYTHING)
     first = (runs_dir / ".snapshots" / name).absolute()
     others = (first.with_name(f"{name}-{number}") for number in itertools.count(2))
-    return next(path for path in (first, *others) if not path.exists() or _is_whole(path, name))
+    copies = itertools.chain([first], others)
+    return next(path for path in copies if not path.exists() or _is_whole(path, name))
 
 
 def _is_whole(copy: Path, name: str) -> bool:

@@ -79,6 +79,7 @@ def test_a_dry_run_prints_all_of_a_site(digits: Path, tmp_path: Path) -> None:
             "export NCCL_IB_HCA=mlx5_0,mlx5_1",
             "export NCCL_SOCKET_IFNAME=ib0",
             "export GLOO_SOCKET_IFNAME=ib0",
+            "export QSR_JOB=$SLURM_JOB_ID",
             f"export PYTHONPATH='{code}'${{PYTHONPATH:+:$PYTHONPATH}}",
         ]
         (srun,) = (shlex.split(line) for line in lines if line.startswith("srun"))
@@ -98,7 +99,10 @@ def test_what_a_site_leaves_out(digits: Path, tmp_path: Path) -> None:
     assert "#SBATCH --no-requeue" in lines
     assert "#SBATCH --signal=USR2@300" in lines
     assert "#SBATCH --time=1440" in lines
-    absent = ("--requeue", "--mem", "--gpus", "--cpus", "--partition", "--account", "SOCKET_IFNAME")
+    absent = (
+        *("--requeue", "--mem", "--gpus", "--cpus", "--partition", "--account", "SOCKET_IFNAME"),
+        "QSR_JOB",  # without it nothing requeues the job
+    )
     assert [word for word in absent if word in output] == []
     (srun,) = (line for line in lines if line.startswith("srun"))
     assert f" --kill-on-bad-exit=1 {sys.executable} -P -u -m " in srun
@@ -117,6 +121,15 @@ def test_gpus_are_asked_for(digits: Path, tmp_path: Path) -> None:
         (["cluster.partion=gpu"], "cluster.partion is not a setting of cluster.launcher=slurm; did "
          "you mean cluster.partition?"),
         (["cluster.sbatch={time: 5}"], "cluster.sbatch.time: set cluster.time_limit_minutes"),
+        (["cluster.partition='x\ntouch RAN #'"], "cluster.partition: a batch script cannot hold"),
+        (["cluster.sbatch={comment: 'x\rtouch RAN'}"], "cluster.sbatch: a batch script cannot"),
+        (["cluster.sbatch={'comment=x #SBATCH': 1}"], "cluster.sbatch: 'comment=x #SBATCH' is no "),
+        (["cluster.setup=['module load a\ntouch RAN']"], "cluster.setup: a batch script cannot"),
+        (["++cluster.environment={KEY: 'x\ny'}"], "cluster.environment: a batch script cannot"),
+        (["data.name='x\ntouch RAN #'"], "experiment: a batch script cannot hold its line break"),
+        (["runs_dir='x\ntouch RAN #'"], "runs_dir: a batch script cannot hold its line break"),
+        (["runs_dir='100%j'"], "100%j/demo/quadratic/"),
+        (["cluster.container='run \"a'"], "cluster.container has an open quote (No closing"),
         (["seed=1,1"], "two of these runs are the same run: list other values"),
         (["--dryrun"], "--dryrun is no option; there is --dry-run"),
         (["model=small_vit", "data.image_size=30"], "data.image_size=30 does not divide by"),

@@ -1,5 +1,6 @@
-"""F18: code or settings change between the submission and a restart. A submitted job runs the copy
-of the code that was taken then; elsewhere other code is a warning, other settings are refused."""
+"""F18: code or settings change between the submission and a restart, or between machines. A
+submitted job runs the copy of the code that was taken then; elsewhere other code is a warning, and
+other settings are refused, as is a rank with other code than rank 0."""
 
 import json
 import shutil
@@ -11,8 +12,11 @@ import pytest
 import yaml
 
 from qsr.config.load import ConfigError, load_config, run_folder, to_dict
-from qsr.runfolder import RunFolder, check_run_folder
+from qsr.distributed import Communicator, Topology
+from qsr.runfolder import RunFolder, check_run_folder, code_that_runs
+from qsr.snapshot import code_hash
 from tests.cli import ENVIRONMENT, ROOT, RUN, folder_in
+from tests.support import CPU, free_port, run_ranks
 
 SETTINGS = (*RUN, "cluster.ranks=1", "cluster.threads_per_rank=1", "data.loader=torchvision")
 
@@ -70,6 +74,43 @@ def test_the_code_of_a_submission_is_a_copy(project: Path, digits: Path) -> None
     requeued = run(project, digits, "stop_after_steps=6", code=copy)
     assert (requeued.returncode, requeued.stderr) == (0, "")
     assert "stopped after step 6" in requeued.stdout
+
+
+def test_a_machine_with_other_code_is_refused(project: Path, digits: Path) -> None:
+    """Its checkout is older: it would train along and end with other weights, without a word."""
+    losses = project / "qsr" / "losses.py"
+    losses.write_text(losses.read_text() + "# an edit\n")
+    folders = (f"data.root={digits}", f"runs_dir={project.parent / 'runs'}")
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(code / "scripts" / "train.py"), *RUN, *folders],
+            env=ENVIRONMENT | meeting | {"RANK": str(rank), "PYTHONPATH": str(code)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, code in enumerate((ROOT, project))
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=240)
+        assert rank.returncode == 2
+        assert errors == (
+            f"refused: rank 1 runs other code than rank 0 (qsr: {code_hash(ROOT)} -> "
+            f"{code_hash(project)}): give all machines the same qsr, Python and packages\n"
+        )
+    assert not list((project.parent / "runs").rglob("config.yaml"))
+
+
+def with_other_packages(rank: int, ranks: int, name: str) -> tuple[int, str] | None:
+    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    changes = {name: f"of rank {rank}"} if name else {}
+    return communicator.first_difference(code_that_runs() | changes)
+
+
+@pytest.mark.parametrize("name", ["qsr", "python", "torch", "nvidia-dali-cuda130", ""])
+def test_what_must_be_the_same_on_all_machines(name: str) -> None:
+    found = run_ranks(with_other_packages, 2, name)
+    assert found == [(1, f"{name}: of rank 0 -> of rank 1") if name else None] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,37 @@
 """F18 on a real Slurm: runs as jobs of two nodes end with the bits of the undisturbed run, whatever
 is edited while they wait."""
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qsr.slurm import JobState, query
 from tests.slurm.conftest import LONG, ROOT, SMALL, Jobs, read_json, same_weights, steps
 from tests.slurm.rig import Rig, wait_until
 
 Undisturbed = Callable[..., Path]
+
+
+def test_what_the_queue_knows_of_a_job(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its number, with the whole name, whatever is in that; and of each task of an array."""
+    monkeypatch.setenv("SLURM_CONF", rig.environment["SLURM_CONF"])
+    title = f'it\'s/data.name=a|b "c", {"long " * 20}/seed_1'
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/bash\n#SBATCH --job-name={shlex.quote(title)}\ntrue\n")
+    common = ("sbatch", "--parsable", "--hold", "--output=/dev/null")
+    job = rig.run(*common, str(script)).strip()
+    array = rig.run(*common, "--array=3,5", str(script)).strip()
+    names = [job, f"{array}_3", f"{array}_5"]
+    try:
+        held = JobState("PENDING", 0, "JobHeldUser", title)
+        assert query(names) == dict.fromkeys(names, held)
+    finally:
+        rig.run("scancel", job, array)
 
 
 def test_two_nodes_through_submitit(rig: Rig, jobs: Jobs, undisturbed: Undisturbed) -> None:

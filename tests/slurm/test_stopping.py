@@ -1,4 +1,5 @@
-"""F2 on a real Slurm: jobs that are told to stop are requeued when all ranks have saved."""
+"""F2 and F25 on a real Slurm: jobs that are told to stop are requeued when all ranks have saved;
+jobs that are somebody else's are not."""
 
 import contextlib
 import os
@@ -12,6 +13,8 @@ from tests.slurm.conftest import LONG, ROOT, Jobs, same_weights, steps
 from tests.slurm.rig import Rig, wait_until
 
 RANKS = range(4)
+SAVE = f"srun --kill-on-bad-exit=1 {sys.executable} -m tests.slurm.saver"
+OWN = "export QSR_JOB=$SLURM_JOB_ID; "
 
 
 class Savers:
@@ -21,10 +24,11 @@ class Savers:
         self._rig = rig
         self._folder = folder
 
-    def start(self, *options: str) -> str:
-        """The job, when all of its ranks listen to signals."""
+    def start(self, *options: str, own: bool = True) -> str:
+        """The job, when all of its ranks listen to signals. `own`: whether its script says, as
+        those of qsr do, that it may be requeued."""
         size = ("--nodes=2", "--ntasks-per-node=2", f"--chdir={ROOT}")
-        save = f"srun --kill-on-bad-exit=1 {sys.executable} -m tests.slurm.saver {self._folder}"
+        save = f"{OWN if own else ''}{SAVE} {self._folder}"
         output = f"--output={self._folder}/log.out"
         command = ("sbatch", "--parsable", *size, output, *options, f"--wrap={save}")
         job = self._rig.run(*command).strip()
@@ -97,6 +101,37 @@ def test_without_requeue_the_status_says_that_it_was_stopped(rig: Rig, savers: S
     assert (rig.state(job), rig.restarts(job)) == ("FAILED", 0)
     assert f"job {job}: not requeued: Requested operation is presently disabled" in savers.log()
     assert f"exit code {os.EX_TEMPFAIL}" in savers.log()
+
+
+def test_a_job_that_is_somebody_elses_is_left_alone(rig: Rig, savers: Savers) -> None:
+    """A run that its script has started by hand saves, and does nothing to the job."""
+    job = savers.start("--requeue", own=False)
+    rig.run("scancel", "--signal=USR1", job)
+    rig.wait_for(job, "FAILED", "COMPLETED")
+    assert savers.saved() == ["SIGUSR1" for _ in RANKS]
+    assert (rig.state(job), rig.restarts(job)) == ("FAILED", 0)
+    assert f"job {job}: not requeued: scripts/submit.py or slurm/train.sbatch did" in savers.log()
+    assert f"exit code {os.EX_TEMPFAIL}" in savers.log()
+
+
+@pytest.mark.slurm
+def test_a_task_of_an_array_comes_back_alone(rig: Rig, tmp_path: Path) -> None:
+    """Each in turn, that with the array's own number too, while another one runs on."""
+    size = ("--array=1-2", "--nodes=1", "--ntasks-per-node=2", f"--chdir={ROOT}", "--requeue")
+    folder = f"{tmp_path}/$SLURM_ARRAY_TASK_ID"
+    save = f"mkdir -p {folder}; {OWN}{SAVE} {folder}"
+    output = f"--output={tmp_path}/log.out"
+    array = rig.run("sbatch", "--parsable", *size, output, f"--wrap={save}").strip()
+    wait_until(lambda: len(list(tmp_path.glob("*/ready_*"))) == 4, 60)
+    first, second = f"{array}_1", f"{array}_2"
+    rig.run("scancel", "--signal=USR1", first)
+    rig.wait_for(first, "COMPLETED", "FAILED")
+    assert (rig.state(first), rig.restarts(first)) == ("COMPLETED", 1)
+    assert (rig.state(second), rig.restarts(second)) == ("RUNNING", 0)
+    rig.run("scancel", "--signal=USR1", second)
+    rig.wait_for(second, "COMPLETED", "FAILED")
+    assert (rig.state(second), rig.restarts(second)) == ("COMPLETED", 1)
+    assert rig.restarts(first) == 1
 
 
 @pytest.mark.slurm

@@ -1,13 +1,15 @@
 """failure.json: who failed first, of this attempt."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qsr.data import DataError
 from qsr.failures import describe, read_failure, record_failure
-from qsr.place import Place
+from qsr.place import Place, find_place
 
 RANK_0 = Place(0, 2, 0, 1, attempt="4711.0.0", launched=True, slurm=None)
 RANK_1 = replace(RANK_0, rank=1)
@@ -55,6 +57,42 @@ def test_another_attempt_replaces_it(path: Path) -> None:
     record = read_failure(path)
     assert record is not None
     assert (record["attempt"], record["error"]) == ("4711.1.0", "DataError: of the second")
+
+
+def test_an_earlier_start_of_the_same_name_is_not_shown(path: Path) -> None:
+    """torchrun gives each start the same name: what was written before this process began is not
+    of this start."""
+    began = time.time()
+    first = replace(RANK_1, attempt="none.0", since=began - 60)
+    assert record_failure(path, first, raised(DataError("of the first start"))) is None
+    of_the_same = replace(RANK_0, attempt="none.0", since=began - 59)
+    later = record_failure(path, of_the_same, raised(RuntimeError("Connection closed by peer")))
+    assert later == "rank 1: DataError: of the first start"
+    second = replace(RANK_0, attempt="none.0", since=time.time())
+    assert record_failure(path, second, raised(DataError("of the second"))) is None
+    restarted = replace(RANK_0, attempt="none.1", since=began - 60)
+    assert record_failure(path, restarted, raised(DataError("of a restart"))) is None
+    record = read_failure(path)
+    assert record is not None
+    assert record["error"] == "DataError: of a restart"
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "{}", '{"attempt": 1}', "[" * 100_000])
+def test_a_file_of_another_shape_is_no_failure(text: str, path: Path) -> None:
+    path.write_text(text)
+    assert read_failure(path) is None
+    assert record_failure(path, RANK_0, raised(DataError("x"))) is None
+
+
+def test_when_this_process_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    since = find_place().since
+    assert since is not None
+    assert since == pytest.approx(psutil.Process().create_time(), abs=2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "qsr-ranks-1")
+    assert find_place().since is None
 
 
 def test_without_a_folder_or_with_a_damaged_file_each_rank_tells_its_own(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from qsr.slurm import SlurmTask, _counts, _first_host, current_task
+from qsr.place import find_place
+from qsr.slurm import ClusterError, SlurmTask, _counts, _first_host, current_task
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -64,6 +65,62 @@ def test_a_task_of_a_step() -> None:
     assert requeued is not None
     assert (requeued.restarts, requeued.cpus) == (3, 8)
     assert requeued.attempt == "4711.3.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_NODEID": "9"}, "SLURM_NODEID=9 and SLURM_PROCID=5 lie outside of the step's 4"),
+        ({"SLURM_PROCID": "7"}, "SLURM_NODEID=2 and SLURM_PROCID=7 lie outside"),
+        ({"SLURM_PROCID": "-1"}, "SLURM_PROCID is '-1', not a number"),
+        ({"SLURM_LOCALID": ""}, "SLURM_LOCALID is not set"),
+        ({"SLURM_JOB_ID": ""}, "SLURM_STEP_ID is set, but SLURM_JOB_ID is not"),
+        ({"SLURM_CPUS_PER_TASK": "8.5"}, "SLURM_CPUS_PER_TASK is '8.5', not a number"),
+        ({"SLURM_RESTART_COUNT": "\u0663"}, "SLURM_RESTART_COUNT is '\u0663', not a number"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3"}, "SLURM_STEP_TASKS_PER_NODE is '2(x3', not a list"),
+    ],
+)
+def test_what_makes_no_sense_is_named(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ClusterError) as refused:
+        current_task(STEP | changes)
+    assert str(refused.value).startswith(message)
+    assert str(refused.value).endswith(": start it with srun, or unset Slurm's variables")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK is 'abc', not a number"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK is not set"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "70000"},
+         "MASTER_PORT=70000 is no port"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is 0"),
+    ],
+)  # fmt: skip
+def test_what_torchrun_would_not_say_is_named(
+    given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in given.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ClusterError) as refused:
+        find_place()
+    assert str(refused.value).startswith(message)
+    assert str(refused.value).endswith(
+        ": start the ranks with torchrun, or unset RANK and WORLD_SIZE"
+    )
+
+
+def test_a_task_of_an_array_is_named_as_such() -> None:
+    task = current_task(STEP | {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "3"})
+    assert task is not None
+    assert (task.job, task.attempt) == ("4700_3", "4700_3.0.0")
 
 
 def test_the_last_node_may_have_fewer_tasks() -> None:

@@ -88,12 +88,25 @@ def test_equal_code_is_stored_once_and_runs(tmp_path: Path) -> None:
     assert done.stdout.strip() == f"{copy} {code_hash(ROOT)} {git_revision()}"
 
 
-def test_an_edited_copy_is_refused(tmp_path: Path) -> None:
+def test_an_edited_or_damaged_copy_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is nobody's but the user's to remove, and jobs may run it."""
     copy = take_snapshot(tmp_path)
     file = copy / "qsr" / "slurm.py"
     assert file.stat().st_mode & 0o222 == 0  # an editor has to be told
     file.chmod(0o644)
     file.write_text(file.read_text() + "# quick fix\n")
-    with pytest.raises(OSError, match=rf"{copy} was edited, and jobs may run it: remove it when"):
-        take_snapshot(tmp_path)
-    assert file.read_text().endswith("# quick fix\n")  # it is nobody's but the user's to remove
+    assert capsys.readouterr().err == ""
+    second = take_snapshot(tmp_path)
+    assert second.name == f"{copy.name}-2"
+    assert capsys.readouterr().err == (
+        f"warning: {copy} was edited or damaged, and jobs may run it: {second.name} is used "
+        f"instead; remove it when no job does\n"
+    )
+    assert code_hash(second, EVERYTHING) == copy.name
+    assert file.read_text().endswith("# quick fix\n")
+    (second / "qsr" / "jobs.py").unlink()  # what a power failure may leave
+    third = take_snapshot(tmp_path)
+    assert third == snapshot_folder(tmp_path) == copy.with_name(f"{copy.name}-3")
+    assert take_snapshot(tmp_path) == third
