@@ -50,6 +50,8 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
                 yield f"{name} is missing{kind}"
             case "union_tag_invalid" | "union_tag_not_found":
                 yield f"{name}.{_KINDS[location[0]]}: {_lower(item['msg'])}"
+            case _ if location[:2] == ["cluster", "environment"]:  # there may be keys in it
+                yield f"{name}: {_lower(item['msg'])}"
             case _:
                 yield f"{name}={item['input']!r}: {_lower(item['msg'])}"
 

@@ -6,12 +6,15 @@ import io
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qsr import build
-from qsr.config.load import load_config, run_folder
+from qsr.config.batch_script import check_batch_script
+from qsr.config.load import ConfigError, load_config, run_folder
+from qsr.config.schema import SlurmCluster
 from qsr.snapshot import running_code, snapshot_folder
 from tests.cli import ROOT, RUN, call, folder_in
 
@@ -123,9 +126,9 @@ def test_gpus_are_asked_for(digits: Path, tmp_path: Path) -> None:
         (["cluster.sbatch={time: 5}"], "cluster.sbatch.time: set cluster.time_limit_minutes"),
         (["cluster.partition='x\ntouch RAN #'"], "cluster.partition: a batch script cannot hold"),
         (["cluster.sbatch={comment: 'x\rtouch RAN'}"], "cluster.sbatch: a batch script cannot"),
-        (["cluster.sbatch={'comment=x #SBATCH': 1}"], "cluster.sbatch: 'comment=x #SBATCH' is no "),
         (["cluster.setup=['module load a\ntouch RAN']"], "cluster.setup: a batch script cannot"),
         (["++cluster.environment={KEY: 'x\ny'}"], "cluster.environment: a batch script cannot"),
+        (["++cluster.environment={KEY: [secret]}"], "cluster.environment.KEY.str: input should be"),
         (["data.name='x\ntouch RAN #'"], "experiment: a batch script cannot hold its line break"),
         (["runs_dir='x\ntouch RAN #'"], "runs_dir: a batch script cannot hold its line break"),
         (["runs_dir='100%j'"], "100%j/demo/quadratic/"),
@@ -144,7 +147,17 @@ def test_wrong_settings_are_refused_in_one_line(
         assert (status, output) == (2, "")
         assert errors.startswith(f"refused: {message}")
         assert errors.count("\n") == 1
+        assert "secret" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["comment=x --wrap", "x\ty", "-x", "", "\u0661"])
+def test_what_is_no_option_of_sbatch_is_refused(option: str, tmp_path: Path) -> None:
+    """As a file of configs/cluster may name one."""
+    cluster = load_config([*RUN, *SLURM]).cluster
+    assert isinstance(cluster, SlurmCluster)
+    with pytest.raises(ConfigError, match="is no long name of an option of sbatch"):
+        check_batch_script(replace(cluster, sbatch={option: True}), "custom", tmp_path)
 
 
 def test_data_that_only_the_nodes_see(tmp_path: Path) -> None:
