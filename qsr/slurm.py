@@ -229,7 +229,7 @@ class JobState:
     """How often it was requeued."""
     reason: str
     """Why it is in this state, in Slurm's words."""
-    title: str
+    title: str = ""
     """The job's name. Numbers come again, on another cluster or after many jobs."""
 
 
