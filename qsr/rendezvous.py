@@ -26,7 +26,7 @@ _REPLY_SECONDS = 3.0
 """How long the other side may take to say its name."""
 _LINE_BYTES = 200
 """No name is longer."""
-_OPEN = 32
+_OPEN = 256
 """Connections that rank 0 keeps: the next one ends the oldest, whose rank would ask again."""
 
 
@@ -67,21 +67,26 @@ async def _serve(listener: socket.socket, question: bytes, answer: bytes) -> Non
     talks: dict[asyncio.Task[None], None] = {}  # the oldest first
 
     async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # an unfinished or endless line, a closed connection, too slow, or one too many
-        ends = (OSError, ValueError, TimeoutError, asyncio.CancelledError)
-        with contextlib.suppress(*ends):
+        # a closed connection, too slow, an endless line
+        with contextlib.suppress(OSError, TimeoutError, ValueError):
             async with asyncio.timeout(_REPLY_SECONDS):
                 if await reader.readline() == question:
                     writer.write(answer)
                     await writer.drain()
-        writer.close()
 
     def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         talk = asyncio.create_task(reply(reader, writer))
         talks[talk] = None
-        talk.add_done_callback(talks.pop)
+
+        def end(ended: asyncio.Task[None]) -> None:
+            talks.pop(ended, None)
+            writer.close()
+
+        talk.add_done_callback(end)
         if len(talks) > _OPEN:
-            next(iter(talks)).cancel()
+            oldest = next(iter(talks))
+            del talks[oldest]
+            oldest.cancel()
 
     server = await asyncio.start_server(begin, sock=listener, limit=_LINE_BYTES)
     await server.serve_forever()
