@@ -64,7 +64,7 @@ def submitted(digits: Path, runs: Path, steps: int | None = 44) -> None:
     """Write what scripts/submit.py leaves of job 17."""
     config = load_config(settings(digits, runs))
     make_run_folder(RunFolder(run_folder(config)))
-    write_job(config, "17", runs / ".snapshots" / "0123", steps, "/logs/17.out")
+    write_job(config, "17", "demo", runs / ".snapshots" / "0123", steps, "/logs/17.out")
 
 
 def state(folder: Path, jobs: Mapping[str, JobState] | None = NO_JOBS) -> tuple[State, str]:
