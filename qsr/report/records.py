@@ -94,8 +94,10 @@ def _check_run(run: Run, settings: Mapping[str, Any], data: Mapping[str, Any]) -
         raise ReportError(f"{run.folder}/data.json: train_images={images} makes no run")
     plan = replace(run, summary={"train_images": images}).plan
     measured = {"kind": "eval", "step": plan.total_steps}
-    last = next((row for row in reversed(run.metrics) if measured.items() <= row.items()), {})
-    trained = next((row for row in reversed(run.metrics) if row["kind"] == "train"), {})
+    nothing: dict[str, Any] = {}
+    rows = run.metrics[::-1]
+    last = next((row for row in rows if measured.items() <= row.items()), nothing)
+    trained = next((row for row in rows if row["kind"] == "train"), nothing)
     expected = {
         "experiment": name,
         "seed": config.seed,

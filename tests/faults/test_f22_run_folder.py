@@ -449,7 +449,7 @@ def test_the_name_at_wandb_where_it_cannot_be_kept(tmp_path: Path) -> None:
 ABOUT = Description(
     *("small_resnet", None, False, ("a", "b"), 32, 0.9, (0.5,) * 3, (0.2,) * 3, "fp32", "x", 1),
     *(5, 0.0, None),
-)  # type: ignore[arg-type]
+)
 
 
 def write_a_long_summary_on_a_full_disk(rank: int, ranks: int, path: Path) -> str:
