@@ -156,6 +156,7 @@ def measure(config: Config, probes: int) -> Measured:
     (outcome,) = execute([config])
     if isinstance(outcome, Stopped):
         raise RunFailedError(f"stopped by {outcome.reason}; the same command goes on")
+    assert isinstance(outcome, dict)  # a single run raises what it fails of
     torch.set_num_threads(1)  # another run is beside
     batch = _training_images(config)
     model = load_model(run_folder(config)).module

@@ -20,9 +20,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise ComposerError(
-                None, None, "aliases are not read here", self.peek_event().start_mark
-            )
+            raise ComposerError(None, None, "aliases are not read here", None)
         return super().compose_node(parent, index)
 
 

@@ -94,8 +94,12 @@ def _check_run(run: Run, settings: Mapping[str, Any], data: Mapping[str, Any]) -
         raise ReportError(f"{run.folder}/data.json: train_images={images} makes no run")
     plan = replace(run, summary={"train_images": images}).plan
     measured = {"kind": "eval", "step": plan.total_steps}
-    last = next((row for row in reversed(run.metrics) if measured.items() <= row.items()), {})
-    trained = next((row for row in reversed(run.metrics) if row["kind"] == "train"), {})
+    last: dict[str, Any] = next(
+        (row for row in reversed(run.metrics) if measured.items() <= row.items()), {}
+    )
+    trained: dict[str, Any] = next(
+        (row for row in reversed(run.metrics) if row["kind"] == "train"), {}
+    )
     expected = {
         "experiment": name,
         "seed": config.seed,
