@@ -181,7 +181,7 @@ def pngs() -> Iterator[Kind]:
     yield kind("interlaced", png(COLOUR, 8, 2, adam7=True))
     for depth in (1, 2, 4, 8):
         values = ((GREY >> (8 - depth)) * (255 // (2**depth - 1))).astype(np.uint8)
-        yield kind(f"grey of {depth} bits", png(GREY >> (8 - depth), depth, 0), grey(values))
+        yield kind(f"{depth}-bit grey", png(GREY >> (8 - depth), depth, 0), grey(values))
     yield kind("palette", png(GREY, 8, 3, palette), colours[GREY])
     gamma = chunk(b"gAMA", struct.pack(">I", 220000)) + chunk(b"sRGB", b"\0")
     yield kind("gamma and colour space", png(COLOUR, 8, 2, gamma))

@@ -6,7 +6,7 @@ from typing import Any
 
 from qsr.report.collect import ReportError
 
-FAULTS = tuple(f"F{number}" for number in range(1, 19))
+FAULTS = tuple(f"F{number}" for number in range(1, 30))
 _KINDS = {
     "test": "`make test`",
     "slow": "`make test-faults`",
