@@ -32,7 +32,7 @@ _KINDS = {"attempt": str, "rank": int, "time": float, "error": str, "traceback":
 
 def record_failure(path: Path, place: Place, error: Exception) -> str | None:
     """Write failure.json at `path`, if this rank is the first of this attempt to fail; otherwise
-    return what that one said, for `describe` has been at it."""
+    return what that one said, for `describe` has been at it. None, too, if both say the same."""
     trace = "".join(traceback.format_exception(error))
     own = {
         "attempt": place.attempt,
@@ -52,7 +52,7 @@ def record_failure(path: Path, place: Place, error: Exception) -> str | None:
                 file.write(json.dumps(own, indent=2) + "\n")
         except FileExistsError:
             first = read_failure(path)
-            if first is not None:
+            if first is not None and first["error"] != own["error"]:
                 return describe(first["rank"], first["error"], first["traceback"])
     return None
 

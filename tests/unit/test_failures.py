@@ -51,6 +51,15 @@ def test_an_unforeseen_error_comes_with_its_traceback(path: Path) -> None:
     assert describe(3, "TrainingError: loss is nan", "...") == "rank 3: TrainingError: loss is nan"
 
 
+def test_what_all_ranks_find_each_tells_as_its_own(path: Path) -> None:
+    """So that a refusal is one on every rank, whichever was first."""
+    for place in (RANK_1, RANK_0):
+        assert record_failure(path, place, raised(DataError("other data"))) is None
+    record = read_failure(path)
+    assert record is not None
+    assert record["rank"] == 1
+
+
 def test_another_attempt_replaces_it(path: Path) -> None:
     record_failure(path, RANK_1, raised(DataError("of the first start")))
     assert record_failure(path, REQUEUED, raised(DataError("of the second"))) is None
