@@ -180,8 +180,15 @@ def test_a_run_loses_no_update(plan: Plan, micro_batch: int | None, tmp_path: Pa
     assert averaged[0] == averaged[1] == plan.num_rounds
 
 
-def steep_session(rank: int, ranks: int, setup: Setup, factors: tuple[float, ...]) -> Any:
-    mine = replace(setup, loss=Steep(factors[rank]))
+def steep_sessions(
+    rank: int, ranks: int, setups: list[Setup], factors: tuple[float, ...]
+) -> list[Any]:
+    """One after the other, in processes that are started once."""
+    return [_steep_session(rank, ranks, setup, factors[rank]) for setup in setups]
+
+
+def _steep_session(rank: int, ranks: int, setup: Setup, factor: float) -> Any:
+    mine = replace(setup, loss=Steep(factor))
     rig = rig_at(mine, repeat=True, scale=65536.0, topology=Topology(rank, ranks, rank, ranks))
     rig.trainer.train()
     progress = rig.trainer.progress
@@ -194,10 +201,11 @@ def steep_session(rank: int, ranks: int, setup: Setup, factors: tuple[float, ...
 
 
 def test_one_rank_repeats_by_itself_in_local_rounds_and_all_do_in_data_parallel_ones() -> None:
-    for plan, bucket in ((LOCAL, 25.0), (PARALLEL, 25.0), (PARALLEL, None)):
-        setup = Setup(plan, precision="fp16", bucket_mib=bucket)
-        results = run_ranks(steep_session, 2, setup, (1.0, 1000.0))
-        (first, repeated, skipped, scale), (second, *_, other_scale) = results
+    cases = [(LOCAL, 25.0), (PARALLEL, 25.0), (PARALLEL, None)]
+    setups = [Setup(plan, precision="fp16", bucket_mib=bucket) for plan, bucket in cases]
+    main, other = run_ranks(steep_sessions, 2, setups, (1.0, 1000.0))
+    for (plan, _), one, two in zip(cases, main, other, strict=True):
+        (first, repeated, skipped, scale), (second, *_, other_scale) = one, two
         assert first == second
         assert skipped == 0
         if plan is LOCAL:
