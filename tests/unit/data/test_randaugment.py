@@ -191,7 +191,7 @@ def test_the_papers_strengths() -> None:
 
 
 @pytest.mark.parametrize(
-    ("severity", "side"), [(9, 224), (30, 224), *((severity, 33) for severity in range(0, 31, 5))]
+    ("severity", "side"), [(9, 224), (30, 224), *((severity, 33) for severity in range(31))]
 )
 def test_torchvisions_operations(severity: int, side: int) -> None:
     """Every operation with both signs, pixel by pixel against torchvision's own function."""
@@ -299,9 +299,9 @@ def quantiles(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
 
 
 def test_images_change_as_much_as_composers() -> None:
-    """The mean change of a pixel over 500 crops of photographs, for each operation and overall:
+    """The mean change of a pixel over 2,000 crops of photographs, for each operation and overall:
     within 2 % of composer's. What is drawn here goes through torch, composer's through Pillow."""
-    side, count = 32, 500
+    side, count = 32, 2000
     random = np.random.default_rng(0)
     sources = load_sample_images().images
     crops = np.empty((count, side, side, 3), np.uint8)
