@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # in the background of a script Ctrl-C is ignored, and so it would be by all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     in_a_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose controller records
     if config.getoption("--record-faults") and not in_a_worker:
         config.pluginmanager.register(FaultRecord())

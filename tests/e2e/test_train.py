@@ -69,7 +69,8 @@ def test_a_run_averages_and_sends_what_its_plan_said(
     """Two epochs of 22 steps; 78,042 parameters; each of two workers sends all that it gives."""
     config = load_config(
         [
-            *(*settings, "workers=2", "epochs=2", "schedule.warmup_epochs=1", "cluster.ranks=1"),
+            *(*settings, "workers=2", "epochs=2", "schedule.warmup_epochs=1"),
+            *("cluster.ranks=1", "cluster.threads_per_rank=1"),
             *("tracking=none", "tracking.progress=false", f"runs_dir={tmp_path}"),
             f"data.root={digits}",
             "+cluster.speed={machines: 1, ranks_per_machine: 1, link_gbit_per_second: null, "
@@ -185,7 +186,8 @@ def steps(number: int, digits: Path, runs: Path, *settings: str) -> list[dict[st
     config = load_config(
         [
             *(f"data.root={digits}", f"runs_dir={runs}", *filter(None, settings)),
-            *("cluster.ranks=1", "tracking=none", "tracking.progress=false"),
+            *("cluster.ranks=1", "cluster.threads_per_rank=1"),
+            *("tracking=none", "tracking.progress=false"),
             *("tracking.log_every_steps=1", f"stop_after_steps={number}"),
         ]
     )
