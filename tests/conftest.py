@@ -39,8 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # in the background of a script Ctrl-C is ignored, and so it would be by all that tests start
+    # in the background of a script these are ignored, and so they would be by all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     in_a_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose controller records
     if config.getoption("--record-faults") and not in_a_worker:
         config.pluginmanager.register(FaultRecord())
