@@ -1,11 +1,12 @@
 """The job that a run was submitted as: what is checked before, and what is written down."""
 
-import json
+import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from qsr.config.files import parse_object, read_small
 from qsr.config.load import ConfigError, run_folder
 from qsr.config.schema import Config
 from qsr.models import check_network
@@ -55,16 +56,18 @@ def read_job(folder: RunFolder) -> dict[str, Any] | None:
     """The job that the run was submitted as, the last one; None if it was not. Raises ConfigError
     if job.json is not what `write_job` wrote."""
     try:
-        record = json.loads(folder.job.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        found = f"cannot be read ({error})"
-    else:
-        if isinstance(record, dict) and _is_number(record.get("job")):
+        record = parse_object(read_small(folder.job))
+        if _is_number(record.get("job")):
             return record
-        found = "is not what was written there"
-    raise ConfigError(f"{folder.job} {found}: see that no job of the run is queued, and delete it")
+        reason = "no number of a job"
+    except ValueError as error:
+        if not os.path.lexists(folder.job):
+            return None
+        reason = str(error)
+    raise ConfigError(
+        f"{folder.job} cannot be read ({reason}): see that no job of the run is queued, and delete "
+        f"it"
+    )
 
 
 def _is_number(job: object) -> bool:

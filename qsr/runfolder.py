@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from qsr.checkpoint_files import pack_tensors, packed_size
-from qsr.config.files import parse_object, read_yaml
+from qsr.config.files import parse_object, parse_yaml, read_small
 from qsr.config.load import ConfigError, differences, parse_identity, run_folder, to_dict
 from qsr.config.schema import Config
 from qsr.distributed import Topology
@@ -134,7 +134,7 @@ def make_run_folder(folder: RunFolder) -> None:
 def read_config(path: Path) -> Config:
     """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
     try:
-        return parse_identity(read_yaml(path))
+        return parse_identity(parse_yaml(read_small(path)))
     except (ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
     raise ConfigError(
@@ -252,8 +252,8 @@ def write_results(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return parse_object(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return parse_object(read_small(path))
+    except ValueError as error:
         raise _unreadable(path, error) from None
 
 

@@ -51,10 +51,15 @@ def start(arguments: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.
 def wait_for(runs: Path, name: str, process: subprocess.Popen[Any]) -> None:
     """Until a file or folder of this name is somewhere below `runs`."""
     deadline = time.monotonic() + 120
-    while not list(runs.rglob(name)):
+    while not is_somewhere(runs, name):
         assert process.poll() is None, "ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def is_somewhere(folder: Path, name: str) -> bool:
+    # a folder may be gone before it is looked into, at which `rglob` fails
+    return any(name in (*folders, *files) for _, folders, files in os.walk(folder))
 
 
 def folder_in(runs: Path) -> Path:

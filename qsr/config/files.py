@@ -28,17 +28,30 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping of YAML. Raises ConfigError if the file holds something else."""
     try:
-        return _mapping(path, yaml.load(_text(path), _Loader))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return parse_yaml(read_small(path))
+    except ValueError as error:
         raise _unreadable(path, error) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError if the file holds something else."""
     try:
-        return parse_object(_text(path))
+        return parse_object(read_small(path))
     except ValueError as error:
         raise _unreadable(path, error) from None
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """A mapping of YAML. Raises ValueError for anything else, whatever is wrong with it."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("no names with values")
+    return value
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
@@ -58,7 +71,10 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     being written, or was cut short, and is left out. Raises ConfigError if the file cannot be
     read."""
     rows, damaged = [], []
-    text = _read(path).decode(errors="replace")
+    try:
+        text = _read(path).decode(errors="replace")
+    except ValueError as error:
+        raise _unreadable(path, error) from None
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = parse_object(line)
@@ -88,28 +104,23 @@ def is_number(value: Any) -> bool:
     return numeric and abs(value) <= sys.float_info.max
 
 
-def _text(path: Path) -> str:
+def read_small(path: Path) -> str:
+    """The text of a file that is read as a whole. Raises ValueError, whatever is wrong with it."""
     content = _read(path, MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise ConfigError(f"{path} cannot be read: it has more than {MOST_BYTES:,} bytes")
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
     return content.decode()
 
 
 def _read(path: Path, most: int = -1) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ConfigError(f"{path} cannot be read: it is no file")
+            raise ValueError("it is no file")
         with path.open("rb") as file:
             return file.read(most)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise ValueError(error.strerror) from None
 
 
-def _mapping(path: Path, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not what was written there: it holds no names with values")
-    return value
-
-
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} cannot be read ({' '.join(str(error).split())})")
+def _unreadable(path: Path, error: ValueError) -> ConfigError:
+    return ConfigError(f"{path} cannot be read ({error})")

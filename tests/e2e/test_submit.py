@@ -129,7 +129,6 @@ def test_gpus_are_asked_for(digits: Path, tmp_path: Path) -> None:
         (["cluster.setup=['module load a\ntouch RAN']"], "cluster.setup: a batch script cannot"),
         (["++cluster.environment={KEY: 'x\ny'}"], "cluster.environment: a batch script cannot"),
         (["++cluster.environment={KEY: [secret]}"], "cluster.environment.KEY.str: input should be"),
-        (["data.name='x\ntouch RAN #'"], "experiment: a batch script cannot hold its line break"),
         (["runs_dir='x\ntouch RAN #'"], "runs_dir: a batch script cannot hold its line break"),
         (["runs_dir='100%j'"], "100%j/demo/quadratic/"),
         (["cluster.container='run \"a'"], "cluster.container has an open quote (No closing"),
@@ -149,6 +148,16 @@ def test_wrong_settings_are_refused_in_one_line(
         assert errors.count("\n") == 1
         assert "secret" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_break_in_the_name_of_the_run_is_none_in_its_script(
+    digits: Path, tmp_path: Path
+) -> None:
+    run = [*settings(digits, tmp_path), *SLURM, "data.name='x\ntouch RAN #'"]
+    status, output, _ = ask("--dry-run", *run)
+    assert status == 0
+    assert "/demo/quadratic/data.name='x_touch RAN #'" in output
+    assert not [line for line in output.splitlines() if line.lstrip().startswith("touch")]
 
 
 @pytest.mark.parametrize("option", ["comment=x --wrap", "x\ty", "-x", "", "\u0661"])

@@ -17,7 +17,7 @@ import pytest
 from qsr import build
 from qsr.config.load import ConfigError, load_config
 from qsr.runlock import check_free, take
-from tests.cli import RUN, call, command, folder_in, same_weights
+from tests.cli import RUN, call, command, folder_in, is_somewhere, same_weights
 
 HOLDER = """
 import sys, time
@@ -137,7 +137,7 @@ def test_a_second_session_is_refused_and_the_first_is_not_disturbed(
     config = [*settings, f"runs_dir={shared}"]
     first = context.Process(target=work_through, args=(config,))
     first.start()
-    while not list(shared.rglob("step_000000005")):
+    while not is_somewhere(shared, "step_000000005"):
         assert first.is_alive()
         time.sleep(0.001)
     assert first.pid is not None

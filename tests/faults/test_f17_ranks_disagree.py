@@ -28,6 +28,7 @@ from qsr.data import DataError
 from qsr.distributed import Communicator, Topology
 from qsr.flat import FlatBuffers
 from tests.cli import RUN
+from tests.image_trees import plant
 from tests.support import CPU, Setup, build, linear_net, run_ranks
 
 RATE = ConstantSchedule(0.1, 24)
@@ -176,11 +177,8 @@ def test_machines_with_other_data_are_noticed_at_the_start(tmp_path: Path) -> No
     """Each has a copy of its own; as many images, but one has another name."""
     roots = [tmp_path / "one", tmp_path / "other"]
     for root, last in zip(roots, ("63.png", "64.png"), strict=True):
-        for split in ("train", "val"):
-            for name in (*(f"{i:02d}.png" for i in range(63)), last):
-                path = root / split / "a" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch()
+        names = [*(f"{i:02d}.png" for i in range(63)), last]
+        plant(root, *(f"{split}/a/{name}" for split in ("train", "val") for name in names))
     for message in run_ranks(open_other_data, 2, roots, tmp_path / "runs"):
         assert message.startswith("rank 1 has other data than rank 0 (train_files: ")
         assert message.endswith("): give all machines the same files and packages")

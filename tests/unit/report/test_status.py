@@ -12,7 +12,6 @@ import pytest
 
 from qsr import build
 from qsr.config.load import load_config, run_folder
-from qsr.data import DataError
 from qsr.failures import record_failure
 from qsr.jobs import write_job
 from qsr.place import find_place
@@ -120,9 +119,9 @@ def test_running(folder: Path) -> None:
 
 
 def test_failed_with_the_first_error(digits: Path, runs: Path, folder: Path) -> None:
-    error = DataError("train/3/bad.png is no image\nand more")
+    error = ValueError("the image is bad\nand more")
     record_failure(folder / "failure.json", replace(find_place(), rank=3), error)
-    assert state(folder) == ("failed", "rank 3: DataError: train/3/bad.png is no image")
+    assert state(folder) == ("failed", "rank 3: ValueError: the image is bad")
     lock = take(folder)  # another try
     assert state(folder) == ("running", "")
     lock.release()
@@ -130,7 +129,7 @@ def test_failed_with_the_first_error(digits: Path, runs: Path, folder: Path) -> 
     waiting = {"17": JobState("PENDING", 0, "Priority")}
     assert state(folder, waiting) == ("queued", "job 17: Priority")
     ended = {"17": JobState("FAILED", 0, "NonZeroExitCode")}
-    assert state(folder, ended) == ("failed", "rank 3: DataError: train/3/bad.png is no image")
+    assert state(folder, ended) == ("failed", "rank 3: ValueError: the image is bad")
 
 
 @pytest.mark.parametrize(
