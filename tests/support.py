@@ -186,6 +186,7 @@ class Rig:
 def build(setup: Setup, topology: Topology | None = None, device: torch.device = CPU) -> Rig:
     """Trainer and parts of one rank; joins the process group if there are several."""
     folder = setup.folder or new_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     topology = topology or Topology(0, 1, 0, setup.workers)
     communicator = Communicator(topology, device, setup.timeout_seconds)
     precision = Precision(setup.precision, device)  # type: ignore[arg-type]

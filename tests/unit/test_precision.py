@@ -200,9 +200,14 @@ def _steep_session(rank: int, ranks: int, setup: Setup, factor: float) -> Any:
     )
 
 
-def test_one_rank_repeats_by_itself_in_local_rounds_and_all_do_in_data_parallel_ones() -> None:
+def test_one_rank_repeats_by_itself_in_local_rounds_and_all_do_in_data_parallel_ones(
+    tmp_path: Path,
+) -> None:
     cases = [(LOCAL, 25.0), (PARALLEL, 25.0), (PARALLEL, None)]
-    setups = [Setup(plan, precision="fp16", bucket_mib=bucket) for plan, bucket in cases]
+    setups = [
+        Setup(plan, precision="fp16", bucket_mib=bucket, folder=tmp_path / str(number))
+        for number, (plan, bucket) in enumerate(cases)
+    ]
     main, other = run_ranks(steep_sessions, 2, setups, (1.0, 1000.0))
     for (plan, _), one, two in zip(cases, main, other, strict=True):
         (first, repeated, skipped, scale), (second, *_, other_scale) = one, two
