@@ -25,14 +25,16 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.measure import alternate, peak_memory_bytes, ratio, record, summary
-from qsr.averaging import FINGERPRINT_SIZE, Averager, Fingerprint
+from qsr.cluster.group import join_process_group
+from qsr.cluster.place import find_place
+from qsr.cluster.processes import start_ranks
 from qsr.config.schema import ModelConfig
 from qsr.core.sampling import Sampler
-from qsr.distributed import Communicator, Topology
-from qsr.flat import FlatModule
-from qsr.models import build_model
-from qsr.place import find_place
-from qsr.processes import start_ranks
+from qsr.sync.averaging import Averager
+from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
+from qsr.sync.flat import FlatModule
+from qsr.train.models import build_model
 
 RANKS = 2
 FLOOR = "all_reduce of one flat tensor, AVG"
@@ -46,7 +48,7 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
         return build_model(ModelConfig("vit_b16", None, channels_last=False), 1000, 224)
 
     flat = FlatModule(network(), FINGERPRINT_SIZE)
-    averager = Averager(communicator, RANKS)
+    averager = Averager(communicator)
     mark = Fingerprint(4, 0, 4, 0.1, Sampler(100, 10, RANKS, seed=1), "0123456789abcdef")
     size = sum(p.numel() for p in flat.module.parameters())
     tensor = torch.zeros(size)
@@ -79,7 +81,7 @@ def measure_rank(repetitions: int) -> dict[str, Any]:
     place = find_place()
     torch.set_num_threads(1)
     here = Topology(place.rank, RANKS, place.local_rank, RANKS)
-    communicator = Communicator(here, torch.device("cpu"), timeout_seconds=600.0)
+    communicator = join_process_group(here, torch.device("cpu"), timeout_seconds=600.0)
     contenders = make_contenders(communicator)
 
     def timed(action: Callable[[], object]) -> Callable[[], float]:

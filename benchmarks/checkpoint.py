@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import ROOT, record
-from qsr.checkpoint import Checkpointer, WorkerState
-from qsr.checkpoint_files import folder_name, verify
-from qsr.distributed import Communicator, Topology
-from qsr.durable import write_file
+from qsr.run.checkpoint import Checkpointer, WorkerState
+from qsr.run.checkpoint_files import folder_name, verify
+from qsr.run.durable import write_file
+from qsr.sync.communicator import Communicator, Topology
 
 CHECKSUMS: dict[str, Callable[[bytes], object]] = {
     "sha256": lambda data: hashlib.sha256(data).digest(),

@@ -18,7 +18,7 @@ from benchmarks.measure import record
 from qsr import launch
 from qsr.config.load import load_configs
 from qsr.config.schema import Config
-from qsr.data.digits import prepare_digits
+from qsr.data.prepare.digits import prepare_digits
 
 DELAYS = (0, 3)
 SEEDS = (1, 2, 3)

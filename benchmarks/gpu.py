@@ -49,20 +49,22 @@ from benchmarks.measure import (
 )
 from benchmarks.photos import SIZE, write_photos
 from qsr import ConstantRule, ConstantSchedule, Plan
-from qsr.averaging import FINGERPRINT_SIZE, mean_
 from qsr.config.schema import AdamWConfig, LossConfig, ModelConfig, OptimizerConfig, SgdConfig
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, ImageFolder, Loader, Request, TrainTransform, make_loader
 from qsr.data.randaugment import RandAugment
-from qsr.distributed import Communicator, Topology
-from qsr.flat import FlatModule
-from qsr.losses import TrainingLoss
-from qsr.models import build_model
-from qsr.monitor import Monitor
-from qsr.optim import build_optimizer
-from qsr.precision import SETTLED_STEPS, Precision
-from qsr.step import Stepper
-from qsr.worker import Worker
+from qsr.sync.averaging import mean_
+from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE
+from qsr.sync.flat import FlatModule
+from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.train.losses import TrainingLoss
+from qsr.train.models import build_model
+from qsr.train.monitor import Monitor
+from qsr.train.optim import build_optimizer
+from qsr.train.precision import SETTLED_STEPS, Precision
+from qsr.train.step import Stepper
+from qsr.train.worker import Worker
 
 Half = Literal["bf16", "fp16"]
 DTYPES: dict[Half, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -361,7 +363,7 @@ def qsr_step(
     workers = [
         new_worker(network, precision, compiled, variant, i, size) for i in range(variant.workers)
     ]
-    stepper = new_stepper(precision, variant.workers, size)
+    stepper = new_stepper(workers, precision, size)
     images, labels = batch(size)
     each = size.micro_batches // variant.workers
     local = Batch(images.repeat(each, 1, 1, 1), labels.repeat(each))
@@ -371,7 +373,7 @@ def qsr_step(
         tune_convolutions(variant.tuned)
         number = next(numbers)
         for worker in workers:
-            stepper.find_gradients([worker], repeat(local), number, data_parallel=False)
+            stepper.find_gradients([worker], repeat(local), number, average=False)
         for worker in workers:
             stepper.update(worker, LR)
 
@@ -392,19 +394,29 @@ def new_worker(
     return Worker(index, flat, optimizer, scaler)
 
 
-def new_stepper(precision: Half, workers: int, size: Size) -> Stepper:
+def new_stepper(workers: list[Worker], precision: Half, size: Size) -> Stepper:
     number_format = Precision(precision, size.device)
-    communicator = Communicator(Topology(0, 1, 0, workers), size.device, timeout_seconds=60.0)
+    communicator = Communicator(Topology(0, 1, 0, len(workers)), size.device, timeout_seconds=60.0)
     steps = 10**6
-    sampler = Sampler(steps * size.images, size.images, workers, seed=1)
+    sampler = Sampler(steps * size.images, size.images, len(workers), seed=1)
     plan = Plan(ConstantSchedule(LR, steps), ConstantRule(4))
+    synchronizer = Synchronizer(
+        plan,
+        [worker.model for worker in workers],
+        [worker.optimizer for worker in workers],
+        communicator,
+        sampler=sampler,
+        config_hash="0123456789abcdef",
+        options=SyncOptions(),
+    )
     return Stepper(
+        workers,
+        synchronizer,
+        Monitor(plan, sampler, communicator, number_format),
         loss=TrainingLoss(LossConfig(LABEL_SMOOTHING, mixup_alpha=0.0)),
         micro_batch=size.micro_batch,
         clip_norm=None,
         precision=number_format,
-        monitor=Monitor(plan, sampler, communicator, number_format, "0123456789abcdef"),
-        gradients=None,
         seed=1,
     )
 
@@ -545,7 +557,7 @@ def measure_average(size: Size) -> Found:
         buffers = [replica.buffers for replica in replicas]
 
         def average() -> None:
-            mean_(communicator, buffers, workers)
+            mean_(communicator, buffers)
 
         # for each worker but the first: an addition (two read, one written) and a copy; a division
         moved = (5 * (workers - 1) + 2) * replicas[0].bytes

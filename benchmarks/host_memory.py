@@ -3,7 +3,8 @@
     python scripts/bench.py host_memory
 
 Steps of small networks with glibc's defaults, and with what qsr's ranks on the CPU set
-(qsr/memory.py), each in processes of its own, in both orders. Peak memory is the whole process's.
+(qsr/cluster/memory.py), each in processes of its own, in both orders. Peak memory is the whole
+process's.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import torch
 from benchmarks import trainer
 from benchmarks.measure import ratio, record, summary
 from benchmarks.trainer import BareLoop, Case
-from qsr.memory import keep_freed_memory
+from qsr.cluster.memory import keep_freed_memory
 
 CASES = {
     "small step": trainer.CASES["small step"],

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from qsr.distributed import Topology
-from qsr.runfolder import environment, write_json
+from qsr.run.environment import environment
+from qsr.run.folder import write_json
+from qsr.sync.communicator import Topology
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "bench"

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.measure import ROOT
-from qsr.processes import start_ranks
-from qsr.slurm import die_with_parent
+from qsr.cluster.processes import start_ranks
+from qsr.cluster.slurm import die_with_parent
 
 Result = TypeVar("Result")
 

@@ -29,13 +29,14 @@ import numpy as np
 import torch
 
 from benchmarks.measure import record, summary
-from qsr.config.costs import parameter_bytes, speed_key
+from qsr.cluster.group import join_process_group
+from qsr.cluster.place import find_place
+from qsr.cluster.processes import start_ranks
 from qsr.config.load import load_config
 from qsr.core.cost import Link, fit_link, ring_bytes
-from qsr.distributed import Communicator, Topology
-from qsr.place import find_place
-from qsr.processes import start_ranks
-from qsr.report.forecast import forecast
+from qsr.planner.cost_model import parameter_bytes, speed_key
+from qsr.planner.forecast import forecast
+from qsr.sync.communicator import Topology
 
 RANKS = (2, 4, 8)
 SIZES_BYTES = (2**12, 2**16, 2**20, 2**22, 2**24)
@@ -61,7 +62,7 @@ def measure_rank(ranks: int) -> dict[int, list[float]]:
     torch.set_num_threads(1)
     place = find_place()
     here = Topology(place.rank, ranks, place.local_rank, ranks)
-    communicator = Communicator(here, torch.device("cpu"), timeout_seconds=600.0)
+    communicator = join_process_group(here, torch.device("cpu"), timeout_seconds=600.0)
     found = {}
     for size in SIZES_BYTES:
         tensor = torch.zeros(size // 4)

@@ -41,15 +41,17 @@ from benchmarks.network import (
     put_network_first,
 )
 from qsr import build
-from qsr.calibrate import Calibration
-from qsr.config.load import ConfigError, load_config
+from qsr.config.load import load_config
 from qsr.config.planning import make_plan, parameter_count
-from qsr.config.profiles import Measurement, updated_profile
 from qsr.config.schema import Config, ModelConfig
 from qsr.core import cost
 from qsr.data import Batch, EvalTransform, ImageFolder, Request, make_loader
-from qsr.data.digits import prepare_digits
-from qsr.report.forecast import forecast, known_classes, known_images
+from qsr.data.prepare.digits import prepare_digits
+from qsr.data.settings import transforms
+from qsr.errors import ConfigError
+from qsr.planner.calibrate import Calibration
+from qsr.planner.forecast import forecast, known_classes, known_images
+from qsr.planner.profiles import Measurement, updated_profile
 
 PEAK_LR = 0.004
 BLOCKING = "data parallel, blocking"
@@ -135,7 +137,7 @@ def decoded(dataset: ImageFolder, transform: EvalTransform) -> MemoryLoader:
 
 def load_from_memory(config: Config) -> None:
     """In the training of this process: nothing is decoded, on cores that compute."""
-    _, transform = build.transforms(config)
+    _, transform = transforms(config.data)
     build.make_loader = lambda _kind, dataset, *_, **__: decoded(dataset, transform)  # type: ignore[attr-defined]
 
 

@@ -25,23 +25,26 @@ from torch import Tensor, nn
 
 from benchmarks.measure import ratio, record, summary
 from qsr import CosineSchedule, Plan, QuadraticRule
-from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
-from qsr.checkpoint import Checkpointer
+from qsr.cluster.memory import keep_freed_memory
 from qsr.config.schema import AdamWConfig, LossConfig, ModelConfig
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
-from qsr.distributed import Communicator, Topology
-from qsr.evaluation import BatchNormSource, Evaluator
-from qsr.flat import FlatModule
-from qsr.losses import TrainingLoss
-from qsr.memory import keep_freed_memory
-from qsr.models import build_model
-from qsr.optim import build_optimizer
-from qsr.precision import Precision
-from qsr.stopping import StopFlag
-from qsr.tracking import JsonlTracker
-from qsr.trainer import Due, Trainer
-from qsr.worker import Worker
+from qsr.run.checkpoint import Checkpointer
+from qsr.run.tracking import JsonlTracker
+from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE
+from qsr.sync.flat import FlatModule
+from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.train.evaluation import BatchNormSource, Evaluator
+from qsr.train.losses import TrainingLoss
+from qsr.train.models import build_model
+from qsr.train.monitor import Monitor
+from qsr.train.optim import build_optimizer
+from qsr.train.precision import Precision
+from qsr.train.state import RunState
+from qsr.train.step import Stepper
+from qsr.train.trainer import Due, Trainer, TrainingData
+from qsr.train.worker import Worker
 
 CPU = torch.device("cpu")
 BARE, TRAINER = "bare loop", "trainer"
@@ -165,28 +168,38 @@ def take_turns(case: Case) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tracker = JsonlTracker(folder / "metrics.jsonl")
-        trainer = Trainer(
-            plan=Plan(schedule, QuadraticRule(h_base=4, alpha=1e-3)),
+        plan, options = Plan(schedule, QuadraticRule(h_base=4, alpha=1e-3)), SyncOptions()
+        synchronizer = Synchronizer(
+            plan,
+            [flat],
+            [optimizer],
+            communicator,
             sampler=sampler,
-            workers=[worker],
-            moments=MomentBuffers([optimizer], []),
-            loader=loader,
+            config_hash="0123456789abcdef",
+            options=options,
+        )
+        stepper = Stepper(
+            [worker],
+            synchronizer,
+            Monitor(plan, sampler, communicator, precision),
             loss=TrainingLoss(LossConfig(label_smoothing=0.1, mixup_alpha=0.0)),
             micro_batch=case.batch,
             clip_norm=None,
             precision=precision,
-            communicator=communicator,
-            evaluator=Evaluator(
+            seed=1,
+        )
+        checkpointer = Checkpointer(folder / "checkpoints", 1, communicator)
+        trainer = Trainer(
+            TrainingData(loader, sampler),
+            stepper,
+            synchronizer,
+            Evaluator(
                 network(case), loader, case.batch, case.batch, batchnorm, communicator, precision
             ),
-            checkpointer=Checkpointer(folder / "checkpoints", 1, communicator),
-            tracker=tracker,
-            due=Due(TURN, 10**9, None, steps),
-            config_hash="0123456789abcdef",
-            stop=StopFlag(),
-            bucket_mib=25.0,
-            delay_steps=0,
-        )  # fmt: skip
+            RunState([worker], synchronizer, checkpointer, options),
+            tracker,
+            Due(TURN, 10**9, None, steps),
+        )
         trainer.train()
         tracker.close()
     return loader.seconds_per_step

@@ -23,7 +23,7 @@ from qsr.core.schedules import (
 )
 
 if TYPE_CHECKING:
-    from qsr.model_file import load_model
+    from qsr.train.model_file import load_model
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "load_model":
-        from qsr.model_file import load_model  # torch is slow to import
+        from qsr.train.model_file import load_model  # torch is slow to import
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,56 +4,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-
-from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
-from qsr.checkpoint import Checkpointer, CheckpointError
-from qsr.config.costs import make_cost_model, moment_bytes, parameter_bytes
-from qsr.config.load import ConfigError, check_plan, config_hash
+from qsr.cluster.group import join
+from qsr.cluster.signals import StopFlag
+from qsr.config.load import check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
-from qsr.config.schema import AugmentationConfig, Config
+from qsr.config.schema import Config
 from qsr.core.cost import averaged_bytes, ring_bytes
 from qsr.core.plan import Plan
-from qsr.core.seeds import seed_for
 from qsr.data import (
-    DataError,
-    EvalTransform,
     ImageFolder,
     Loader,
-    TrainTransform,
     make_loader,
     open_image_folders,
     try_some,
     uses_dali,
 )
-from qsr.data.randaugment import RandAugment
-from qsr.distributed import ClusterError, Communicator, Topology, choose_device, topology
-from qsr.evaluation import BatchNormSource, Evaluation, Evaluator
-from qsr.flat import FlatModule
-from qsr.losses import TrainingLoss
-from qsr.memory import keep_freed_memory
-from qsr.model_file import Description
-from qsr.models import build_model, check_network
-from qsr.optim import averaged_state_keys, build_optimizer
+from qsr.data.settings import transforms
+from qsr.errors import CheckpointError, ClusterError, ConfigError, DataError
 from qsr.output import warn
-from qsr.place import find_place
-from qsr.precision import Precision
-from qsr.runfolder import (
-    RunFolder,
-    check_run_folder,
-    code_that_runs,
-    make_run_folder,
-    missing_room,
-    other_code,
-    reserve_results,
-    write_records,
-    write_results,
-)
-from qsr.runlock import check_free, claim
-from qsr.stopping import StopFlag
-from qsr.tracking import NullTracker, Tracker, build_tracker
-from qsr.trainer import Due, Trainer
-from qsr.worker import Worker
+from qsr.planner.cost_model import make_cost_model, moment_bytes, parameter_bytes
+from qsr.run.checkpoint import Checkpointer
+from qsr.run.environment import code_that_runs, other_code, write_records
+from qsr.run.folder import RunFolder
+from qsr.run.identity import check_run_folder, make_run_folder
+from qsr.run.lock import check_free, claim
+from qsr.run.results import missing_room, reserve_results, write_results
+from qsr.run.tracking import NullTracker, Tracker, build_tracker
+from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.train.evaluation import BatchNormSource, Evaluation, Evaluator
+from qsr.train.losses import TrainingLoss
+from qsr.train.model_file import Description
+from qsr.train.models import check_network, initial_model
+from qsr.train.monitor import Monitor
+from qsr.train.optim import averaged_state_keys
+from qsr.train.precision import Precision
+from qsr.train.state import RunState
+from qsr.train.step import Stepper
+from qsr.train.trainer import Due, Trainer, TrainingData
+from qsr.train.worker import make_workers
 
 
 class Prepared(NamedTuple):
@@ -160,8 +149,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             flag or StopFlag(),
         )
         model = evaluator.model.state_dict()
-        about = describe(config, train.classes, plan.total_steps)
-        trainer.check_space(missing_room(folder, model, about))
+        about = describe(config, train.classes, plan.total_steps).metadata()
+        trainer.state.check_space(missing_room(folder, model, about))
         _on_main(communicator, folder, lambda: reserve_results(folder, model, about))
         trainer.restore()
         trainer.train()
@@ -174,7 +163,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             return Stopped(trainer.progress.step, reason, by_signal=trainer.stopping)
         summary = _summary(config, plan, trainer, place, len(train))
         results = evaluator.model.state_dict()
-        final = describe(config, train.classes, trainer.progress.step, trainer.evaluation)
+        description = describe(config, train.classes, trainer.progress.step, trainer.evaluation)
+        final = description.metadata()
         _on_main(communicator, folder, lambda: write_results(folder, results, final, summary))
         if unsaved is not None:
             raise CheckpointError(f"{unsaved}; but training is done, and the results are written")
@@ -213,17 +203,6 @@ def _on_main(communicator: Communicator, folder: RunFolder, write: Callable[[], 
         ) from None
 
 
-def join(config: Config, name: str = "group") -> Communicator:
-    """Collective: find this rank's place, device and threads, and join the others, in the process
-    group of this name. Raises ClusterError before a process group exists."""
-    place = topology(config.cluster, config.workers)
-    device = choose_device(config.cluster.device, place.local_rank)
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.set_num_threads(config.cluster.threads_per_rank or find_place().cores)
-    return Communicator(place, device, config.cluster.timeout_seconds, name)
-
-
 def _build(
     config: Config,
     train: ImageFolder,
@@ -256,7 +235,7 @@ def _build(
 
     workers = make_workers(config, num_classes, communicator)
     sampler = make_sampler(config, len(train))
-    train_transform, eval_transform = transforms(config)
+    train_transform, eval_transform = transforms(config.data)
     batchnorm = BatchNormSource(
         open_loader(train, train_transform, config.micro_batch_size),
         sampler,
@@ -264,7 +243,7 @@ def _build(
         config.evaluation.batchnorm_micro_batches,
     )
     evaluator = Evaluator(
-        _make_model(config, num_classes, device),
+        initial_model(config, num_classes, device),
         open_loader(val, eval_transform, config.evaluation.batch),
         len(val),
         config.evaluation.batch,
@@ -272,72 +251,47 @@ def _build(
         communicator,
         precision,
     )
-    keys = averaged_state_keys(config.optimizer, config.sync)
-    trainer = Trainer(
-        plan=plan,
+    options = sync_options(config)
+    synchronizer = Synchronizer(
+        plan,
+        [worker.model for worker in workers],
+        [worker.optimizer for worker in workers],
+        communicator,
         sampler=sampler,
-        workers=workers,
-        moments=MomentBuffers([worker.optimizer for worker in workers], keys),
-        loader=open_loader(train, train_transform, config.local_batch),
+        config_hash=config_hash(config),
+        options=options,
+        asked_to_stop=lambda: flag.reason is not None,
+    )
+    stepper = Stepper(
+        workers,
+        synchronizer,
+        Monitor(plan, sampler, communicator, precision),
         loss=TrainingLoss(config.loss),
         micro_batch=config.micro_batch_size,
         clip_norm=config.optimizer.clip_norm,
         precision=precision,
-        communicator=communicator,
-        evaluator=evaluator,
-        checkpointer=checkpointer,
-        tracker=tracker,
-        due=Due(
-            log_every=config.tracking.log_every_steps,
-            evaluate_every=config.evaluation.every_epochs * sampler.steps_per_epoch,
-            checkpoint_every=config.checkpoint.every_steps,
-            stop_after=config.stop_after_steps,
-        ),
-        config_hash=config_hash(config),
-        stop=flag,
-        bucket_mib=config.cluster.bucket_mib if config.cluster.overlap_gradients else None,
-        delay_steps=config.sync.delay_steps,
+        seed=sampler.seed,
     )
+    due = Due(
+        log_every=config.tracking.log_every_steps,
+        evaluate_every=config.evaluation.every_epochs * sampler.steps_per_epoch,
+        checkpoint_every=config.checkpoint.every_steps,
+        stop_after=config.stop_after_steps,
+    )
+    data = TrainingData(open_loader(train, train_transform, config.local_batch), sampler)
+    state = RunState(workers, synchronizer, checkpointer, options)
+    trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due)
     return trainer, evaluator
 
 
-def make_workers(config: Config, num_classes: int, communicator: Communicator) -> list[Worker]:
-    """The workers of this rank, all with the same weights."""
-    device = communicator.device
-    precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
-    fused = device.type == "cuda" or precision.name == "fp16"
-    workers = []
-    for index in communicator.topology.workers:
-        model = _make_model(config, num_classes, device)
-        flat = FlatModule(model, extra=FINGERPRINT_SIZE)
-        optimizer = build_optimizer(config.optimizer, model.parameters(), fused=fused)
-        workers.append(Worker(index, flat, optimizer, precision.scaler()))
-    return workers
-
-
-def _make_model(config: Config, num_classes: int, device: torch.device) -> torch.nn.Module:
-    torch.manual_seed(seed_for(config.seed, "weights"))  # the same on every worker
-    return build_model(config.model, num_classes, config.data.image_size).to(device)
-
-
-def transforms(config: Config) -> tuple[TrainTransform, EvalTransform]:
-    """What happens to training and to validation images."""
-    data, change = config.data, config.data.augmentation
-    train = TrainTransform(
-        size=data.image_size,
-        min_area=change.min_area,
-        max_area=change.max_area,
-        min_aspect=change.min_aspect,
-        max_aspect=change.max_aspect,
-        flip_probability=change.flip_probability,
-        randaugment=_randaugment(change),
-        mean=data.mean,
-        std=data.std,
+def sync_options(config: Config) -> SyncOptions:
+    """How the run's averages are made."""
+    cluster = config.cluster
+    return SyncOptions(
+        moments=averaged_state_keys(config.optimizer, config.sync),
+        bucket_mib=cluster.bucket_mib if cluster.overlap_gradients else None,
+        delay_steps=config.sync.delay_steps,
     )
-    validation = EvalTransform(
-        size=data.image_size, crop_fraction=data.eval_crop_fraction, mean=data.mean, std=data.std
-    )
-    return train, validation
 
 
 def describe(
@@ -345,7 +299,7 @@ def describe(
 ) -> Description:
     """What the model file of a run says of itself after `step` steps. Runs that compute the same
     give the same. Without a result it is what will be written but for some digits."""
-    _, transform = transforms(config)
+    _, transform = transforms(config.data)
     return Description(
         network=config.model.name,
         timm_name=config.model.timm_name,
@@ -362,15 +316,6 @@ def describe(
         top1=0.0 if result is None else result.top1,
         top5=None if result is None else result.top5,
     )
-
-
-def _randaugment(settings: AugmentationConfig) -> RandAugment | None:
-    if settings.randaugment == "none":
-        return None
-    depth, severity = settings.randaugment_depth, settings.randaugment_severity
-    assert depth is not None  # config.load.check
-    assert severity is not None
-    return RandAugment(settings.randaugment, depth, severity)
 
 
 def _summary(

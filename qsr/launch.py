@@ -15,19 +15,23 @@ from typing import Any
 import torch
 
 from qsr.build import Stopped, prepare, run
-from qsr.checkpoint import FolderMovedError
-from qsr.config.load import ConfigError, run_folder
+from qsr.cluster.failures import describe, record_failure
+from qsr.cluster.place import find_place
+from qsr.cluster.processes import socket_folder, start_ranks
+from qsr.cluster.signals import StopFlag
+from qsr.cluster.slurm import current_task
+from qsr.config.load import run_folder
 from qsr.config.schema import Config, SlurmCluster
-from qsr.data import DataError
-from qsr.distributed import ClusterError
-from qsr.failures import describe, record_failure
+from qsr.errors import (
+    ClusterError,
+    ConfigError,
+    DataError,
+    FolderInUseError,
+    FolderMovedError,
+    RunFailedError,
+)
 from qsr.output import warn
-from qsr.place import find_place
-from qsr.processes import RunFailedError, socket_folder, start_ranks
-from qsr.runfolder import RunFolder
-from qsr.runlock import FolderInUseError
-from qsr.slurm import current_task
-from qsr.stopping import StopFlag
+from qsr.run.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,20 @@ def warn(text: str) -> None:
     _put(text, sys.stderr)
 
 
+def printable(text: str) -> str:
+    """`text` as one line that every stream takes: line breaks, and bytes of a name that are no
+    UTF-8, are shown as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # how Python decodes a byte of a name that is no UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()
+
+
 def _put(text: str, stream: TextIO | None) -> None:
     if stream is not None:  # `print` would take standard output then
         # ValueError: it was closed; RuntimeError: in a signal's handler, in the middle of a print

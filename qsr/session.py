@@ -3,19 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qsr.averaging import DisagreementError
 from qsr.build import Stopped
-from qsr.checkpoint import CheckpointError, FolderMovedError
-from qsr.config.load import ConfigError, run_folder
+from qsr.cluster.place import find_place
+from qsr.cluster.slurm import stopped_status
+from qsr.config.load import run_folder
 from qsr.config.schema import Config
-from qsr.data import DataError
-from qsr.distributed import ClusterError, LostRankError
+from qsr.errors import (
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    DataError,
+    DisagreementError,
+    FolderMovedError,
+    LostRankError,
+    RunFailedError,
+    TrainingError,
+)
 from qsr.launch import Failed, Outcome, execute
-from qsr.monitor import TrainingError
 from qsr.output import say, warn
-from qsr.place import find_place
-from qsr.processes import RunFailedError
-from qsr.slurm import stopped_status
 
 _FAILURES = (
     *(RunFailedError, CheckpointError, DisagreementError, FolderMovedError, LostRankError),

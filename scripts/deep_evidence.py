@@ -18,11 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qsr.config.load import ConfigError
 from qsr.config.schema import Config
-from qsr.data import DataError
-from qsr.data.digits import prepare_few_digits
-from qsr.deep_study import (
+from qsr.data.prepare.digits import prepare_few_digits
+from qsr.errors import ConfigError, DataError, RunFailedError
+from qsr.evidence.deep_study import (
     DeepStudy,
     Measured,
     Trial,
@@ -34,9 +33,8 @@ from qsr.deep_study import (
     tuning_runs,
 )
 from qsr.output import program, warn
-from qsr.processes import RunFailedError
-from qsr.report.deep import deep_report
-from qsr.runfolder import write_json, write_text
+from qsr.report.evidence_deep import deep_report
+from qsr.run.folder import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,14 +12,12 @@ import os
 import time
 from pathlib import Path
 
-from qsr.config.load import ConfigError, load_config, run_folder
-from qsr.data import DataError
-from qsr.data.digits import prepare_digits
-from qsr.distributed import ClusterError
+from qsr.config.load import load_config, run_folder
+from qsr.data.prepare.digits import prepare_digits
+from qsr.errors import ClusterError, ConfigError, DataError, ReportError, RunFailedError
 from qsr.launch import execute, raise_failures
 from qsr.output import program, warn
-from qsr.processes import RunFailedError
-from qsr.report.collect import ReportError, group_by_label, read_run
+from qsr.report.collect import group_by_label, read_run
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
 from qsr.report.tables import rule_table, rule_table_markdown

@@ -14,10 +14,11 @@ be checked there. Exit status: 0 all is well, 1 something is not, 2 wrong settin
 
 import shlex
 
-from qsr.config.load import ConfigError, load_config
+from qsr.cluster.slurm import current_task
+from qsr.config.load import load_config
 from qsr.config.schema import SlurmCluster
+from qsr.errors import ConfigError
 from qsr.output import program, warn
-from qsr.slurm import current_task
 
 
 def main(arguments: list[str]) -> int:
@@ -30,10 +31,10 @@ def main(arguments: list[str]) -> int:
         warn(f"refused: {error}")
         return 2
 
-    from qsr.distributed import ClusterError  # after the settings are known to be right
-    from qsr.doctor import examine, examine_login_node
+    from qsr.cluster.processes import start_ranks
+    from qsr.errors import ClusterError, RunFailedError
     from qsr.launch import number_of_ranks
-    from qsr.processes import RunFailedError, start_ranks
+    from qsr.ops.doctor import examine, examine_login_node
 
     try:
         if isinstance(config.cluster, SlurmCluster) and current_task() is None:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     if Path(arguments[0]).exists() or "=" not in arguments[0].partition("/")[0]:
         source, *overrides = arguments
 
-    from qsr.validate import evaluate  # after the help: torch is slow
+    from qsr.train.validate import evaluate  # after the help: torch is slow
 
     try:
         return evaluate(source, overrides)

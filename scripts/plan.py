@@ -20,14 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qsr.config import profiles
-from qsr.config.load import ConfigError, expand_sweeps, load_config, load_configs
+from qsr.cluster.place import find_place
+from qsr.config.load import expand_sweeps, load_config, load_configs
 from qsr.config.schema import Config
+from qsr.errors import ConfigError
 from qsr.output import printer, program, warn
-from qsr.place import find_place
-from qsr.report import planner_json, planner_text
-from qsr.report.forecast import forecast, known_classes, known_images
-from qsr.report.what_if import all_cases
+from qsr.planner import as_json as planner_json
+from qsr.planner import profiles
+from qsr.planner import text as planner_text
+from qsr.planner.forecast import forecast, known_classes, known_images
+from qsr.planner.what_if import all_cases
 
 
 def main(arguments: list[str]) -> int:
@@ -97,11 +99,11 @@ def calibrate(arguments: list[str]) -> int:
     images, classes = known_images(config), known_classes(config)
 
     from qsr import launch  # after the settings are known to be right: torch takes seconds
-    from qsr.calibrate import measure
-    from qsr.distributed import ClusterError
-    from qsr.models import check_network
-    from qsr.processes import RunFailedError, start_ranks
-    from qsr.runfolder import write_text
+    from qsr.cluster.processes import start_ranks
+    from qsr.errors import ClusterError, RunFailedError
+    from qsr.planner.calibrate import measure
+    from qsr.run.folder import write_text
+    from qsr.train.models import check_network
 
     check_network(config)
     command = " ".join(["plan.py calibrate", *arguments])
@@ -138,7 +140,7 @@ def _parameters(config: Config) -> int | None:
     if config.model.name != "timm":
         return None
 
-    from qsr.models import check_model, count_parameters
+    from qsr.train.models import check_model, count_parameters
 
     check_model(config.model, config.data.image_size)
     return count_parameters(config.model, known_classes(config), config.data.image_size)

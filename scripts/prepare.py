@@ -15,15 +15,15 @@ import argparse
 import os
 from pathlib import Path
 
-from qsr.data import DataError, open_image_folders
-from qsr.data.check import check_images
+from qsr.data import open_image_folders
 from qsr.data.datasets import IMAGENET, Counts
-from qsr.data.digits import DIGITS, FEW_DIGITS, HeldOut, prepare_digits, prepare_few_digits
-from qsr.data.ground_truth import read_devkit, read_labels
-from qsr.data.imagenet import prepare_imagenet
-from qsr.data.names import printable
-from qsr.data.subset import choose_classes, link_subset, read_classes
-from qsr.output import program, warn
+from qsr.data.prepare.check import check_images
+from qsr.data.prepare.digits import DIGITS, FEW_DIGITS, HeldOut, prepare_digits, prepare_few_digits
+from qsr.data.prepare.ground_truth import read_devkit, read_labels
+from qsr.data.prepare.imagenet import prepare_imagenet
+from qsr.data.prepare.subset import choose_classes, link_subset, read_classes
+from qsr.errors import DataError
+from qsr.output import printable, program, warn
 
 FEW_DIGITS_FOLDERS: dict[HeldOut, str] = {"test": "few_digits", "tuning": "few_digits_tuning"}
 DATA = Path(__file__).resolve().parents[1] / "data"

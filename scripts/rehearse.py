@@ -13,14 +13,12 @@ import os
 import time
 from pathlib import Path
 
-from qsr.config.load import ConfigError, load_configs, run_folder
-from qsr.data import DataError
-from qsr.data.digits import prepare_digits
-from qsr.distributed import ClusterError
+from qsr.config.load import load_configs, run_folder
+from qsr.data.prepare.digits import prepare_digits
+from qsr.errors import ClusterError, ConfigError, DataError, ReportError, RunFailedError
 from qsr.launch import execute, raise_failures
 from qsr.output import program, warn
-from qsr.processes import RunFailedError
-from qsr.report.collect import ReportError, read_run
+from qsr.report.collect import read_run
 from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
 from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan

@@ -14,15 +14,22 @@ import argparse
 import time
 from pathlib import Path
 
-from qsr.config.compose import ConfigError, expand_sweeps
-from qsr.config.simulation import SimulationConfig, load_simulation, simulation_names
-from qsr.drift import Drift
+from qsr.config.compose import expand_sweeps
+from qsr.errors import ConfigError
+from qsr.evidence.drift import Drift
+from qsr.evidence.settings import SimulationConfig, load_simulation, simulation_names
+from qsr.evidence.simulation import Outcome
+from qsr.evidence.studies import (
+    DriftCase,
+    drift_cases,
+    drift_record,
+    run_studies,
+    simulation_record,
+)
 from qsr.output import program, warn
-from qsr.report.theory import drift_markdown, simulation_markdown
-from qsr.report.theory_plots import draw
-from qsr.runfolder import write_json
-from qsr.simulation import Outcome
-from qsr.studies import DriftCase, drift_cases, drift_record, run_studies, simulation_record
+from qsr.report.evidence import drift_markdown, simulation_markdown
+from qsr.report.evidence_plots import draw
+from qsr.run.folder import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "theory"
 

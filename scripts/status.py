@@ -10,9 +10,10 @@ From the run folders at and below these paths, and from squeue if runs were subm
 
 from pathlib import Path
 
+from qsr.cluster.slurm import query
+from qsr.errors import SlurmError
+from qsr.ops.status import find_runs, job_of, read_status, status_table
 from qsr.output import printer, warn
-from qsr.report.status import find_runs, job_of, read_status, status_table
-from qsr.slurm import SlurmError, query
 
 
 def main(arguments: list[str]) -> int:

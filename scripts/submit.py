@@ -16,11 +16,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from qsr.config.load import ConfigError, load_configs, run_folder
+from qsr.config.load import load_configs, run_folder
 from qsr.config.schema import Config, SlurmCluster
+from qsr.errors import ConfigError
 from qsr.output import program, warn
-from qsr.report.forecast import forecast
-from qsr.report.planner_text import plan_line
+from qsr.planner.forecast import forecast
+from qsr.planner.text import plan_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,13 +52,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _submit(configs: list[Config], *, dry_run: bool) -> int:
-    from qsr.jobs import check_submission  # torch: after the settings are known to be right
-    from qsr.runfolder import make_run_folder
-    from qsr.slurm import SlurmError
-    from qsr.snapshot import snapshot_folder
+    from qsr.errors import SlurmError
+    from qsr.ops.jobs import check_submission  # torch: after the settings are known to be right
+    from qsr.run.identity import make_run_folder
+    from qsr.run.snapshot import snapshot_folder
 
     try:
-        from qsr.submission import batch_script, submit
+        from qsr.ops.submission import batch_script, submit
     except ImportError as error:  # an optional dependency
         raise ConfigError(f"{error}: pip install submitit, or sbatch slurm/train.sbatch") from None
 
@@ -82,7 +83,7 @@ def _submit(configs: list[Config], *, dry_run: bool) -> int:
 
 
 def _run_here(configs: list[Config], settings: list[str], *, dry_run: bool) -> int:
-    from qsr.snapshot import snapshot_folder, take_snapshot
+    from qsr.run.snapshot import snapshot_folder, take_snapshot
 
     for config in configs:
         _print_plan(config)
@@ -101,10 +102,10 @@ def _run_here(configs: list[Config], settings: list[str], *, dry_run: bool) -> i
 def _prepare_job(configs: list[Config]) -> int:
     """For slurm/train.sbatch, at the first start of its job: check, and copy the code. Where the
     copy is: RUNS_DIR/.snapshots/job_CLUSTER_NUMBER."""
-    from qsr.jobs import check_submission, write_job
-    from qsr.runfolder import make_run_folder
-    from qsr.slurm import own_job
-    from qsr.snapshot import take_snapshot
+    from qsr.cluster.slurm import own_job
+    from qsr.ops.jobs import check_submission, write_job
+    from qsr.run.identity import make_run_folder
+    from qsr.run.snapshot import take_snapshot
 
     _refuse_equal(configs)
     if len({config.runs_dir for config in configs}) > 1:
@@ -130,8 +131,9 @@ def _refuse_equal(configs: list[Config]) -> None:
 
 def _print_plan(config: Config) -> int | None:
     """Print the run's folder and plan; return the plan's steps, if they are known here."""
-    from qsr.data import DataError, open_image_folders
-    from qsr.models import count_parameters
+    from qsr.data import open_image_folders
+    from qsr.errors import DataError
+    from qsr.train.models import count_parameters
 
     print(run_folder(config))
     data = config.data

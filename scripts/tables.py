@@ -15,16 +15,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from qsr.config.load import ConfigError
+from qsr.errors import ConfigError, ReportError
 from qsr.output import printer, program, warn
-from qsr.report.collect import ReportError
-from qsr.report.deep import read_deep
+from qsr.report.evidence import read_theory
+from qsr.report.evidence_deep import read_deep
 from qsr.report.generated import generate, stale, write
 from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
 from qsr.report.records import add_record, read_summaries
 from qsr.report.speed import read_benchmarks
-from qsr.report.theory import read_theory
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "runs"

@@ -13,9 +13,10 @@ SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130 interrupted: the first Ctrl
 everything, the second ends at once.
 """
 
-from qsr.config.load import ConfigError, load_configs
+from qsr.cluster.slurm import leave_when_signalled
+from qsr.config.load import load_configs
+from qsr.errors import ClusterError, ConfigError
 from qsr.output import program, warn
-from qsr.slurm import ClusterError, leave_when_signalled
 
 
 def main(arguments: list[str]) -> int:

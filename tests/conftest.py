@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qsr.data import ImageFolder, Loader, make_loader
-from qsr.data.digits import prepare_digits
+from qsr.data.prepare.digits import prepare_digits
 from qsr.data.transforms import EvalTransform, TrainTransform
 from tests.cli import call, command, folder_in
 from tests.fault_record import FaultRecord

@@ -14,22 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qsr.averaging import FINGERPRINT_SIZE, MomentBuffers
-from qsr.checkpoint import Checkpointer
+from qsr.cluster.group import join_process_group, leave_process_group
+from qsr.cluster.signals import StopFlag
 from qsr.config import schema
 from qsr.core.plan import Plan
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
-from qsr.distributed import Communicator, Topology, leave_process_group
-from qsr.evaluation import BatchNormSource, Evaluator
-from qsr.flat import FlatModule
-from qsr.losses import TrainingLoss
-from qsr.optim import averaged_state_keys, build_optimizer
-from qsr.precision import Precision
-from qsr.stopping import StopFlag
-from qsr.tracking import Row
-from qsr.trainer import Due, Trainer
-from qsr.worker import Worker
+from qsr.run.checkpoint import Checkpointer
+from qsr.run.tracking import Row
+from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE
+from qsr.sync.flat import FlatModule
+from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.train.evaluation import BatchNormSource, Evaluator
+from qsr.train.losses import TrainingLoss
+from qsr.train.monitor import Monitor
+from qsr.train.optim import averaged_state_keys, build_optimizer
+from qsr.train.precision import Precision
+from qsr.train.state import RunState
+from qsr.train.step import Stepper
+from qsr.train.trainer import Due, Trainer, TrainingData
+from qsr.train.worker import Worker
 
 CPU = torch.device("cpu")
 _SCRATCH = tempfile.TemporaryDirectory(prefix="qsr-tests-")
@@ -188,7 +193,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
     folder = setup.folder or new_folder()
     folder.mkdir(parents=True, exist_ok=True)
     topology = topology or Topology(0, 1, 0, setup.workers)
-    communicator = Communicator(topology, device, setup.timeout_seconds)
+    communicator = join_process_group(topology, device, setup.timeout_seconds)
     precision = Precision(setup.precision, device)  # type: ignore[arg-type]
 
     def make_net() -> nn.Module:
@@ -225,25 +230,36 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
     )
     keys = averaged_state_keys(setup.optimizer, sync)
     tracker = MemoryTracker()
-    trainer = Trainer(
-        plan=setup.plan,
+    options = SyncOptions(keys, setup.bucket_mib, setup.delay_steps)
+    synchronizer = Synchronizer(
+        setup.plan,
+        [worker.model for worker in workers],
+        [worker.optimizer for worker in workers],
+        communicator,
         sampler=sampler,
-        workers=workers,
-        moments=MomentBuffers([worker.optimizer for worker in workers], keys),
-        loader=loader,
+        config_hash=setup.config_hash,
+        options=options,
+        asked_to_stop=lambda: setup.stop.reason is not None,
+    )
+    stepper = Stepper(
+        workers,
+        synchronizer,
+        Monitor(setup.plan, sampler, communicator, precision),
         loss=setup.loss or TrainingLoss(schema.LossConfig(0.0, setup.mixup_alpha)),  # type: ignore[arg-type]
         micro_batch=micro_batch,
         clip_norm=setup.optimizer.clip_norm,
         precision=precision,
-        communicator=communicator,
-        evaluator=evaluator,
-        checkpointer=Checkpointer(folder / "checkpoints", setup.keep, communicator),
-        tracker=tracker,
-        due=Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
-        config_hash=setup.config_hash,
-        stop=setup.stop,
-        bucket_mib=setup.bucket_mib,
-        delay_steps=setup.delay_steps,
+        seed=setup.seed,
+    )
+    checkpointer = Checkpointer(folder / "checkpoints", setup.keep, communicator)
+    trainer = Trainer(
+        TrainingData(loader, sampler),
+        stepper,
+        synchronizer,
+        evaluator,
+        RunState(workers, synchronizer, checkpointer, options),
+        tracker,
+        Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
     )
     return Rig(trainer, workers, tracker, evaluator, loader, communicator)
 
@@ -251,7 +267,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
 def train(setup: Setup, topology: Topology | None = None) -> Rig:
     """Build, resume if there is something to resume, and train."""
     rig = build(setup, topology)
-    rig.trainer.check_space(0)
+    rig.trainer.state.check_space(0)
     rig.trainer.restore()
     rig.trainer.train()
     return rig

@@ -1,1 +1,4 @@
-"""Configuration: Hydra's YAML, parsed once into frozen dataclasses. No torch."""
+"""Asks: settings, how they are composed and checked, and the plan that follows from them.
+
+May import: core; no torch.
+"""

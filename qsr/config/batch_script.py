@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qsr.config.compose import ConfigError
 from qsr.config.schema import SlurmCluster
+from qsr.errors import ConfigError
 
 
 def check_batch_script(cluster: SlurmCluster, experiment: str, folder: Path) -> None:

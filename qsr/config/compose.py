@@ -20,14 +20,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from qsr.errors import ConfigError
+
 CONFIG_DIR = Path(__file__).parents[2] / "configs"
 
 GIVEN = "given on the command line"
 """The source of a cluster's constant that an override replaced."""
-
-
-class ConfigError(Exception):
-    """One line: the setting, what is wrong with it, what would be right."""
 
 
 PATHS = ("data.root", "runs_dir", "weights")

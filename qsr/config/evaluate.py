@@ -8,7 +8,6 @@ from pydantic.dataclasses import dataclass
 
 from qsr.config.compose import (
     CONFIG_DIR,
-    ConfigError,
     compose_settings,
     expand_sweeps,
     parse_overrides,
@@ -16,6 +15,7 @@ from qsr.config.compose import (
 from qsr.config.load import check_model_name, check_reading
 from qsr.config.parsing import flatten, parse
 from qsr.config.schema import STRICT, DataConfig, ModelConfig, PositiveInt
+from qsr.errors import ConfigError
 
 OF_NETWORK = ("data.image_size", "data.eval_crop_fraction", "data.mean", "data.std")
 """How a network sees images: known of a model file, whichever data set is chosen."""

@@ -19,7 +19,6 @@ from qsr.config.batch_script import check_batch_script
 from qsr.config.compose import (
     CONFIG_DIR,
     GIVEN,
-    ConfigError,
     compose_defaults,
     compose_settings,
     expand_sweeps,
@@ -27,7 +26,7 @@ from qsr.config.compose import (
     parse_overrides,
 )
 from qsr.config.parsing import flatten, parse
-from qsr.config.planning import make_plan, smallest_h
+from qsr.config.planning import make_plan
 from qsr.config.rehearsal import Rehearsal, rehearse
 from qsr.config.schema import (
     AugmentationConfig,
@@ -37,6 +36,7 @@ from qsr.config.schema import (
     SlurmCluster,
     SyncConfig,
 )
+from qsr.errors import ConfigError
 
 __all__ = [
     "CONFIG_DIR",
@@ -299,7 +299,7 @@ def _check_randaugment(settings: AugmentationConfig) -> None:
 
 
 def _check_delay(sync: SyncConfig) -> None:
-    delay, smallest = f"sync.delay_steps={sync.delay_steps}", smallest_h(sync)
+    delay, smallest = f"sync.delay_steps={sync.delay_steps}", sync.smallest_h
     if smallest is None:
         raise ConfigError(f"{delay}: sync=swap averages once, at the run's end: take 0")
     if sync.delay_steps >= smallest:

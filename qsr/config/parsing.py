@@ -8,7 +8,8 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from qsr.config.compose import ConfigError, suggest
+from qsr.config.compose import suggest
+from qsr.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -4,15 +4,6 @@ from typing import assert_never
 
 from qsr.config import schema
 from qsr.core.plan import Plan
-from qsr.core.rules import (
-    ConstantRule,
-    EveryStepRule,
-    PostLocalRule,
-    PowerRule,
-    QuadraticRule,
-    Rule,
-    SwapRule,
-)
 from qsr.core.sampling import Sampler
 from qsr.core.schedules import (
     ConstantSchedule,
@@ -42,7 +33,7 @@ def make_plan(config: schema.Config, train_images: int) -> Plan:
             f"{MOST_STEPS:,}: take fewer epochs, or a larger global_batch"
         )
     schedule = make_schedule(config.schedule, config.epochs, steps_per_epoch)
-    return Plan(schedule, make_rule(config.sync, steps_per_epoch))
+    return Plan(schedule, config.sync.make_rule(steps_per_epoch))
 
 
 def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch: int) -> Schedule:
@@ -64,39 +55,6 @@ def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch:
             return StepSchedule(peak, milestones, factor, total, warmup, final)
         case schema.ConstantConfig():
             return ConstantSchedule(peak, total, warmup, final)
-    assert_never(settings)
-
-
-def make_rule(settings: schema.SyncConfig, steps_per_epoch: int) -> Rule:
-    """The synchronization rule."""
-    match settings:
-        case schema.EveryStepSync(average=average):
-            return EveryStepRule(average)
-        case schema.ConstantSync(h=h):
-            return ConstantRule(h)
-        case schema.QuadraticSync(h_base=h_base, alpha=alpha):
-            return QuadraticRule(h_base, alpha)
-        case schema.PowerSync(h_base=h_base, coefficient=coefficient, exponent=exponent):
-            return PowerRule(h_base, coefficient, exponent)
-        case schema.PostLocalSync(switch_epoch=epoch, h=h):
-            return PostLocalRule(epoch * steps_per_epoch, h)
-        case schema.SwapSync(switch_epoch=epoch):
-            return SwapRule(epoch * steps_per_epoch)
-    assert_never(settings)
-
-
-def smallest_h(settings: schema.SyncConfig) -> int | None:
-    """Of the rounds that end in an average of parameters and are followed by others; None: there
-    are none."""
-    match settings:
-        case schema.EveryStepSync():
-            return 1
-        case schema.QuadraticSync(h_base=h) | schema.PowerSync(h_base=h):
-            return h
-        case schema.ConstantSync(h=h) | schema.PostLocalSync(h=h):
-            return h
-        case schema.SwapSync():
-            return None
     assert_never(settings)
 
 

@@ -91,9 +91,7 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
             warmup_steps=round(warmup / steps * small_steps),
             lr=rehearsal.lr_factor,
         ),
-        sync=_small_sync(
-            config.sync, epochs=rehearsal.epochs / config.epochs, lr=rehearsal.lr_factor
-        ),
+        sync=config.sync.rehearsed(lr=rehearsal.lr_factor, epochs=rehearsal.epochs / config.epochs),
     )
 
 
@@ -117,16 +115,3 @@ def _small_schedule(
             )
         case _:
             return small
-
-
-def _small_sync(sync: schema.SyncConfig, *, epochs: float, lr: float) -> schema.SyncConfig:
-    """With coefficients times `lr` and epochs times `epochs`."""
-    match sync:
-        case schema.QuadraticSync(alpha=alpha):
-            return replace(sync, alpha=alpha * lr)
-        case schema.PowerSync(coefficient=coefficient):
-            return replace(sync, coefficient=coefficient * lr)
-        case schema.PostLocalSync(switch_epoch=epoch) | schema.SwapSync(switch_epoch=epoch):
-            return replace(sync, switch_epoch=round(epoch * epochs))
-        case schema.EveryStepSync() | schema.ConstantSync():
-            return sync

@@ -6,10 +6,21 @@ A field that is documented as "execution" changes how a run is carried out and n
 computes; it may differ between a run and its resumption.
 """
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from qsr.core.rules import (
+    ConstantRule,
+    EveryStepRule,
+    PostLocalRule,
+    PowerRule,
+    QuadraticRule,
+    Rule,
+    SwapRule,
+)
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -142,7 +153,11 @@ ScheduleConfig = Annotated[
 
 @dataclass(frozen=True, config=STRICT)
 class AverageConfig:
-    """What is averaged at a round's end besides the parameters, and when it counts."""
+    """A synchronization rule: its settings, and all that the rest of the program asks of it. Beside
+    them, what is averaged at a round's end with the parameters, and when it counts.
+
+    A new rule is a class in core/rules.py, and one here with a YAML file in configs/sync/.
+    """
 
     average_momentum: bool
     """Also average SGD's momentum or AdamW's first moment (the paper does not)."""
@@ -151,6 +166,26 @@ class AverageConfig:
     delay_steps: Annotated[int, Field(ge=0)]
     """Steps that the workers take while an average travels, before it is applied; 0: they wait
     (the paper's)."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        """The rule of a plan."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """The rule in words, for tables and legends."""
+        raise NotImplementedError
+
+    @property
+    def smallest_h(self) -> int | None:
+        """The smallest H of rounds that end in an average of parameters and are followed by others;
+        None: there are no such rounds."""
+        raise NotImplementedError
+
+    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+        """The rule of a smaller run of the same shape, whose learning rates are `lr` times these
+        and whose epochs are `epochs` times these."""
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -162,6 +197,17 @@ class EveryStepSync(AverageConfig):
     average: Literal["gradients", "parameters"]
     """gradients: data parallel training. parameters: the local method with H = 1."""
 
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return EveryStepRule(self.average)
+
+    @property
+    def label(self) -> str:
+        return "data parallel" if self.average == "gradients" else "local, H = 1"
+
+    @property
+    def smallest_h(self) -> int:
+        return 1
+
 
 @dataclass(frozen=True, config=STRICT)
 class ConstantSync(AverageConfig):
@@ -171,6 +217,17 @@ class ConstantSync(AverageConfig):
     """Kind of rule."""
     h: PositiveInt
     """Local steps per round."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return ConstantRule(self.h)
+
+    @property
+    def label(self) -> str:
+        return f"constant H = {self.h}"
+
+    @property
+    def smallest_h(self) -> int:
+        return self.h
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -183,6 +240,20 @@ class QuadraticSync(AverageConfig):
     """Smallest H, in steps."""
     alpha: Positive
     """Growth coefficient, in the unit of the learning rate."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return QuadraticRule(self.h_base, self.alpha)
+
+    @property
+    def label(self) -> str:
+        return f"QSR, H_base = {self.h_base}, alpha = {self.alpha:g}"
+
+    @property
+    def smallest_h(self) -> int:
+        return self.h_base
+
+    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+        return replace(self, alpha=self.alpha * lr)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -198,6 +269,20 @@ class PowerSync(AverageConfig):
     exponent: Positive
     """1: H ~ 1/lr. 3: the cubic rule."""
 
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return PowerRule(self.h_base, self.coefficient, self.exponent)
+
+    @property
+    def label(self) -> str:
+        return f"H_base = {self.h_base}, ({self.coefficient:g}/lr)^{self.exponent:g}"
+
+    @property
+    def smallest_h(self) -> int:
+        return self.h_base
+
+    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+        return replace(self, coefficient=self.coefficient * lr)
+
 
 @dataclass(frozen=True, config=STRICT)
 class PostLocalSync(AverageConfig):
@@ -210,6 +295,20 @@ class PostLocalSync(AverageConfig):
     h: PositiveInt
     """Local steps per round after it."""
 
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return PostLocalRule(self.switch_epoch * steps_per_epoch, self.h)
+
+    @property
+    def label(self) -> str:
+        return f"post-local from epoch {self.switch_epoch}, H = {self.h}"
+
+    @property
+    def smallest_h(self) -> int:
+        return self.h
+
+    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+        return replace(self, switch_epoch=round(self.switch_epoch * epochs))
+
 
 @dataclass(frozen=True, config=STRICT)
 class SwapSync(AverageConfig):
@@ -219,6 +318,20 @@ class SwapSync(AverageConfig):
     """Kind of rule."""
     switch_epoch: Annotated[int, Field(ge=0)]
     """First epoch of local training."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return SwapRule(self.switch_epoch * steps_per_epoch)
+
+    @property
+    def label(self) -> str:
+        return f"SWAP from epoch {self.switch_epoch}"
+
+    @property
+    def smallest_h(self) -> None:
+        return None
+
+    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+        return replace(self, switch_epoch=round(self.switch_epoch * epochs))
 
 
 SyncConfig = Annotated[

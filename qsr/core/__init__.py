@@ -1,1 +1,4 @@
-"""The arithmetic of a run: schedules, rules, plans, sampling, seeds. Standard library only."""
+"""Decides: schedules, rules, plan, sampling, seeds, cost: the paper in readable form.
+
+May import: standard library only.
+"""

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from qsr.data.batch import Batch, DataError, Loader, Request
+from qsr.data.batch import Batch, Loader, Request
 from qsr.data.datasets import (
     ImageFolder,
     open_image_folders,
@@ -13,6 +13,7 @@ from qsr.data.datasets import (
 )
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
+from qsr.errors import DataError
 
 __all__ = [
     "Batch",

@@ -5,16 +5,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from qsr.data.names import printable
-
-
-class DataError(Exception):
-    """The data set or one of its files cannot be used; the message names it and the mend, in one
-    line whatever the name."""
-
-    def __str__(self) -> str:
-        return printable(super().__str__())
-
 
 class Request(NamedTuple):
     """One batch to load."""

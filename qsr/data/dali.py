@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from qsr.data.batch import Batch, DataError, Request, check_request
+from qsr.data.batch import Batch, Request, check_request
 from qsr.data.crew import Crew
 from qsr.data.dali_graph import Decode, eval_pipeline, train_pipeline
 from qsr.data.datasets import ImageFolder, unreadable_files
@@ -18,6 +18,7 @@ from qsr.data.randaugment_torch import augment_batch
 from qsr.data.resize import Resizer
 from qsr.data.torchvision import Normalisation
 from qsr.data.transforms import EvalTransform, TrainDraws, TrainTransform, draw
+from qsr.errors import DataError
 
 
 class DaliLoader:

@@ -12,10 +12,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from qsr.data.batch import DataError
 from qsr.data.decoding import defect
 from qsr.data.listing import MAX_NAMED_FILES, Listing
 from qsr.data.names import appearance, how_they_differ
+from qsr.errors import DataError
 
 FILES_TRIED = 16
 """So many files of a split are decoded at the start of a run."""

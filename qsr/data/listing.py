@@ -5,9 +5,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from qsr.data.batch import DataError
 from qsr.data.decoding import shows_image
-from qsr.data.names import appearance, how_they_differ, is_service, printable, same_letters
+from qsr.data.names import appearance, how_they_differ, is_service, same_letters
+from qsr.errors import DataError
+from qsr.output import printable
 
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",

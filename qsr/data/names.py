@@ -1,4 +1,4 @@
-"""Names on disk: which are nobody's data, which look alike, and how to print any of them."""
+"""Names on disk: which are nobody's data, which look alike, and how to tell them apart."""
 
 import unicodedata
 
@@ -15,20 +15,6 @@ SERVICE_NAMES = frozenset(
 def is_service(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or was left by a program for itself."""
     return name[0] == "." or name in SERVICE_NAMES
-
-
-def printable(text: str) -> str:
-    """`text` as one line that every stream takes: line breaks, and bytes of a name that are no
-    UTF-8, are shown as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else _escaped(char) for char in text)
-
-
-def _escaped(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # how Python decodes a byte of a name that is no UTF-8
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode()
 
 
 def same_letters(name: str) -> str:

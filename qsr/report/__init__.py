@@ -1,1 +1,4 @@
-"""Summaries of many runs -> tables and pictures. Reads run folders; no torch."""
+"""Tells: tables, plots, notebooks, from run folders and results/.
+
+May import: planner, config, core and `run.folder`; no torch.
+"""

@@ -4,17 +4,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 from qsr.config import schema
-from qsr.config.files import read_json, read_rows, read_yaml
-from qsr.config.load import ConfigError, differences, parse_identity
+from qsr.config.load import differences, parse_identity
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
-
-
-class ReportError(Exception):
-    """One line: which folder cannot be reported, and the mend."""
+from qsr.errors import ConfigError, ReportError
+from qsr.run.folder import read_json, read_rows, read_yaml
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Run:
     @property
     def label(self) -> str:
         """What distinguishes the run among those of one table."""
-        return rule_label(self.config.sync)
+        return self.config.sync.label
 
     @property
     def plan(self) -> Plan:
@@ -110,23 +107,3 @@ def label_runs(runs: Sequence[Run]) -> dict[str, Run]:
         [str(run.folder) for run in runs],
     )
     return dict(zip(labels, runs, strict=True))
-
-
-def rule_label(sync: schema.SyncConfig) -> str:
-    """A rule in words, for tables and legends."""
-    match sync:
-        case schema.EveryStepSync(average="gradients"):
-            return "data parallel"
-        case schema.EveryStepSync():
-            return "local, H = 1"
-        case schema.ConstantSync(h=h):
-            return f"constant H = {h}"
-        case schema.QuadraticSync(h_base=h_base, alpha=alpha):
-            return f"QSR, H_base = {h_base}, alpha = {alpha:g}"
-        case schema.PowerSync(h_base=h_base, coefficient=c, exponent=p):
-            return f"H_base = {h_base}, ({c:g}/lr)^{p:g}"
-        case schema.PostLocalSync(switch_epoch=epoch, h=h):
-            return f"post-local from epoch {epoch}, H = {h}"
-        case schema.SwapSync(switch_epoch=epoch):
-            return f"SWAP from epoch {epoch}"
-    assert_never(sync)

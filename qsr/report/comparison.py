@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from qsr.core.plan import Plan
-from qsr.report.collect import ReportError
+from qsr.errors import ReportError
 from qsr.report.paper import Reference, ReferenceRow, reference_text
 from qsr.report.tables import markdown_table
 

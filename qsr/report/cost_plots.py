@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from qsr.core.cost import Link, RunCost
 from qsr.core.plan import Plan
 from qsr.core.rules import QuadraticRule
-from qsr.report import what_if
+from qsr.planner import what_if
+from qsr.planner.forecast import Forecast, Method
 from qsr.report.cost_tables import published_hours
-from qsr.report.forecast import Forecast, Method
 from qsr.report.paper import ReferenceRow
 from qsr.report.style import (
     COLORS,

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from qsr.report.forecast import PRICE, Forecast, Method
+from qsr.planner.forecast import PRICE, Forecast, Method
+from qsr.planner.text import basis_text, hours_text
 from qsr.report.paper import Reference, ReferenceRow, reference_text
-from qsr.report.planner_text import basis_text, hours_text
 from qsr.report.tables import markdown_table
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qsr.report.collect import ReportError
+from qsr.errors import ReportError
 
 FAULTS = tuple(f"F{number}" for number in range(1, 30))
 _KINDS = {

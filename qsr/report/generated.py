@@ -15,13 +15,13 @@ from typing import Any
 import pandas as pd
 
 from qsr.core.plan import Plan
-from qsr.report.collect import ReportError
+from qsr.errors import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
-from qsr.report.deep import deep_report
+from qsr.report.evidence import theory_markdown
+from qsr.report.evidence_deep import deep_report
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
 from qsr.report.speed import Record, speed_markdown
-from qsr.report.theory import theory_markdown
 
 HEADLINES = (
     "vit_b16_b4096/parallel",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from qsr.report.collect import ReportError
+from qsr.errors import ReportError
 
 Tag = Literal["A", "C", "O", "D", "R"]
 """Where a value comes from: the abstract, a caption, the authors' code, derived from those by

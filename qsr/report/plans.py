@@ -8,7 +8,7 @@ import pandas as pd
 from qsr.config.load import CONFIG_DIR, load_config
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
-from qsr.report.forecast import known_images
+from qsr.planner.forecast import known_images
 from qsr.report.paper import Reference, ReferenceRow, reference_text
 from qsr.report.tables import markdown_table
 

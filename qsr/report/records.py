@@ -8,16 +8,16 @@ from typing import Any
 
 import yaml
 
-from qsr.config.files import is_number, read_json, read_yaml
 from qsr.config.load import (
     CONFIG_DIR,
-    ConfigError,
     differences,
     load_config,
     settings_hash,
     without_execution,
 )
-from qsr.report.collect import ReportError, Run, read_run, walk
+from qsr.errors import ConfigError, ReportError
+from qsr.report.collect import Run, read_run, walk
+from qsr.run.folder import is_number, read_json, read_yaml
 
 RECORD_FILES = (
     "config.yaml",

@@ -17,14 +17,16 @@ from qsr import (
     PostLocalRule,
     QuadraticRule,
 )
-from qsr.averaging import FINGERPRINT_SIZE, Averager, Fingerprint
-from qsr.batchnorm import reestimate
+from qsr.cluster.group import join_process_group
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
-from qsr.distributed import Communicator, Topology
-from qsr.flat import FlatBuffers
-from qsr.monitor import TrainingError
-from qsr.stopping import MAX_PENDING
+from qsr.errors import TrainingError
+from qsr.sync.agreement import MAX_PENDING
+from qsr.sync.averaging import Averager
+from qsr.sync.communicator import Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
+from qsr.sync.flat import FlatBuffers
+from qsr.train.batchnorm import reestimate
 from tests.support import (
     CPU,
     Setup,
@@ -53,10 +55,10 @@ def odd_tensors(rank: int) -> list[torch.Tensor]:
 
 
 def average_odd_tensors(rank: int, ranks: int) -> Any:
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, 60.0)
     buffers = FlatBuffers(odd_tensors(rank), FINGERPRINT_SIZE)
     mark = Fingerprint(3, 1, 3, 0.1, Sampler(96, 6, 3, seed=1), config="c0ffee")
-    Averager(communicator, ranks).average_([buffers], mark)
+    Averager(communicator).average_([buffers], mark)
     gathered = communicator.gather_floats([rank, 2.0 * rank])
     flags = [communicator.any(rank == 2), communicator.any(False)]
     seconds = communicator.seconds()
@@ -75,7 +77,7 @@ def test_averages_by_value_over_three_ranks() -> None:
 
 
 def exchange_texts(rank: int, ranks: int) -> Any:
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, 60.0)
     texts = ["", "zwölf", "x" * 1000]
     gathered = [communicator.gather_texts(texts[rank]), communicator.gather_texts("")]
     done: list[int] = []
@@ -222,7 +224,7 @@ def test_within_a_round_a_rank_need_not_wait_for_a_slow_step_of_another(tmp_path
 
 
 def pooled_statistics(rank: int, ranks: int) -> list[float]:
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, 60.0)
     net = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
     # other means, other sizes, and none on the last rank
     batches = [] if rank == 2 else [torch.arange(2.0 * n).view(n, 2) * (rank + 1) for n in (3, 5)]

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from benchmarks import gpu
 from benchmarks.photos import write_photos
-from qsr.vit import SimpleViT
+from qsr.train.vit import SimpleViT
 from tests.cli import ROOT, call
 
 BENCH = [sys.executable, str(ROOT / "scripts" / "bench.py")]

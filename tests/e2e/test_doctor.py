@@ -12,7 +12,7 @@ import pytest
 
 from qsr import build
 from qsr.config.load import load_config, run_folder
-from qsr.runlock import take
+from qsr.run.lock import take
 from tests.cli import ROOT, RUN, TORCHRUN, call
 from tests.faults.inject import mount_here, needs_mounts, small_disk_here
 from tests.support import run_ranks

@@ -22,7 +22,7 @@ from qsr import build, load_model
 from qsr.config.load import load_config, run_folder
 from qsr.data import Request, open_image_folders
 from qsr.data.torchvision import TorchvisionLoader
-from qsr.evaluation import Evaluator
+from qsr.train.evaluation import Evaluator
 from tests.cli import ROOT
 from tests.support import CPU
 
@@ -106,7 +106,7 @@ def test_the_loaded_network_is_the_trained_one(trained: Trained, digits: Path) -
     with torch.no_grad():
         assert torch.equal(model.module(batch), trained.module(batch))
     config = load_config(["experiment=demo/quadratic", "workers=2"])
-    _, transform = build.transforms(config)
+    _, transform = transforms(config.data)
     loader = TorchvisionLoader(val, transform, batch_size=128, device=CPU, threads=1)
     (loaded,) = loader.batches([Request(range(0, len(val), 4), 0)])
     loader.close()

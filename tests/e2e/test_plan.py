@@ -17,7 +17,7 @@ import yaml
 
 from qsr.config.load import CONFIG_DIR, load_config
 from qsr.config.planning import make_plan
-from qsr.config.profiles import MARK
+from qsr.planner.profiles import MARK
 
 ROOT = CONFIG_DIR.parent
 SCRIPT = ROOT / "scripts" / "plan.py"

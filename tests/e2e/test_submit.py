@@ -13,9 +13,10 @@ import pytest
 
 from qsr import build
 from qsr.config.batch_script import check_batch_script
-from qsr.config.load import ConfigError, load_config, run_folder
+from qsr.config.load import load_config, run_folder
 from qsr.config.schema import SlurmCluster
-from qsr.snapshot import running_code, snapshot_folder
+from qsr.errors import ConfigError
+from qsr.run.snapshot import running_code, snapshot_folder
 from tests.cli import ROOT, RUN, call, folder_in
 
 SUBMIT = [sys.executable, str(ROOT / "scripts" / "submit.py")]

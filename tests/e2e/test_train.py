@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from qsr import build
-from qsr.config.load import CONFIG_DIR, ConfigError, load_config, run_folder, to_dict
-from qsr.tracking import read_metrics
+from qsr.config.load import CONFIG_DIR, load_config, run_folder, to_dict
+from qsr.errors import ConfigError
+from qsr.run.tracking import read_metrics
 from tests.cli import TORCHRUN, call, command, folder_in, same_weights
 
 

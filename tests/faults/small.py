@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from qsr.checkpoint import Checkpointer, WorkerState
-from qsr.distributed import Communicator, Topology
+from qsr.run.checkpoint import Checkpointer, WorkerState
+from qsr.sync.communicator import Communicator, Topology
 from tests.support import CPU
 
 PAIR = Communicator(Topology(0, 1, 0, 2), CPU, 10.0)

@@ -15,8 +15,8 @@ from typing import get_args
 import psutil
 import pytest
 
-from qsr.durable import replace_file, reserve
-from qsr.tracking import read_metrics
+from qsr.run.durable import replace_file, reserve
+from qsr.run.tracking import read_metrics
 from tests.cli import call, command, folder_in, same_weights, start, wait_for
 from tests.faults.inject import Lost, crash_everywhere
 from tests.faults.small import checkpointer, flip_byte, holds, save, steps_in

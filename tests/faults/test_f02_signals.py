@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
-from qsr.distributed import Topology
-from qsr.stopping import StopFlag
+from qsr.cluster.signals import StopFlag
+from qsr.sync.communicator import Topology
 from tests.cli import ENVIRONMENT, call, command, folder_in, same_weights, wait_for
 from tests.faults.accidents import Accident
 from tests.support import Setup, build, new_folder, run_ranks

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan, build
-from qsr.checkpoint import CheckpointError
 from qsr.config import schema
 from qsr.config.load import load_config, run_folder
-from qsr.distributed import Topology
-from qsr.durable import partial_name
-from qsr.tracking import JsonlTracker, Row, read_metrics
-from qsr.trainer import checkpoint_bytes
+from qsr.errors import CheckpointError
+from qsr.run.durable import partial_name
+from qsr.run.tracking import JsonlTracker, Row, read_metrics
+from qsr.sync.communicator import Topology
+from qsr.sync.synchronizer import SyncOptions
+from qsr.train.state import checkpoint_bytes
 from tests.cli import RUN
 from tests.faults.inject import fill, needs_mounts, no_file_above, small_disk_here
 from tests.support import Rig, Setup, adamw, new_folder, run_ranks, sgd, train
@@ -233,7 +234,7 @@ def test_the_estimate_at_the_start_is_the_size_of_a_checkpoint(
 ) -> None:
     folder = new_folder()
     setup = Setup(plan, workers, net=wide_net, optimizer=optimizer, stop_after=5, folder=folder)
-    estimate = checkpoint_bytes(plan, build_rig(setup).workers[0], workers, delayed=False)
+    estimate = checkpoint_bytes(plan, build_rig(setup).workers[0], workers, SyncOptions())
     train(setup)
     (checkpoint,) = (folder / "checkpoints").iterdir()
     size = sum(path.stat().st_size for path in checkpoint.iterdir())

@@ -14,7 +14,6 @@ from qsr import build
 from qsr.config.load import load_config
 from qsr.config.planning import make_sampler
 from qsr.data import (
-    DataError,
     EvalTransform,
     ImageFolder,
     Loader,
@@ -22,6 +21,7 @@ from qsr.data import (
     TrainTransform,
     open_image_folders,
 )
+from qsr.errors import DataError
 from tests.cli import call, command, folder_in, same_weights
 from tests.faults.small import steps_in
 from tests.image_trees import textured_image

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
-from qsr.checkpoint import Checkpointer, CheckpointError
-from qsr.distributed import Communicator, Topology
+from qsr.cluster.group import join_process_group
+from qsr.errors import CheckpointError
+from qsr.run.checkpoint import Checkpointer
+from qsr.sync.communicator import Topology
 from tests.faults.small import checkpointer, flip_byte, holds, rewrite_manifest, save, steps_in
 from tests.support import CPU, Setup, adamw, batchnorm_net, run_ranks, sgd, train
 
@@ -172,7 +174,7 @@ def test_damaged_checkpoints_do_not_count_among_those_that_stay(folder: Path) ->
 
 
 def latest_of(rank: int, ranks: int, folder: Path) -> tuple[int | None, str]:
-    communicator = Communicator(Topology(rank, ranks, rank, 2), CPU, 60.0)
+    communicator = join_process_group(Topology(rank, ranks, rank, 2), CPU, 60.0)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         return Checkpointer(folder, 2, communicator).latest(), said.getvalue()

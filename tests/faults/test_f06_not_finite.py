@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
-from qsr.distributed import Topology
-from qsr.monitor import TrainingError
-from qsr.precision import LossScale
+from qsr.errors import TrainingError
+from qsr.sync.communicator import Topology
+from qsr.train.precision import LossScale
 from tests.faults.small import steps_in
 from tests.support import (
     LossWithAccident,

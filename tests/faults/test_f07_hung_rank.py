@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
-from qsr.distributed import Communicator, Topology
-from qsr.processes import GRACE_SECONDS
+from qsr.cluster.group import join_process_group
+from qsr.cluster.processes import GRACE_SECONDS
+from qsr.sync.communicator import Communicator, Topology
 from tests.cli import call, command, folder_in, same_weights, start, wait_for
 from tests.faults.accidents import Accident
 from tests.support import CPU, Setup, build, new_folder, run_ranks
@@ -39,7 +40,7 @@ COLLECTIVES: dict[str, Callable[[Communicator], object]] = {
 
 
 def in_a_collective(rank: int, ranks: int, name: str) -> str:
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, TIMEOUT_SECONDS)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, TIMEOUT_SECONDS)
     communicator.barrier()
     if rank == 1:
         time.sleep(HANG_SECONDS)

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
-from qsr.distributed import Communicator, Topology
-from qsr.processes import RunFailedError, start_ranks
+from qsr.cluster.group import join_process_group
+from qsr.cluster.processes import start_ranks
+from qsr.errors import RunFailedError
+from qsr.sync.communicator import Topology
 from tests.faults.accidents import Accident
 from tests.support import CPU, Setup, build, run_ranks
 
@@ -42,12 +44,12 @@ def session(phase: str, folder: Path) -> None:
     setup = Setup(plan, net=net, evaluate_every=8, checkpoint_every=8, folder=folder)
     rig = build(setup, Topology(rank, 2, rank, 2))
     if phase == "data loader" and rank == 1:
-        batches = rig.loader.batches(rig.trainer._requests(0, 24))
+        batches = rig.trainer._data.batches(rig.workers, 0, 24)
         monkeypatch.setattr(rig.loader, "batches", lambda _: _some(batches, 6))
     if phase == "tracker" and rank == 0:
         monkeypatch.setattr(rig.tracker, "log", fail)
     if phase == "checkpoint" and rank == 1:
-        monkeypatch.setattr(rig.trainer._checkpointer, "save", fail)
+        monkeypatch.setattr(rig.trainer.state._checkpointer, "save", fail)
     rig.trainer.train()
     if phase == "after the last step" and rank == 1:
         fail()
@@ -87,7 +89,7 @@ def test_the_first_error_is_shown_and_everyone_ends(phase: str, rank: int, tmp_p
 
 
 def left_by_the_last(rank: int, ranks: int) -> str:
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, 60.0)
     communicator.barrier()
     if rank == ranks - 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from qsr import ConstantRule, ConstantSchedule, Plan
-from qsr.config.load import ConfigError, load_config
-from qsr.distributed import Topology
-from qsr.monitor import TrainingError
-from qsr.runfolder import check_run_folder, make_run_folder, write_records
+from qsr.config.load import load_config
+from qsr.errors import ConfigError, TrainingError
+from qsr.run.environment import write_records
+from qsr.run.identity import check_run_folder, make_run_folder
+from qsr.sync.communicator import Topology
 from tests.cli import RUN
 from tests.support import Setup, adamw, run_ranks, train
 

@@ -9,12 +9,14 @@ import pytest
 import torch.distributed as dist
 
 from qsr import build
-from qsr.config.load import ConfigError, load_config
+from qsr.config.load import load_config
 from qsr.config.schema import Config
-from qsr.data import DataError, open_image_folders
-from qsr.data.check import check_images
-from qsr.distributed import ClusterError, Topology
-from qsr.runfolder import make_run_folder, write_records
+from qsr.data import open_image_folders
+from qsr.data.prepare.check import check_images
+from qsr.errors import ClusterError, ConfigError, DataError
+from qsr.run.environment import write_records
+from qsr.run.identity import make_run_folder
+from qsr.sync.communicator import Topology
 from tests.cli import RUN, command, refusal
 from tests.faults.inject import give_up_privileges_here
 from tests.image_trees import GOOD, plant

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from qsr import build
-from qsr.config.load import ConfigError, load_config, run_folder
+from qsr.config.load import load_config, run_folder
+from qsr.errors import ConfigError
 from tests.cli import RUN
 from tests.faults.inject import mount_here, needs_mounts
 from tests.support import run_ranks

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from qsr import build, tracking
+from qsr import build
 from qsr.config.load import load_config
-from qsr.tracking import WandbTracker, read_metrics
+from qsr.run import tracking
+from qsr.run.tracking import WandbTracker, read_metrics
 from tests.cli import ENVIRONMENT, command, folder_in, same_weights
 from tests.faults.inject import needs_own_network, no_network_here
 from tests.support import run_ranks
@@ -111,7 +112,7 @@ def test_wandb_without_a_server_does_not_hold_up_the_end_of_the_process(tmp_path
     """wandb waits for its uploads when its process exits: that must not be the run's process."""
     program = (
         "import sys, pathlib; from qsr.config.load import load_config\n"
-        "from qsr.tracking import WandbTracker\n"
+        "from qsr.run.tracking import WandbTracker\n"
         "config = load_config(['experiment=demo/quadratic', 'tracking=online'])\n"
         "tracker = WandbTracker(config, pathlib.Path(sys.argv[1]), close_seconds=1.0)\n"
         "tracker.log({'kind': 'train', 'step': 1, 'loss': 1.0})\n"

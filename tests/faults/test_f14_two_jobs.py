@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 
 from qsr import build
-from qsr.config.load import ConfigError, load_config
-from qsr.runlock import check_free, take
+from qsr.config.load import load_config
+from qsr.errors import ConfigError
+from qsr.run.lock import check_free, take
 from tests.cli import RUN, call, command, folder_in, is_somewhere, same_weights
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from qsr.runlock import take
+from qsr.run.lock import take
 lock = take(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from qsr import build
-from qsr.checkpoint import Checkpointer, CheckpointError
-from qsr.config.load import ConfigError, load_config, run_folder
+from qsr.config.load import load_config, run_folder
+from qsr.errors import CheckpointError, ConfigError
+from qsr.run.checkpoint import Checkpointer
 from tests.cli import RUN
 from tests.faults.small import checkpointer, rewrite_manifest, save
 

@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from qsr.distributed import ClusterError, Communicator, Topology
-from qsr.place import find_place
-from qsr.processes import start_ranks
-from qsr.rendezvous import meet
-from qsr.slurm import SlurmTask, current_task
+from qsr.cluster.group import join_process_group
+from qsr.cluster.place import find_place
+from qsr.cluster.processes import start_ranks
+from qsr.cluster.rendezvous import meet
+from qsr.cluster.slurm import SlurmTask, current_task
+from qsr.errors import ClusterError
+from qsr.sync.communicator import Topology
 from tests.cli import RUN, TORCHRUN, TRAIN, call, folder_in, same_weights, start, wait_for
 from tests.support import CPU, free_port, run_ranks
 
@@ -52,7 +54,7 @@ def meet_and_sum(
     rank: int, ranks: int, value: float, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> float:
     """The sum over the ranks of `value` x (rank + 1)."""
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, timeout_seconds)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, timeout_seconds)
     return float(communicator.total(torch.tensor([value * (rank + 1)])))
 
 
@@ -242,7 +244,7 @@ def test_a_start_under_torchrun_tells_its_own_failure(digits: Path, tmp_path: Pa
 
 
 def test_the_launchers_store_is_for_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsr.processes.start_processes", _listening)
+    monkeypatch.setattr("qsr.cluster.processes.start_processes", _listening)
     with pytest.raises(ZeroDivisionError, match=r"127\.0\.0\.1"):
         start_ranks(job, 2)
 

@@ -20,13 +20,15 @@ from qsr import (
     StepSchedule,
 )
 from qsr import build as product
-from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerprint
+from qsr.cluster.group import join_process_group
 from qsr.config.load import load_config
 from qsr.core.plan import Round
 from qsr.core.sampling import Sampler
-from qsr.data import DataError
-from qsr.distributed import Communicator, Topology
-from qsr.flat import FlatBuffers
+from qsr.errors import DataError, DisagreementError
+from qsr.sync.averaging import Averager
+from qsr.sync.communicator import Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
+from qsr.sync.flat import FlatBuffers
 from tests.cli import RUN
 from tests.image_trees import plant
 from tests.support import CPU, Setup, build, linear_net, run_ranks
@@ -41,9 +43,9 @@ OTHER = Fingerprint(9, 3, 5, 0.2, replace(SAMPLER, seed=2), "decaf")
 
 
 def disagree(rank: int, ranks: int, field: str) -> str:
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, 60.0)
     buffers = FlatBuffers([torch.ones(3)], FINGERPRINT_SIZE)
-    averager = Averager(communicator, ranks)
+    averager = Averager(communicator)
     averager.average_([buffers], MARK)  # all agree
     mark = MARK._replace(**{field: getattr(OTHER, field)}) if rank == 1 else MARK
     try:
@@ -67,7 +69,7 @@ def same_net() -> nn.Module:
 
 def skip_step(trainer: Any, skipped: int) -> None:
     steps = trainer._steps
-    trainer._steps = lambda first, stop: (at for at in steps(first, stop) if at[1] != skipped)
+    trainer._steps = lambda *of_round: (step for step in steps(*of_round) if step != skipped)
 
 
 def skip_average(trainer: Any, skipped: int) -> None:

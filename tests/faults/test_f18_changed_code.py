@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qsr.config.load import ConfigError, load_config, run_folder, to_dict
-from qsr.distributed import Communicator, Topology
-from qsr.runfolder import RunFolder, check_run_folder, code_that_runs
-from qsr.snapshot import code_hash
+from qsr.cluster.group import join_process_group
+from qsr.config.load import load_config, run_folder, to_dict
+from qsr.errors import ConfigError
+from qsr.run.environment import code_that_runs
+from qsr.run.folder import RunFolder
+from qsr.run.identity import check_run_folder
+from qsr.run.snapshot import code_hash
+from qsr.sync.communicator import Topology
 from tests.cli import ENVIRONMENT, ROOT, RUN, folder_in
 from tests.support import CPU, free_port, run_ranks
 
@@ -102,7 +106,7 @@ def test_a_machine_with_other_code_is_refused(project: Path, digits: Path) -> No
 
 
 def with_other_packages(rank: int, ranks: int, name: str) -> tuple[int, str] | None:
-    communicator = Communicator(Topology(rank, ranks, rank, ranks), CPU, 60.0)
+    communicator = join_process_group(Topology(rank, ranks, rank, ranks), CPU, 60.0)
     changes = {name: f"of rank {rank}"} if name else {}
     return communicator.first_difference(code_that_runs() | changes)
 

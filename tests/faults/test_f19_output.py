@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from qsr.config.load import load_config
-from qsr.tracking import Row, RunTracker, WandbTracker, build_tracker, read_metrics
+from qsr.run.tracking import Row, RunTracker, WandbTracker, build_tracker, read_metrics
 from tests.cli import ENVIRONMENT, ROOT, command, folder_in, same_weights, wait_for
 
 # 300 kB and 40 kB: more than a pipe holds, and than a terminal does

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qsr.distributed import ClusterError
-from qsr.processes import socket_folder
-from qsr.stopping import StopFlag, handling
+from qsr.cluster.processes import socket_folder
+from qsr.cluster.signals import StopFlag, handling
+from qsr.errors import ClusterError
 from tests.cli import ENVIRONMENT, ROOT, call, command, folder_in, same_weights, start, wait_for
 from tests.faults.inject import needs_mounts
 
@@ -221,7 +221,7 @@ def test_ctrl_c_twice_ends_ranks_that_cannot_save(digits: Path, tmp_path: Path) 
 WAITING = """
 import sys, time
 from pathlib import Path
-from qsr.processes import start_ranks
+from qsr.cluster.processes import start_ranks
 
 def wait(folder):
     import os

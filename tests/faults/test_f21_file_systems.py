@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-from qsr.checkpoint import room_for_checkpoints
-from qsr.checks import check_folder
-from qsr.config.load import ConfigError, load_config, run_folder
-from qsr.durable import partial_name, remove_folder, replace_file, reserve, sync_folder
-from qsr.folder_trial import try_folder
-from qsr.runfolder import RunFolder, make_run_folder
-from qsr.runlock import take
+from qsr.config.load import load_config, run_folder
+from qsr.errors import ConfigError
+from qsr.ops.checks import check_folder
+from qsr.run.checkpoint import room_for_checkpoints
+from qsr.run.durable import partial_name, remove_folder, replace_file, reserve, sync_folder
+from qsr.run.folder import RunFolder
+from qsr.run.folder_trial import try_folder
+from qsr.run.identity import make_run_folder
+from qsr.run.lock import take
 from tests.cli import ENVIRONMENT, RUN, command, folder_in, same_weights
 from tests.faults.inject import in_a_child, mount_here, needs_mounts, needs_x86, refuse_here
 from tests.faults.small import checkpointer, holds, save, steps_in

@@ -17,20 +17,17 @@ import pytest
 import torch
 
 from qsr import ConstantRule, ConstantSchedule, Plan, build
-from qsr.checkpoint import Checkpointer, FolderMovedError
-from qsr.config.load import ConfigError, load_config, run_folder
-from qsr.durable import partial_name, replace_file, reserve
-from qsr.model_file import Description
-from qsr.monitor import TrainingError
-from qsr.runfolder import (
-    RunFolder,
-    check_run_folder,
-    other_code,
-    reserve_results,
-    write_results,
-)
-from qsr.runlock import take
-from qsr.tracking import JsonlTracker, Row, _wandb_id, read_metrics
+from qsr.config.load import load_config, run_folder
+from qsr.errors import ConfigError, FolderMovedError, TrainingError
+from qsr.run.checkpoint import Checkpointer
+from qsr.run.durable import partial_name, replace_file, reserve
+from qsr.run.environment import other_code
+from qsr.run.folder import RunFolder
+from qsr.run.identity import check_run_folder
+from qsr.run.lock import take
+from qsr.run.results import reserve_results, write_results
+from qsr.run.tracking import JsonlTracker, Row, _wandb_id, read_metrics
+from qsr.train.model_file import Description
 from tests.cli import RUN, command, folder_in, same_weights, start, wait_for
 from tests.faults.inject import (
     fill,
@@ -455,7 +452,7 @@ ABOUT = Description(
 def write_a_long_summary_on_a_full_disk(rank: int, ranks: int, path: Path) -> str:
     small_disk_here(path, 3_000_000)
     folder, model = RunFolder(path), {"weight": torch.ones(1000)}
-    reserve_results(folder, model, ABOUT)
+    reserve_results(folder, model, ABOUT.metadata())
     fill(path)
     summary = {"text": "x" * 500_000}
     folder.model.with_name("somebody_elses").open("ab").close()
@@ -467,7 +464,7 @@ def write_a_long_summary_on_a_full_disk(rank: int, ranks: int, path: Path) -> st
         real(old, new)
 
     os.replace = fill_and_replace  # type: ignore[assignment]
-    write_results(folder, model, ABOUT, summary)
+    write_results(folder, model, ABOUT.metadata(), summary)
     return str(json.loads(folder.summary.read_text()) == summary)
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from qsr import build
 from qsr.config.load import load_config
 from qsr.data import (
-    DataError,
     EvalTransform,
     ImageFolder,
     Loader,
@@ -25,9 +24,10 @@ from qsr.data import (
     open_image_folders,
     try_some,
 )
-from qsr.data.check import check_images
 from qsr.data.decoding import MAX_BYTES, UndecodableError, decode, open_plain
+from qsr.data.prepare.check import check_images
 from qsr.data.torchvision import validation_input
+from qsr.errors import DataError
 from tests.cli import RUN, command, refusal
 from tests.image_formats import GREY_IMAGE, IMAGE, KINDS, SIDE, Kind
 from tests.image_trees import GOOD, encoded, plant, textured_image

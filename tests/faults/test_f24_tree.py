@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from qsr.data import (
-    DataError,
     EvalTransform,
     Loader,
     Request,
     open_image_folders,
     open_validation_folder,
 )
-from qsr.data.imagenet import _files
-from qsr.model_file import read_description
-from qsr.validate import _check_classes
+from qsr.data.prepare.imagenet import _files
+from qsr.errors import DataError
+from qsr.train.model_file import read_description
+from qsr.train.validate import _check_classes
 from tests.cli import call, command, folder_in
 from tests.image_formats import IMAGE
 from tests.image_trees import GOOD, encoded, plant, write_tree

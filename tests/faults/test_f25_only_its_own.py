@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from qsr.config.load import ConfigError, load_config, run_folder
-from qsr.jobs import check_submission, write_job
-from qsr.snapshot import snapshot_folder, take_snapshot
+from qsr.config.load import load_config, run_folder
+from qsr.errors import ConfigError
+from qsr.ops.jobs import check_submission, write_job
+from qsr.run.snapshot import snapshot_folder, take_snapshot
 from tests.cli import ROOT, RUN
 
 TASK = {
@@ -70,7 +71,7 @@ def test_a_stopped_run_requeues_its_own_job_alone(
     environment = (
         own | {"PATH": f"{slurm}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)} | task
     )
-    ask = "import sys; from qsr.slurm import stopped_status; sys.exit(stopped_status())"
+    ask = "import sys; from qsr.cluster.slurm import stopped_status; sys.exit(stopped_status())"
     done = subprocess.run(
         [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=False
     )

@@ -14,12 +14,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qsr import build, models
-from qsr.config.load import ConfigError, load_config
+from qsr import build
+from qsr.config.load import load_config
 from qsr.config.schema import Config
-from qsr.doctor import examine
-from qsr.jobs import check_submission
-from qsr.networks import build_network
+from qsr.errors import ConfigError
+from qsr.ops.doctor import examine
+from qsr.ops.jobs import check_submission
+from qsr.train import models
+from qsr.train.networks import build_network
 from tests.cli import call, command, refusal
 from tests.image_trees import write_tree
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qsr import ConstantRule, ConstantSchedule, Plan, load_model, model_file
-from qsr.batchnorm import reestimate
-from qsr.evaluation import Evaluation, validate
-from qsr.hessian import hessian_trace
-from qsr.networks import build_network
-from qsr.precision import Precision
+from qsr import ConstantRule, ConstantSchedule, Plan, load_model
+from qsr.evidence.hessian import hessian_trace
+from qsr.train import model_file
+from qsr.train.batchnorm import reestimate
+from qsr.train.evaluation import Evaluation, validate
+from qsr.train.networks import build_network
+from qsr.train.precision import Precision
 from tests.support import CPU, MemoryLoader, Rig, Setup, build, digits_like, linear_net, train
 from tests.unit.test_model_file import ABOUT, write
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from qsr.build import Stopped
-from qsr.config.load import ConfigError, load_configs, run_folder
+from qsr.cluster.group import join_process_group, leave_process_group
+from qsr.config.load import load_configs, run_folder
 from qsr.config.schema import Config
-from qsr.distributed import Communicator, LostRankError, Topology, leave_process_group
+from qsr.errors import ConfigError, LostRankError, RunFailedError
 from qsr.launch import Failed, execute, raise_failures
-from qsr.processes import RunFailedError
-from qsr.runlock import take
+from qsr.run.lock import take
+from qsr.sync.communicator import Topology
 from tests.cli import ENVIRONMENT, TORCHRUN, TRAIN, call
 from tests.support import CPU, run_ranks
 
@@ -128,13 +129,13 @@ def test_under_torchrun_the_ranks_meet_again_for_the_next_run(
 def abandoned_then_whole(rank: int, ranks: int) -> float:
     """The first group loses a rank in the middle; its process lives and goes on to the next."""
     place = Topology(rank, ranks, rank, ranks)
-    first = Communicator(place, CPU, 60.0, "first")
+    first = join_process_group(place, CPU, 60.0, "first")
     first.barrier()
     if rank == 0:
         with pytest.raises(LostRankError, match="rank 1"):
             first.sum_(torch.ones(1000))
     leave_process_group()
-    second = Communicator(place, CPU, 60.0, "second")
+    second = join_process_group(place, CPU, 60.0, "second")
     total = float(second.total(torch.tensor([1.0 + rank])))
     leave_process_group()
     return total

@@ -22,8 +22,7 @@ from torch.nn import functional
 
 from benchmarks.measure import RESULTS, device_slug
 from qsr import ConstantRule, ConstantSchedule, CosineSchedule, EveryStepRule, Plan, QuadraticRule
-from qsr.averaging import FINGERPRINT_SIZE, Averager, DisagreementError, Fingerprint
-from qsr.calibrate import measure
+from qsr.cluster.group import leave_process_group
 from qsr.config.load import load_config
 from qsr.config.schema import ModelConfig
 from qsr.core.sampling import Sampler
@@ -40,10 +39,14 @@ from qsr.data.randaugment import RandAugment
 from qsr.data.randaugment_pillow import augment_image
 from qsr.data.randaugment_torch import augment_batch
 from qsr.data.transforms import draw
-from qsr.distributed import Communicator, Topology, leave_process_group
-from qsr.flat import FlatBuffers
-from qsr.models import build_model
-from qsr.precision import SETTLED_STEPS, LossScale
+from qsr.errors import DisagreementError
+from qsr.planner.calibrate import measure
+from qsr.sync.averaging import Averager
+from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
+from qsr.sync.flat import FlatBuffers
+from qsr.train.models import build_model
+from qsr.train.precision import SETTLED_STEPS, LossScale
 from tests.support import (
     MemoryLoader,
     Rig,
@@ -325,7 +328,7 @@ def test_averages_by_value() -> None:
         FlatBuffers([torch.full((3, 2), value, device=CUDA)], FINGERPRINT_SIZE)
         for value in (1.0, 4.0)
     ]
-    averager = Averager(communicator(2), 2)
+    averager = Averager(communicator(2))
     averager.average_(replicas, MARK)
     averager.check()
     for replica in replicas:
@@ -336,7 +339,7 @@ def test_averages_by_value() -> None:
 def test_disagreement_is_raised_at_the_next_check_and_not_before() -> None:
     """The second worker sends nothing, so that the fingerprint's mean is half of it."""
     replica = FlatBuffers([torch.ones(3, device=CUDA)], FINGERPRINT_SIZE)
-    averager = Averager(communicator(2), 2)
+    averager = Averager(communicator(2))
     averager.average_([replica], MARK)
     with pytest.raises(DisagreementError, match="disagree on step, round, h, lr, sampler, config"):
         averager.check()

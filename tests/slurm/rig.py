@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qsr.slurm import die_with_parent
+from qsr.cluster.slurm import die_with_parent
 
 NODES = ("127.0.0.1", "127.0.0.2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from qsr.slurm import current_task, stopped_status
+from qsr.cluster.slurm import current_task, stopped_status
 
 
 def main(folder: Path) -> int:

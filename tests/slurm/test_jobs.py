@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qsr.slurm import JobState, query
+from qsr.cluster.slurm import JobState, query
 from tests.slurm.conftest import LONG, ROOT, SMALL, Jobs, read_json, same_weights, steps
 from tests.slurm.rig import Rig, wait_until
 

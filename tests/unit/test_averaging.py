@@ -6,16 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from qsr.averaging import (
-    FINGERPRINT_SIZE,
-    Averager,
-    DisagreementError,
-    Fingerprint,
-    MomentBuffers,
-)
 from qsr.core.sampling import Sampler
-from qsr.distributed import Communicator, Topology
-from qsr.flat import FlatBuffers, FlatModule
+from qsr.errors import DisagreementError
+from qsr.sync.averaging import Averager, MomentBuffers
+from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
+from qsr.sync.flat import FlatBuffers, FlatModule
 
 CPU = torch.device("cpu")
 
@@ -68,7 +64,7 @@ def test_views_do_not_overlap() -> None:
 
 def test_average_over_virtual_workers() -> None:
     replicas = [FlatBuffers(tensors(offset)) for offset in (0.0, 1.0, 5.0)]
-    Averager(communicator(3), 3).average_(replicas, None)
+    Averager(communicator(3)).average_(replicas, None)
     for replica in replicas:
         for view, expected in zip(replica.views, tensors(2.0), strict=True):
             assert torch.equal(view, expected)
@@ -121,7 +117,7 @@ def test_fingerprints_that_differ_are_an_error(other: Fingerprint, named: str) -
         def sum_(self, tensor: torch.Tensor) -> None:
             tensor += torch.cat([torch.ones(1), torch.tensor(other.encode())])
 
-    averager = Averager(Disagreeing(Topology(0, 1, 0, 2), CPU, 10.0), 2)
+    averager = Averager(Disagreeing(Topology(0, 1, 0, 2), CPU, 10.0))
     buffers = FlatBuffers([torch.ones(1)], FINGERPRINT_SIZE)
     with pytest.raises(DisagreementError, match=f"disagree on {named} .here step=8, round=2, h=4"):
         averager.average_([buffers], MARK)
@@ -151,7 +147,7 @@ def test_moments_are_averaged_in_place_on_request() -> None:
             / 2
             for key in ("exp_avg", "exp_avg_sq")
         }
-        Averager(communicator(2), 2).average_(moments.buffers(), None)
+        Averager(communicator(2)).average_(moments.buffers(), None)
         for optimizer, parameter in zip(optimizers, parameters, strict=True):
             for key, value in expected.items():
                 assert torch.equal(optimizer.state[parameter][key], value)

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
-from qsr.checkpoint import Checkpointer, CheckpointError, WorkerState
-from qsr.checkpoint_files import pack_tensors, packed_size
-from qsr.distributed import Communicator, Topology
-from qsr.monitor import TrainingError
+from qsr.errors import CheckpointError, TrainingError
+from qsr.run.checkpoint import Checkpointer, WorkerState
+from qsr.run.checkpoint_files import pack_tensors, packed_size
+from qsr.sync.communicator import Communicator, Topology
 from tests.faults.inject import no_file_above
 from tests.support import CPU, Setup, adamw, batchnorm_net, build, linear_net, train
 

@@ -7,8 +7,8 @@ import pytest
 from qsr.config.load import run_folder
 from qsr.config.planning import make_plan
 from qsr.config.schema import PowerSync, QuadraticSync
-from qsr.data.digits import FEW_DIGITS
-from qsr.deep_study import (
+from qsr.data.prepare.digits import FEW_DIGITS
+from qsr.evidence.deep_study import (
     DeepStudy,
     Measured,
     Trial,

@@ -7,8 +7,8 @@ import torch
 from qsr.core.plan import Plan
 from qsr.core.rules import ConstantRule
 from qsr.core.schedules import ConstantSchedule
-from qsr.drift import Valley, measure_drift
-from qsr.studies import DriftCase, drift_rows
+from qsr.evidence.drift import Valley, measure_drift
+from qsr.evidence.studies import DriftCase, drift_rows
 
 ONE = Valley((1.0,), u=2.0)
 THREE = Valley((2.0, 0.5, 1.0), u=1.5)

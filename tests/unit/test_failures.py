@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qsr.data import DataError
-from qsr.failures import describe, read_failure, record_failure
-from qsr.place import Place, find_place
+from qsr.cluster.failures import describe, read_failure, record_failure
+from qsr.cluster.place import Place, find_place
+from qsr.errors import DataError
 
 RANK_0 = Place(0, 2, 0, 1, attempt="4711.0.0", launched=True, slurm=None)
 RANK_1 = replace(RANK_0, rank=1)

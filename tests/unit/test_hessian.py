@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qsr.config.schema import ModelConfig
-from qsr.hessian import hessian_trace
-from qsr.models import build_model
+from qsr.evidence.hessian import hessian_trace
+from qsr.train.models import build_model
 
 
 class WeightPerImage(nn.Module):

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from qsr.config.schema import LossConfig
-from qsr.losses import TrainingLoss, draw_mixup
+from qsr.train.losses import TrainingLoss, draw_mixup
 
 LOGITS = [[2.0, -1.0, 0.5], [0.0, 3.0, -2.0], [1.0, 1.0, 1.0]]
 LABELS = [0, 2, 1]

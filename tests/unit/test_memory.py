@@ -12,9 +12,10 @@ import resource
 import sys
 from pathlib import Path
 import torch
-from qsr.build import join
+from qsr.cluster.group import join
+
 from qsr.config.load import load_config
-from qsr.memory import keep_freed_memory
+from qsr.cluster.memory import keep_freed_memory
 
 def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

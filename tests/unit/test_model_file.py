@@ -22,17 +22,18 @@ from vit_pytorch.simple_vit import SimpleViT as Reference
 
 import qsr
 from qsr import load_model
-from qsr.checkpoint_files import pack_tensors
 from qsr.data import ImageFolder, Loader, Request
-from qsr.model_file import (
+from qsr.errors import ModelFileError
+from qsr.run.checkpoint_files import pack_tensors
+from qsr.run.folder import RunFolder
+from qsr.run.results import missing_room, reserve_results, write_results
+from qsr.train.model_file import (
     Description,
     LoadedModel,
-    ModelFileError,
     put_weights,
     read_weights,
 )
-from qsr.networks import build_network
-from qsr.runfolder import RunFolder, missing_room, reserve_results, write_results
+from qsr.train.networks import build_network
 
 ABOUT = Description(
     network="small_resnet",
@@ -318,11 +319,12 @@ def test_the_room_for_many_class_names_is_taken(tmp_path: Path) -> None:
     names = tuple(f"n{number:08d} a long name of a class with ümläute" for number in range(21_000))
     about = replace(ABOUT, classes=names, top1=0.0, top5=None)
     folder, model = RunFolder(tmp_path), {"weight": torch.ones(1000)}
-    wanted = missing_room(folder, model, about)
+    wanted = missing_room(folder, model, about.metadata())
     assert wanted > len("".join(names).encode()) + 2**20
-    reserve_results(folder, model, about)
-    assert missing_room(folder, model, about) == 0
-    write_results(folder, model, replace(about, top1=100 / 3, top5=200 / 3), {})
+    reserve_results(folder, model, about.metadata())
+    assert missing_room(folder, model, about.metadata()) == 0
+    final = replace(about, top1=100 / 3, top5=200 / 3)
+    write_results(folder, model, final.metadata(), {})
     assert wanted - 2**20 - 2**12 <= folder.model.stat().st_size <= wanted - 2**20
 
 

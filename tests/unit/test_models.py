@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qsr.config.load import ConfigError
 from qsr.config.schema import ModelConfig
-from qsr.models import build_model, check_model, count_parameters
+from qsr.errors import ConfigError
+from qsr.train.models import build_model, check_model, count_parameters
 
 
 def settings(

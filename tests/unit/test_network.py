@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.network import MACHINES, Network, NetworkError, missing_reason
-from qsr.distributed import Communicator, Topology
-from qsr.place import find_place
+from qsr.cluster.group import join_process_group
+from qsr.cluster.place import find_place
+from qsr.sync.communicator import Topology
 from tests.cli import ENVIRONMENT, ROOT
 
 BYTES = 2_000_000
@@ -32,7 +33,7 @@ def reduce_slowly() -> tuple[list[str], float, float]:
     """In a rank: the network namespaces of all, a sum over them, and the seconds that it took."""
     place = find_place()
     here = Topology(place.rank, MACHINES, place.local_rank, MACHINES)
-    communicator = Communicator(here, torch.device("cpu"), timeout_seconds=60.0)
+    communicator = join_process_group(here, torch.device("cpu"), timeout_seconds=60.0)
     namespaces = communicator.gather_texts(namespace(os.getpid()))
     tensor = torch.full((BYTES // 4,), 1.0 + place.rank)
     communicator.barrier()

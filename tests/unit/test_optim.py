@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qsr.config import schema
-from qsr.optim import averaged_state_keys, build_optimizer, set_lr, states_after_a_step
+from qsr.train.optim import averaged_state_keys, build_optimizer, set_lr, states_after_a_step
 from tests.support import adamw, sgd
 
 

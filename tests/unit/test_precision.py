@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
 from qsr.config.schema import LossConfig
-from qsr.distributed import Topology
-from qsr.losses import TrainingLoss
-from qsr.precision import GROWTH_STEPS, MOST_REPEATS, SETTLED_STEPS, LossScale
+from qsr.sync.communicator import Topology
+from qsr.train.losses import TrainingLoss
+from qsr.train.precision import GROWTH_STEPS, MOST_REPEATS, SETTLED_STEPS, LossScale
 from tests.support import Rig, Setup, build, run_ranks
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsr.problems import DiagonalNetwork, DigitsMlp, Problem
+from qsr.evidence.problems import DiagonalNetwork, DigitsMlp, Problem
 
 SEEDS = (1, 2)
 

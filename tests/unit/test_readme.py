@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qsr.config.load import load_config, load_configs, run_folder
-from qsr.report.forecast import forecast
+from qsr.planner.forecast import forecast
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

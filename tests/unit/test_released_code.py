@@ -22,8 +22,8 @@ from qsr.config.schema import LossConfig
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
 from qsr.data import Request
-from qsr.losses import TrainingLoss, draw_mixup
-from qsr.vit import SimpleViT
+from qsr.train.losses import TrainingLoss, draw_mixup
+from qsr.train.vit import SimpleViT
 from tests import released_code
 from tests.released_code import Recipe, Record, tensors_of
 from tests.support import MemoryLoader, Setup, adamw, build, digits_like, sgd

@@ -21,13 +21,12 @@ from qsr.config.load import load_config, to_dict
 from qsr.core.plan import Plan
 from qsr.core.rules import ConstantRule, QuadraticRule
 from qsr.core.schedules import CosineSchedule
+from qsr.errors import ReportError
 from qsr.report.collect import (
-    ReportError,
     Run,
     group_by_label,
     label_runs,
     read_run,
-    rule_label,
 )
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
@@ -153,7 +152,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_rules_in_words(settings: list[str], label: str) -> None:
-    assert rule_label(load_config(["experiment=demo/parallel", *settings]).sync) == label
+    assert load_config(["experiment=demo/parallel", *settings]).sync.label == label
 
 
 def test_the_table_holds_means_and_the_spread_over_seeds(groups: dict[str, list[Run]]) -> None:

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from qsr.config.simulation import (
+from qsr.core.plan import Plan
+from qsr.core.rules import ConstantRule, EveryStepRule, QuadraticRule, Rule
+from qsr.core.schedules import ExponentialSchedule
+from qsr.core.seeds import seed_for
+from qsr.evidence.problems import DiagonalNetwork
+from qsr.evidence.settings import (
     ExponentConfig,
     SimulationConfig,
     load_simulation,
     make_simulated_plan,
 )
-from qsr.core.plan import Plan
-from qsr.core.rules import ConstantRule, EveryStepRule, QuadraticRule, Rule
-from qsr.core.schedules import ExponentialSchedule
-from qsr.core.seeds import seed_for
-from qsr.problems import DiagonalNetwork
-from qsr.simulation import Outcome, simulate
-from qsr.studies import simulate_rule
+from qsr.evidence.simulation import Outcome, simulate
+from qsr.evidence.studies import simulate_rule
 
 SCHEDULE = ExponentialSchedule(0.02, 0.002, 30)
 RULES: dict[str, Rule] = {

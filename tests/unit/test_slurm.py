@@ -2,8 +2,9 @@
 
 import pytest
 
-from qsr.place import find_place
-from qsr.slurm import ClusterError, SlurmTask, _counts, _first_host, current_task
+from qsr.cluster.place import find_place
+from qsr.cluster.slurm import SlurmTask, _counts, _first_host, current_task
+from qsr.errors import ClusterError
 
 STEP = {
     "SLURM_JOB_ID": "4711",

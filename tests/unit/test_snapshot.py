@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qsr.snapshot import (
+from qsr.run.snapshot import (
     EVERYTHING,
     ROOT,
     code_files,
@@ -78,7 +78,7 @@ def test_equal_code_is_stored_once_and_runs(tmp_path: Path) -> None:
     assert code_hash(copy, EVERYTHING) == code_hash(ROOT, EVERYTHING) == copy.name
     assert sorted(path.name for path in copy.iterdir()) == sorted([*EVERYTHING, "revision.json"])
     assert json.loads((copy / "revision.json").read_text()) == git_revision()
-    ask = "import qsr.snapshot as s; print(s.ROOT, s.running_code(), s.git_revision())"
+    ask = "import qsr.run.snapshot as s; print(s.ROOT, s.running_code(), s.git_revision())"
     environment = os.environ | {"PYTHONPATH": str(copy)}
     done = subprocess.run(
         [sys.executable, "-P", "-c", ask], env=environment, capture_output=True, text=True,

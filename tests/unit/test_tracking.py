@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qsr.config.load import load_config
 from qsr.config.schema import Config
-from qsr.tracking import (
+from qsr.run.tracking import (
     JsonlTracker,
     ProgressTracker,
     Row,
@@ -239,7 +239,7 @@ def test_wandb_that_fails_is_one_warning_with_its_reason(
 def test_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     program = (
         "import os, pathlib, sys; from qsr.config.load import load_config\n"
-        "from qsr.tracking import WandbTracker\n"
+        "from qsr.run.tracking import WandbTracker\n"
         "config = load_config(['experiment=demo/quadratic', 'tracking=offline'])\n"
         "tracker = WandbTracker(config, pathlib.Path(sys.argv[1]))\n"
         "tracker.log({'kind': 'train', 'step': 7, 'loss': 1.0})\n"

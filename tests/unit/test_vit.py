@@ -10,7 +10,7 @@ from torch.nn import functional
 from vit_pytorch.simple_vit import SimpleViT as Reference
 from vit_pytorch.simple_vit import posemb_sincos_2d
 
-from qsr.vit import SimpleViT, from_vit_pytorch, sincos_positions, to_vit_pytorch
+from qsr.train.vit import SimpleViT, from_vit_pytorch, sincos_positions, to_vit_pytorch
 
 SIZES = {
     "small": {

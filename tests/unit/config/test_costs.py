@@ -7,17 +7,17 @@ import yaml
 
 from qsr.config import schema
 from qsr.config.compose import mark_given_speed, parse_overrides
-from qsr.config.costs import (
-    UnknownSpeedError,
+from qsr.config.load import CONFIG_DIR, GIVEN, config_hash, load_config
+from qsr.config.planning import make_plan, parameter_count
+from qsr.core.cost import Link, MeasuredAllReduce
+from qsr.errors import ConfigError, UnknownSpeedError
+from qsr.planner.cost_model import (
     make_cost_model,
     moment_bytes,
     ranks_and_machines,
     speed_key,
 )
-from qsr.config.load import CONFIG_DIR, GIVEN, ConfigError, config_hash, load_config
-from qsr.config.planning import make_plan, parameter_count
-from qsr.core.cost import Link, MeasuredAllReduce
-from qsr.models import build_model
+from qsr.train.models import build_model
 
 QSR = ("sync.h_base=4", "sync.alpha=0.0175")
 VIT = (

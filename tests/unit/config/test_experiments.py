@@ -9,8 +9,8 @@ from qsr.config import schema
 from qsr.config.load import CONFIG_DIR, load_config
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
-from qsr.data.digits import DIGITS
-from qsr.report.forecast import forecast
+from qsr.data.prepare.digits import DIGITS
+from qsr.planner.forecast import forecast
 from qsr.report.paper import ReferenceRow, read_reference
 
 PUBLISHED = sorted(

@@ -10,7 +10,6 @@ import yaml
 from qsr.config import schema
 from qsr.config.load import (
     CONFIG_DIR,
-    ConfigError,
     config_hash,
     differences,
     identity,
@@ -22,6 +21,7 @@ from qsr.config.load import (
     to_dict,
 )
 from qsr.config.planning import make_plan
+from qsr.errors import ConfigError
 
 DEMO = "experiment=demo/quadratic"
 AUGMENT = "data.augmentation.randaugment"

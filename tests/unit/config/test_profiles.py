@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qsr.config.load import ConfigError, load_config
-from qsr.config.profiles import (
+from qsr.config.load import load_config
+from qsr.config.schema import DataParallelSteps
+from qsr.core.cost import Link
+from qsr.errors import ConfigError
+from qsr.planner.profiles import (
     MARK,
     Measurement,
     profile_path,
@@ -15,8 +18,6 @@ from qsr.config.profiles import (
     read_profile,
     updated_profile,
 )
-from qsr.config.schema import DataParallelSteps
-from qsr.core.cost import Link
 
 CLUSTER = replace(load_config(["experiment=demo/quadratic", "cluster.ranks=2"]).cluster, name="x")
 LINK = Link(2, 1, 1e9, 50e-6)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qsr.config.load import ConfigError
-from qsr.config.simulation import load_simulation, make_simulated_plan, simulation_names
+from qsr.errors import ConfigError
+from qsr.evidence.settings import load_simulation, make_simulated_plan, simulation_names
 
 DIGITS = "experiment=theory/digits_mlp"
 

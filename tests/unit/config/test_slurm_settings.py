@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from qsr.config.load import CONFIG_DIR, ConfigError, load_config, parse_config, to_dict
+from qsr.config.load import CONFIG_DIR, load_config, parse_config, to_dict
 from qsr.config.schema import SlurmCluster
+from qsr.errors import ConfigError
 
 SLURM = ["experiment=demo/quadratic", "cluster=slurm"]
 CPUS = [*SLURM, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"]

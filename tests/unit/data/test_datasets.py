@@ -7,9 +7,10 @@ import pytest
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from qsr.data import DataError, open_image_folders
+from qsr.data import open_image_folders
 from qsr.data.datasets import IMAGENET
 from qsr.data.listing import IMAGE_EXTENSIONS
+from qsr.errors import DataError
 from tests.image_trees import GOOD, plant
 
 

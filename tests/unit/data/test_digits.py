@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from qsr.data import DataError, EvalTransform, Loader, Request, open_image_folders
-from qsr.data.digits import DIGITS, FEW_DIGITS, prepare_digits, prepare_few_digits
+from qsr.data import EvalTransform, Loader, Request, open_image_folders
+from qsr.data.prepare.digits import DIGITS, FEW_DIGITS, prepare_digits, prepare_few_digits
+from qsr.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_killed_run_leaves_no_half_tree(tmp_path: Path) -> None:
     script = f"""
 import os
 from PIL import Image
-from qsr.data.digits import prepare_digits
+from qsr.data.prepare.digits import prepare_digits
 save, calls = Image.Image.save, []
 def dying_save(*args, **kwargs):
     calls.append(1)

@@ -11,7 +11,7 @@ import pytest
 from torchvision.datasets import imagenet as torchvision_imagenet
 
 from qsr.data import open_image_folders
-from qsr.data.ground_truth import read_devkit, read_labels
+from qsr.data.prepare.ground_truth import read_devkit, read_labels
 from tests.imagenet_archives import VAL_LABELS, Archives, content, jpeg, wanted
 from tests.killing import killed_at, killed_beyond, start
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qsr.data import DataError
-from qsr.data.ground_truth import read_labels
+from qsr.data.prepare.ground_truth import read_labels
+from qsr.errors import DataError
 from tests.imagenet_archives import Archives, content, meta_mat, wanted
 
 Prepare = Callable[..., int]

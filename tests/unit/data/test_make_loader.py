@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from qsr.data import DataError, EvalTransform, ImageFolder, make_loader
+from qsr.data import EvalTransform, ImageFolder, make_loader
 from qsr.data.torchvision import TorchvisionLoader
+from qsr.errors import DataError
 
 Photos = tuple[ImageFolder, ImageFolder]
 

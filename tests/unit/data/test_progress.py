@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from qsr.data import progress
-from qsr.data.progress import show_progress
+from qsr.data.prepare import progress
+from qsr.data.prepare.progress import show_progress
 
 
 def test_lines_where_there_is_no_terminal(

@@ -12,8 +12,9 @@ import torch
 
 from qsr.build import prepare as prepare_run
 from qsr.config.load import load_config
-from qsr.data import DataError, EvalTransform, ImageFolder, Loader, Request, open_image_folders
-from qsr.data.subset import choose_classes, read_classes
+from qsr.data import EvalTransform, ImageFolder, Loader, Request, open_image_folders
+from qsr.data.prepare.subset import choose_classes, read_classes
+from qsr.errors import DataError
 from tests.killing import killed_at
 
 Prepare = Callable[..., int]

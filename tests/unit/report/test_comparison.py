@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from qsr.report.collect import ReportError, read_run
+from qsr.errors import ReportError
+from qsr.report.collect import read_run
 from qsr.report.comparison import (
     REHEARSAL,
     comparison_markdown,

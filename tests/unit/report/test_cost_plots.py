@@ -10,8 +10,8 @@ from matplotlib.patches import Rectangle
 
 from qsr.config.load import CONFIG_DIR, load_config
 from qsr.core.cost import Link
+from qsr.planner.forecast import Forecast, forecast
 from qsr.report.cost_plots import alpha_figure, hours_figure, link_figure
-from qsr.report.forecast import Forecast, forecast
 from qsr.report.paper import read_reference
 
 PUBLISHED = read_reference(CONFIG_DIR.parent / "results" / "paper" / "tables.csv")

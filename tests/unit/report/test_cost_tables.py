@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 
 from qsr.config.load import CONFIG_DIR, load_config
+from qsr.planner.forecast import Forecast, forecast
 from qsr.report.cost_tables import cost_table_markdown, published_hours, sources_markdown
-from qsr.report.forecast import Forecast, forecast
 from qsr.report.paper import Reference, read_reference
 
 PUBLISHED = read_reference(CONFIG_DIR.parent / "results" / "paper" / "tables.csv")

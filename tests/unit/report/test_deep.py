@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qsr.config.load import CONFIG_DIR
-from qsr.report.deep import deep_markdown, deep_report, rates_markdown
+from qsr.report.evidence_deep import deep_markdown, deep_report, rates_markdown
 from qsr.report.statistics import compare, needed_pairs
 
 

@@ -11,13 +11,13 @@ import torchvision
 from matplotlib.patches import StepPatch
 
 from qsr.config.load import CONFIG_DIR, load_config
-from qsr.models import count_parameters
+from qsr.planner.as_json import forecast_record, what_if_record
+from qsr.planner.forecast import Forecast, forecast
+from qsr.planner.text import print_forecast, print_sweep, print_what_if
+from qsr.planner.what_if import GPUS, LINKS_GBIT_PER_SECOND, WORKERS, all_cases, case, networks
 from qsr.report.cost_plots import what_if_figure
-from qsr.report.forecast import Forecast, forecast
 from qsr.report.plan_plots import plan_figure
-from qsr.report.planner_json import forecast_record, what_if_record
-from qsr.report.planner_text import print_forecast, print_sweep, print_what_if
-from qsr.report.what_if import GPUS, LINKS_GBIT_PER_SECOND, WORKERS, all_cases, case, networks
+from qsr.train.models import count_parameters
 
 VIT = (
     *("model=vit_b16", "data=imagenet", "optimizer=adamw", "epochs=300", "micro_batch=128"),

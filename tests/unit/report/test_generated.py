@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qsr.config.load import CONFIG_DIR
-from qsr.report.collect import ReportError
+from qsr.errors import ReportError
 from qsr.report.generated import HEADLINES, fill_blocks
 from qsr.report.paper import read_reference
 from tests.unit.report.conftest import WriteRun

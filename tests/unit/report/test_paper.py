@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qsr.config.load import CONFIG_DIR
-from qsr.report.collect import ReportError
+from qsr.errors import ReportError
 from qsr.report.paper import Reference, ReferenceRow, Tag, read_reference
 
 PAPER = CONFIG_DIR.parent / "results" / "paper" / "tables.csv"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qsr.config.load import ConfigError
+from qsr.errors import ConfigError
 from qsr.report.paper import Reference, ReferenceRow, read_reference
 from qsr.report.plans import experiment_plan, volume_table_markdown
 from tests.unit.report.conftest import plan_of

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from qsr.config.load import CONFIG_DIR, settings_hash
-from qsr.report.collect import ReportError, read_run
+from qsr.errors import ReportError
+from qsr.report.collect import read_run
 from qsr.report.records import RECORD_FILES, add_record, read_summaries
 from tests.unit.report.conftest import WriteRun
 

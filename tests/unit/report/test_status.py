@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from qsr import build
+from qsr.cluster.failures import record_failure
+from qsr.cluster.place import find_place
+from qsr.cluster.slurm import JobState
 from qsr.config.load import load_config, run_folder
-from qsr.failures import record_failure
-from qsr.jobs import write_job
-from qsr.place import find_place
-from qsr.report.status import (
+from qsr.ops.jobs import write_job
+from qsr.ops.status import (
     RunStatus,
     State,
     find_runs,
@@ -23,10 +24,10 @@ from qsr.report.status import (
     read_status,
     status_table,
 )
-from qsr.runfolder import RunFolder, make_run_folder
-from qsr.runlock import take
-from qsr.slurm import JobState
-from qsr.tracking import read_metrics
+from qsr.run.folder import RunFolder
+from qsr.run.identity import make_run_folder
+from qsr.run.lock import take
+from qsr.run.tracking import read_metrics
 from tests.cli import ROOT, RUN, call, command, folder_in, start, wait_for
 
 STATUS = [sys.executable, str(ROOT / "scripts" / "status.py")]

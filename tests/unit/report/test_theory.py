@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 
 from qsr.config.load import CONFIG_DIR
 from qsr.core.drift import psi
-from qsr.report.theory import drift_markdown, read_theory, simulation_markdown
-from qsr.report.theory_plots import (
+from qsr.report.evidence import drift_markdown, read_theory, simulation_markdown
+from qsr.report.evidence_plots import (
     AT_PEAK,
     PAPER_WORKERS,
     draw,

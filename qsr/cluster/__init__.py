@@ -1,0 +1,4 @@
+"""Starts: processes, ranks, signals, the process group, Slurm.
+
+May import: sync and config.
+"""

@@ -1,0 +1,80 @@
+"""The first failure of a run: when one rank fails, the others fail of its absence a moment later.
+
+failure.json in the run's folder holds the first; the next session that begins removes it.
+"""
+
+import contextlib
+import json
+import platform
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qsr.cluster.place import Place
+
+EXPECTED = (
+    "CheckpointError",
+    "ClusterError",
+    "ConfigError",
+    "DataError",
+    "DisagreementError",
+    "FolderMovedError",
+    "LostRankError",
+    "TrainingError",
+)
+"""Errors whose message says everything; any other one is shown with its traceback."""
+
+_KINDS = {"attempt": str, "rank": int, "time": float, "error": str, "traceback": str}
+"""What is read of failure.json."""
+
+
+def record_failure(path: Path, place: Place, error: Exception) -> str | None:
+    """Write failure.json at `path`, if this rank is the first of this attempt to fail; otherwise
+    return what that one said, for `describe` has been at it. None, too, if both say the same."""
+    trace = "".join(traceback.format_exception(error))
+    own = {
+        "attempt": place.attempt,
+        "rank": place.rank,
+        "host": platform.node(),
+        "time": time.time(),
+        "error": f"{type(error).__name__}: {error}",
+        "traceback": trace,
+    }
+    with contextlib.suppress(OSError):  # no folder yet, or no room: there are the logs
+        earlier = read_failure(path)
+        if earlier is not None and not _of_this_start(earlier, place):
+            path.unlink(missing_ok=True)
+        try:
+            # the file system says who is first; the nodes' clocks may differ
+            with path.open("x") as file:
+                file.write(json.dumps(own, indent=2) + "\n")
+        except FileExistsError:
+            first = read_failure(path)
+            if first is not None and first["error"] != own["error"]:
+                return describe(first["rank"], first["error"], first["traceback"])
+    return None
+
+
+def _of_this_start(record: Mapping[str, Any], place: Place) -> bool:
+    return bool(record["attempt"] == place.attempt) and (
+        place.since is None or record["time"] >= place.since
+    )
+
+
+def read_failure(path: Path) -> dict[str, Any] | None:
+    """What `record_failure` wrote; None if there is nothing, or something else."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and all(
+        isinstance(record.get(name), kind) for name, kind in _KINDS.items()
+    )
+    return record if whole else None
+
+
+def describe(rank: int, error: str, trace: str) -> str:
+    """A failure in one line, or with its traceback if it was not foreseen."""
+    return f"rank {rank}: {error}" + ("" if error.startswith(EXPECTED) else f"\n{trace}")

@@ -1,0 +1,140 @@
+"""A small real data set: handwritten digits, written as a tree of JPEG files.
+
+It exercises every part of the data path (files, JPEG decoding, crops, loaders) in seconds on a
+CPU and needs no download: the images come with scikit-learn.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from qsr.data.datasets import Counts, open_image_folders
+from qsr.errors import DataError
+
+DIGITS = Counts(classes=10, train=1442, val=355)
+"""What `prepare_digits` writes."""
+
+HeldOut = Literal["test", "tuning"]
+
+FEW_DIGITS: dict[HeldOut, Counts] = {
+    "test": Counts(classes=10, train=200, val=1001),
+    "tuning": Counts(classes=10, train=200, val=596),
+}
+"""What `prepare_few_digits` writes, by what `val` holds."""
+
+VAL_EVERY = 5
+FEW_EVERY = 9
+FEW_PER_CLASS = 20
+UPSCALE = 4
+JPEG_QUALITY = 95
+
+SOURCE = """\
+Handwritten digits 0-9: 1,797 grey images of 8x8 pixels, upscaled to 32x32 and saved as JPEG.
+
+Source: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak (1998),
+UCI Machine Learning Repository, https://doi.org/10.24432/C50P49; the test part, as distributed
+with scikit-learn (sklearn.datasets.load_digits).
+Licence: Creative Commons Attribution 4.0 International (CC BY 4.0).
+Changes: rescaled from 0-16 to 0-255, upscaled 4 times (bicubic), split into train and val.
+"""
+
+
+def prepare_digits(root: str | os.PathLike[str]) -> None:
+    """Write the digits to `root` as `train/DIGIT/*.jpg` and `val/DIGIT/*.jpg`.
+
+    The split is by position: of each digit's images, in scikit-learn's order, every fifth goes to
+    `val`. The tree is made beside `root` and renamed at the end, so what stands at `root` is
+    complete. If it already stands there, nothing is done.
+
+    Raises:
+        DataError: `root` holds something else, or scikit-learn is not installed.
+    """
+    _prepare(Path(root), DIGITS, _folder)
+
+
+def prepare_few_digits(root: str | os.PathLike[str], val: HeldOut) -> None:
+    """Write digits as `prepare_digits` does, so few for training that networks err on the rest:
+    20 of each class. `val` holds the test part, or the part on which settings are chosen.
+
+    The three parts have no image in common and are all 1,797 together. They are dealt by position:
+    of nine images of a digit, in scikit-learn's order, one goes to training until there are 20,
+    three to tuning, and the others to the test. Raises DataError as `prepare_digits` does.
+    """
+    folders = {"train": "train", val: "val"}
+    _prepare(Path(root), FEW_DIGITS[val], lambda position: folders.get(_few_part(position)))
+
+
+def check_digits(root: Path, counts: Counts = DIGITS) -> None:
+    """Raise DataError unless `root` holds so many digits, by default the complete ones."""
+    try:
+        open_image_folders(
+            root,
+            expected_classes=counts.classes,
+            expected_train=counts.train,
+            expected_val=counts.val,
+        )
+    except DataError as error:
+        raise DataError(f"{root} is not the digits data: {error}; remove it and retry") from error
+
+
+def _prepare(root: Path, counts: Counts, folder_of: Callable[[int], str | None]) -> None:
+    if root.exists():
+        check_digits(root, counts)
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    try:
+        _write(scratch, folder_of)
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        scratch.rename(root)
+    except OSError:
+        if not root.exists():
+            raise
+        check_digits(root, counts)  # another process was faster
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _folder(position: int) -> str:
+    return "val" if position % VAL_EVERY == VAL_EVERY - 1 else "train"
+
+
+def _few_part(position: int) -> str:
+    turn, deal = position % FEW_EVERY, position // FEW_EVERY
+    if turn == 0 and deal < FEW_PER_CLASS:
+        return "train"
+    return "tuning" if turn % 3 == 2 else "test"
+
+
+def _write(root: Path, folder_of: Callable[[int], str | None]) -> None:
+    """`folder_of` says where the image at a position among those of its digit goes, if anywhere."""
+    (root / "SOURCE.txt").write_text(SOURCE)
+    images, labels = _load()
+    seen = dict.fromkeys(range(DIGITS.classes), 0)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        split = folder_of(seen[label])
+        seen[label] += 1
+        if split is None:
+            continue
+        folder = root / split / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.round(image * (255 / 16)).astype(np.uint8)
+        side = UPSCALE * pixels.shape[0]
+        picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{index:04d}.jpg", quality=JPEG_QUALITY)
+
+
+def _load() -> tuple[Any, list[int]]:
+    """Images [1797, 8, 8] of floats 0 to 16, and their digits."""
+    try:
+        from sklearn.datasets import load_digits  # an optional dependency
+    except ImportError as error:
+        raise DataError("the digits come with scikit-learn: pip install scikit-learn") from error
+    digits = load_digits()
+    return digits.images, digits.target.tolist()

@@ -1,0 +1,192 @@
+"""ImageNet (ILSVRC 2012) as an image folder, from the archives that image-net.org gives out.
+
+The training archive is a tar of one tar per class. The validation archive is flat; its labels come
+from the devkit. Both splits are built class by class in `root/.incomplete`: a class is unpacked
+into a folder of its own and renamed when it is complete, a split is renamed to its place when all
+its classes are. So a process that is killed at any moment leaves nothing half done under a name
+that counts, and the next one goes on with the classes that are missing.
+"""
+
+import os
+import shutil
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from qsr.data.datasets import IMAGENET, Counts, ImageFolder, open_image_folders
+from qsr.data.names import is_service
+from qsr.data.prepare.archives import extract_files, extract_inner_archive, list_files
+from qsr.data.prepare.ground_truth import WNID
+from qsr.data.prepare.lock import lock
+from qsr.data.prepare.progress import show_progress
+from qsr.errors import DataError
+
+WORKSHOP = ".incomplete"
+"""Folder in the root where the splits are built."""
+
+
+class _Split(NamedTuple):
+    """What a split is made of."""
+
+    name: str
+    classes: Mapping[str, Callable[[Path], None]]
+    """Class -> what unpacks its images into a given folder."""
+    check: Callable[[Path], None]
+    """Raises DataError unless the split in a given folder is complete."""
+
+
+def prepare_imagenet(
+    root: str | os.PathLike[str],
+    train_tar: Path,
+    val_tar: Path,
+    val_labels: Mapping[str, str],
+    *,
+    threads: int,
+    expected: Counts = IMAGENET,
+) -> tuple[ImageFolder, ImageFolder]:
+    """Build `root/{train,val}/WNID/*.JPEG`, or what is missing of it.
+
+    Args:
+        val_labels: file name -> wnid of the validation images.
+        threads: classes that are unpacked at once.
+        expected: what the archives must hold.
+
+    Raises:
+        DataError: an archive is damaged or is not what is expected, the labels do not fit, a split
+            at `root` is incomplete, a file cannot be written, or another process does the same.
+            What is known from the archives' headers is refused before anything is written.
+    """
+    root = Path(root).absolute()
+    train, val = _train_split(train_tar, expected), _val_split(val_tar, val_labels, expected)
+    if train.classes.keys() != val.classes.keys():
+        odd = min(train.classes.keys() ^ val.classes.keys())
+        raise DataError(
+            f"{train_tar} and the labels of {val_tar} have different classes, for example {odd}: "
+            "one of them is not ImageNet's"
+        )
+    missing = []
+    for split in (train, val):
+        if (root / split.name).exists():
+            split.check(root / split.name)
+        else:
+            missing.append(split)
+    if missing or (root / WORKSHOP).exists():
+        _build(root, missing, threads)
+    return open_image_folders(
+        root,
+        expected_classes=expected.classes,
+        expected_train=expected.train,
+        expected_val=expected.val,
+    )
+
+
+def _train_split(archive: Path, expected: Counts) -> _Split:
+    members = {}
+    for member in list_files(archive):
+        wnid = member.name.removesuffix(".tar")
+        if member.name == wnid or not WNID.fullmatch(wnid):
+            raise DataError(f"{archive} holds {member.name}, not one WNID.tar per class")
+        members[wnid] = member
+    if len(members) != expected.classes:
+        raise DataError(f"{archive} holds {len(members):,} classes, not {expected.classes:,}")
+    return _Split(
+        "train",
+        {wnid: partial(extract_inner_archive, archive, member) for wnid, member in members.items()},
+        partial(_check_train, classes=members.keys(), images=expected.train),
+    )
+
+
+def _val_split(archive: Path, labels: Mapping[str, str], expected: Counts) -> _Split:
+    members = list_files(archive)
+    if len(members) != expected.val:
+        raise DataError(f"{archive} holds {len(members):,} images, not {expected.val:,}")
+    of_class: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
+    for member in members:
+        if member.name not in labels:
+            raise DataError(
+                f"the ground truth ({len(labels):,} labels) has none for {member.name}, one of "
+                f"{len(members):,} images in {archive}"
+            )
+        of_class[labels[member.name]].append(member)
+    if len(labels) != len(members):
+        odd = min(labels.keys() - {member.name for member in members})
+        raise DataError(f"{archive} holds no {odd}, which the ground truth has")
+    return _Split(
+        "val",
+        {wnid: partial(extract_files, archive, found) for wnid, found in of_class.items()},
+        partial(_check_val, files={f"{wnid}/{name}" for name, wnid in labels.items()}),
+    )
+
+
+def _build(root: Path, splits: list[_Split], threads: int) -> None:
+    work = root / WORKSHOP
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with (work / "lock").open("w") as file:
+            lock(file, root)
+            for split in splits:
+                _unpack(split, work, threads)
+                split.check(work / split.name)
+                (work / split.name).rename(root / split.name)
+            shutil.rmtree(work)
+    except OSError as error:
+        raise DataError(f"cannot write to {root} ({error}): choose another --root") from error
+
+
+def _unpack(split: _Split, work: Path, threads: int) -> None:
+    """Unpack the classes that `work/SPLIT` does not have yet."""
+    complete, scratch = work / split.name, work / f"{split.name}.partial"
+    if scratch.exists():
+        shutil.rmtree(scratch)  # what a process was at when it was killed
+    complete.mkdir(exist_ok=True)
+    scratch.mkdir()
+
+    def unpack(wnid: str) -> None:
+        (scratch / wnid).mkdir()
+        split.classes[wnid](scratch / wnid)
+        (scratch / wnid).rename(complete / wnid)
+
+    missing = sorted(split.classes.keys() - {folder.name for folder in complete.iterdir()})
+    done_before = len(split.classes) - len(missing)
+    # Threads suffice: most of the time goes into system calls.
+    with (
+        show_progress(split.name, len(split.classes), "classes") as show,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for done, _ in enumerate(pool.map(unpack, missing), start=done_before + 1):
+            show(done)
+    scratch.rmdir()
+
+
+def _check_train(folder: Path, *, classes: Set[str], images: int) -> None:
+    files = _files(folder)
+    found = sum(map(len, files.values()))
+    if files.keys() != classes or found != images:
+        raise DataError(
+            f"{folder} has {found:,} images in {len(files):,} classes, not {images:,} in "
+            f"{len(classes):,}: check the training archive, remove {folder} and retry"
+        )
+
+
+def _check_val(folder: Path, *, files: Set[str]) -> None:
+    found = {f"{wnid}/{name}" for wnid, names in _files(folder).items() for name in names}
+    odd = min(found ^ files, default=None)
+    if odd is not None:
+        what = "lacks" if odd in files else "has, against the ground truth,"
+        raise DataError(f"{folder} {what} {odd}: remove {folder} and retry")
+
+
+def _files(folder: Path) -> dict[str, list[str]]:
+    """The names of the files of each class of a split."""
+    try:
+        return {
+            wnid.name: [file.name for file in os.scandir(wnid) if not is_service(file.name)]
+            for wnid in os.scandir(folder)
+            if wnid.is_dir() and not is_service(wnid.name)
+        }
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error}") from error

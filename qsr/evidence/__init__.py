@@ -1,0 +1,4 @@
+"""Argues: simulations and small deep networks on which the effect of a rule is seen.
+
+May import: session and below.
+"""

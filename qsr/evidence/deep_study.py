@@ -1,0 +1,223 @@
+"""Deep networks under the rules, each at its own best rate, through the trainer: the runs behind
+results/evidence/deep.json, and what is measured of them."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.nn import functional
+
+from qsr.build import Stopped
+from qsr.data.settings import transforms
+from qsr.cluster.processes import START_METHOD
+from qsr.config.load import load_config, run_folder
+from qsr.config.schema import Config, PowerSync, QuadraticSync
+from qsr.data import Batch, Request, make_loader, open_image_folders
+from qsr.errors import RunFailedError
+from qsr.evidence.hessian import hessian_trace
+from qsr.evidence.studies import study_environment
+from qsr.launch import execute
+from qsr.train.model_file import load_model
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DeepStudy:
+    """What is compared. There is an experiment evidence/MODEL_RULE for each pair."""
+
+    models: tuple[str, ...] = ("resnet", "vit")
+    rules: tuple[str, ...] = ("parallel", "constant", "linear", "quadratic")
+    rate_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """The peak rates that are tried for every rule, relative to the experiment's."""
+    tuning_seeds: tuple[int, ...] = (101, 102)
+    """Of the runs that choose the rate: others than those that are reported."""
+    seeds: tuple[int, ...] = tuple(range(1, 9))
+    """Of the runs that are reported."""
+    probes: int = 64
+    """Of the estimate of tr(Hessian)."""
+    settings: tuple[str, ...] = ()
+    """Further settings of every run, for example epochs=5."""
+
+
+class Trial(NamedTuple):
+    """One run of the study."""
+
+    model: str
+    rule: str
+    rate: float
+    """Peak learning rate."""
+    seed: int
+
+
+class Measured(NamedTuple):
+    """What a run came to. Errors in percent; losses are plain cross entropy."""
+
+    error: float
+    """Of the validation images: the tuning or the test part."""
+    loss: float
+    volume: float
+    train_error: float
+    """Of the training images as they are, without augmentation, like all that follows."""
+    train_loss: float
+    hessian_trace: float
+    hessian_trace_error: float
+    """Standard error of the estimate."""
+
+
+Rates = Mapping[tuple[str, str], float]
+"""The peak rate of each model and rule."""
+
+
+def tuning_runs(study: DeepStudy) -> dict[Trial, Config]:
+    """The runs that choose the rates: validated on images that are not in the test part."""
+    return {
+        Trial(model, rule, rate, seed): at_rate(
+            model, rule, rate, (*study.settings, "data=few_digits_tuning", f"seed={seed}")
+        )
+        for model in study.models
+        for rule in study.rules
+        for rate in _rates(study, model, rule)
+        for seed in study.tuning_seeds
+    }
+
+
+def reported_runs(study: DeepStudy, rates: Rates) -> dict[Trial, Config]:
+    """The runs that are reported, validated on the test part."""
+    return {
+        Trial(model, rule, rate, seed): at_rate(
+            model, rule, rate, (*study.settings, f"seed={seed}")
+        )
+        for (model, rule), rate in rates.items()
+        for seed in study.seeds
+    }
+
+
+Measurements = Mapping[Trial, Measured]
+
+
+def _rates(study: DeepStudy, model: str, rule: str) -> list[float]:
+    peak = load_config([f"experiment=evidence/{model}_{rule}"]).schedule.peak_lr
+    return [factor * peak for factor in study.rate_factors]
+
+
+def at_rate(model: str, rule: str, rate: float, settings: Sequence[str]) -> Config:
+    """The experiment with another peak rate, and the rule's coefficient scaled with it: H at the
+    peak stays what it is."""
+    command = [f"experiment=evidence/{model}_{rule}", "tracking.progress=false", *settings]
+    config = load_config(command)
+    if rate == config.schedule.peak_lr:
+        return config
+    command.append(f"schedule.peak_lr={rate}")
+    factor = rate / config.schedule.peak_lr
+    match config.sync:
+        case QuadraticSync(alpha=alpha):
+            command.append(f"sync.alpha={factor * alpha}")
+        case PowerSync(coefficient=coefficient):
+            command.append(f"sync.coefficient={factor * coefficient}")
+    return load_config(command)
+
+
+def side_by_side(
+    function: Callable[[Task], Result], tasks: Sequence[Task], processes: int
+) -> Iterator[Result]:
+    """`function` of each task, in their order, computed in so many processes. The first error is
+    raised, and no further task begun."""
+    context = get_context(START_METHOD)
+    context.set_forkserver_preload([__name__])  # imported once, not in every process
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(function, tasks)
+
+
+def choose_rates(tried: Measurements) -> dict[tuple[str, str], float]:
+    """For each model and rule the rate with the lowest mean error over seeds; of equal ones that
+    with the lowest loss."""
+    chosen = {}
+    for model, rule in dict.fromkeys((trial.model, trial.rule) for trial in tried):
+        scores: dict[float, list[tuple[float, float]]] = {}
+        for trial, measured in tried.items():
+            if (trial.model, trial.rule) == (model, rule):
+                scores.setdefault(trial.rate, []).append((measured.error, measured.loss))
+        means = {
+            rate: tuple(map(statistics.fmean, zip(*of_seeds, strict=True)))
+            for rate, of_seeds in scores.items()
+        }
+        chosen[model, rule] = min(means, key=means.__getitem__)
+    return chosen
+
+
+def measure(config: Config, probes: int) -> Measured:
+    """Carry out a run, or what is left of it, and measure the averaged model that it ended with.
+    Raises as launch.execute, and RunFailedError if a signal stopped it."""
+    (outcome,) = execute([config])
+    if isinstance(outcome, Stopped):
+        raise RunFailedError(f"stopped by {outcome.reason}; the same command goes on")
+    assert isinstance(outcome, dict)  # a run that fails alone raises
+    torch.set_num_threads(1)  # another run is beside
+    batch = _training_images(config)
+    model = load_model(run_folder(config)).module
+    trace = hessian_trace(model, batch.images, batch.labels, probes=probes, seed=config.seed)
+    with torch.no_grad():
+        logits = model(batch.images)  # in evaluation mode, as hessian_trace leaves it
+    return Measured(
+        error=100.0 - outcome["top1"],
+        loss=outcome["val_loss"],
+        volume=outcome["volume"],
+        train_error=100.0 * float((logits.argmax(1) != batch.labels).double().mean()),
+        train_loss=float(functional.cross_entropy(logits, batch.labels)),
+        hessian_trace=trace.mean,
+        hessian_trace_error=trace.standard_error,
+    )
+
+
+def _training_images(config: Config) -> Batch:
+    """All of them, seen as validation images are."""
+    images, _ = open_image_folders(config.data.root)
+    _, transform = transforms(config.data)
+    loader = make_loader(
+        config.data.loader,
+        images,
+        transform,
+        batch_size=len(images),
+        device=torch.device("cpu"),
+        threads=config.data.loader_threads,
+    )
+    try:
+        return next(loader.batches([Request(range(len(images)), 0)]))
+    finally:
+        loader.close()
+
+
+def deep_record(
+    study: DeepStudy, tried: Measurements, rates: Rates, reported: Measurements
+) -> dict[str, Any]:
+    """results/evidence/deep.json: every value of every run."""
+
+    def runs(measurements: Measurements, model: str, rule: str) -> list[dict[str, float]]:
+        return [
+            {"rate": trial.rate, "seed": trial.seed, **measured._asdict()}
+            for trial, measured in measurements.items()
+            if (trial.model, trial.rule) == (model, rule)
+        ]
+
+    rows = [
+        {
+            "model": model,
+            "rule": rule,
+            "rate": rate,
+            "tuning": runs(tried, model, rule),
+            "test": runs(reported, model, rule),
+        }
+        for (model, rule), rate in rates.items()
+    ]
+    return {
+        "environment": study_environment(),
+        "study": dataclasses.asdict(study),
+        "rows": rows,
+    }

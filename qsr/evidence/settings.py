@@ -1,0 +1,138 @@
+"""Settings of scripts/simulate.py: a small problem, and the rules to compare on it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from qsr.config.compose import CONFIG_DIR, compose_settings, parse_overrides
+from qsr.config.parsing import parse
+from qsr.config.planning import MOST_STEPS
+from qsr.config.schema import STRICT, Finite, Fraction, NonNegative, Positive, PositiveInt
+from qsr.core.plan import Plan
+from qsr.core.rules import ConstantRule, EveryStepRule, PowerRule, QuadraticRule, Rule
+from qsr.core.schedules import CosineSchedule, ExponentialSchedule, Schedule
+from qsr.errors import ConfigError
+
+SIMULATIONS = CONFIG_DIR / "simulation"
+
+
+@dataclass(frozen=True, config=STRICT)
+class DigitsMlpConfig:
+    """A two-layer network on handwritten digits, qsr.evidence.problems.DigitsMlp."""
+
+    kind: Literal["digits_mlp"]
+    """Kind of problem."""
+    train_size: Annotated[int, Field(ge=20, le=1700)]
+    """Training images; the rest of the 1,797 are for the test. At least the 20 components."""
+    split_seed: Annotated[int, Field(ge=0)]
+    """Which images these are, the same for all seeds."""
+    activation: Literal["tanh", "relu"]
+    """Of the hidden units."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DiagonalConfig:
+    """A diagonal linear network, qsr.evidence.problems.DiagonalNetwork."""
+
+    kind: Literal["diagonal"]
+    """Kind of problem."""
+    train_size: PositiveInt
+    """Training samples."""
+    weights: PositiveInt
+    """Inputs, d."""
+    truth: tuple[Finite, ...]
+    """The first weights of the truth; the others are 0."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExponentConfig:
+    """A rule H = max(h_base, floor((coefficient / lr)^exponent)), matched at the peak: all rules of
+    the same h_base begin with rounds of h_base steps."""
+
+    exponent: NonNegative | None
+    """0: constant H. 1: H ~ 1 / lr. 2: QSR. null: data parallel training."""
+    h_base: PositiveInt | None = None
+    """Shortest round; null: the simulation's h_base."""
+    scale: Positive = 1.0
+    """Of the coefficient; 1: (coefficient / peak_lr)^exponent is h_base."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SimulationConfig:
+    """One problem, and rules that are compared on it with everything else the same."""
+
+    problem: Annotated[DigitsMlpConfig | DiagonalConfig, Field(discriminator="kind")]
+    """What is learned."""
+    workers: PositiveInt
+    """K."""
+    local_batch: PositiveInt
+    """Samples of a worker in a step, drawn with replacement."""
+    label_noise: NonNegative
+    """Standard deviation of the noise on every target, drawn anew each time."""
+    schedule: Literal["exponential", "cosine"]
+    """How the learning rate falls."""
+    peak_lr: Positive
+    """Learning rate of the first step."""
+    final_fraction: Fraction
+    """Of the peak, at the last step."""
+    total_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    """Steps of every worker."""
+    h_base: PositiveInt
+    """Shortest round of the rules that do not give their own."""
+    seeds: PositiveInt
+    """1 to this one."""
+    rules: dict[str, ExponentConfig]
+    """What is compared, by the name in tables; the first one is what others are compared with."""
+
+
+def load_simulation(overrides: Sequence[str], config_dir: Path = SIMULATIONS) -> SimulationConfig:
+    """From configs/simulation/ and the command line. Raises ConfigError."""
+    settings = compose_settings(parse_overrides(overrides), config_dir, "simulate")
+    config = parse(SimulationConfig, settings)
+    try:
+        for rule in config.rules.values():
+            make_simulated_plan(config, rule)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not config.rules:
+        raise ConfigError("rules={}: name at least one")
+    return config
+
+
+def simulation_names(config_dir: Path = SIMULATIONS) -> list[str]:
+    """All experiments."""
+    folder = config_dir / "experiment"
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
+    )
+
+
+def make_simulated_plan(config: SimulationConfig, settings: ExponentConfig) -> Plan:
+    """The rounds of one of the rules. ValueError names a setting that is off."""
+    h_base = config.h_base if settings.h_base is None else settings.h_base
+    rule = _make_rule(replace(settings, h_base=h_base), config.peak_lr)
+    return Plan(_make_schedule(config), rule)
+
+
+def _make_schedule(config: SimulationConfig) -> Schedule:
+    final = config.final_fraction * config.peak_lr
+    if config.schedule == "cosine":
+        return CosineSchedule(config.peak_lr, final, 0, config.total_steps)
+    return ExponentialSchedule(config.peak_lr, final, config.total_steps)
+
+
+def _make_rule(settings: ExponentConfig, peak_lr: float) -> Rule:
+    exponent, h_base = settings.exponent, settings.h_base
+    assert h_base is not None
+    if exponent is None:
+        return EveryStepRule()
+    if exponent == 0:
+        return ConstantRule(h_base)
+    coefficient = settings.scale * h_base ** (1 / exponent) * peak_lr
+    if exponent == 2:
+        return QuadraticRule(h_base, coefficient)
+    return PowerRule(h_base, coefficient, exponent)

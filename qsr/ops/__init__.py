@@ -1,0 +1,4 @@
+"""Attends: submits jobs, shows their status, examines machines (doctor).
+
+May import: everything.
+"""

@@ -1,0 +1,230 @@
+"""The single checks of the doctor. Each returns what it found, in a few words, or raises an error
+whose one line says what is wrong and how to mend it."""
+
+import contextlib
+import importlib.util
+import math
+import netrc
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from qsr.build import describe, sync_options
+from qsr.cluster.slurm import partitions
+from qsr.config.load import check_plan, run_folder
+from qsr.config.planning import make_plan
+from qsr.config.schema import Config, SlurmCluster
+from qsr.data import (
+    ImageFolder,
+    Request,
+    make_loader,
+    open_image_folders,
+    try_some,
+    uses_dali,
+)
+from qsr.data.settings import transforms
+from qsr.errors import CheckError
+from qsr.planner.forecast import forecast
+from qsr.planner.text import plan_line
+from qsr.run.checkpoint import readable, room_for_checkpoints
+from qsr.run.folder import RunFolder
+from qsr.run.folder_trial import refusing, try_folder
+from qsr.run.identity import check_run_folder
+from qsr.run.lock import check_free
+from qsr.run.results import missing_room
+from qsr.sync.communicator import Communicator
+from qsr.sync.flat import FlatModule
+from qsr.train.losses import TrainingLoss
+from qsr.train.models import build_model, check_network, count_parameters, outline
+from qsr.train.optim import build_optimizer
+from qsr.train.precision import LossScale, Precision
+from qsr.train.state import checkpoint_bytes
+from qsr.train.worker import Worker
+
+
+class DataChecks:
+    """The data set, as far as it can be used, and what follows from its size."""
+
+    def __init__(self, config: Config) -> None:
+        self.train: ImageFolder | None = None
+        self._config = config
+
+    def open(self) -> str:
+        """List the files."""
+        data = self._config.data
+        train, val = open_image_folders(
+            data.root,
+            expected_train=data.train_images,
+            expected_val=data.val_images,
+            expected_classes=data.classes,
+        )
+        try_some(train, val)
+        self.train = train
+        return f"{len(train):,} and {len(val):,} images of {len(train.classes)} classes"
+
+    def plan(self) -> str:
+        """The rounds and the hours of the run."""
+        config, images, classes = self._counted()
+        check_plan(config, images)
+        parameters = count_parameters(config.model, classes, config.data.image_size)
+        return plan_line(forecast(config, parameters))
+
+    def space(self) -> str:
+        """Room for the checkpoints that are kept, the next one, and the results."""
+        config, images, classes = self._counted()
+        model = outline(config.model, classes, config.data.image_size)
+        optimizer = build_optimizer(config.optimizer, model.parameters(), fused=False)
+        worker = Worker(0, FlatModule(model), optimizer, LossScale("cpu", enabled=False))
+        plan, options = make_plan(config, images), sync_options(config)
+        each = checkpoint_bytes(plan, worker, config.workers, options)
+        folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
+        names = self.train.classes if self.train is not None else ("n00000000",) * classes
+        about = describe(config, names, plan.total_steps)
+        results = missing_room(folder, model.state_dict(), about.metadata())
+        wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
+        there = f"{readable(free)} free" if math.isfinite(free) else "what is free is not known"
+        return (
+            f"{readable(wanted)} needed ({keep} + 1 checkpoints of {readable(each)}, and the "
+            f"results), {there}"
+        )
+
+    def _counted(self) -> tuple[Config, int, int]:
+        """The settings with the numbers of training images and classes, and these."""
+        data = self._config.data
+        if self.train is not None:
+            data = replace(data, train_images=len(self.train), classes=len(self.train.classes))
+        if data.train_images is None or data.classes is None:
+            raise CheckError("not known without the data")
+        return replace(self._config, data=data), data.train_images, data.classes
+
+    def decode(self, device: torch.device) -> str:
+        """Load a few images as the run would. Call `open` before."""
+        assert self.train is not None
+        data, number = self._config.data, min(8, len(self.train))
+        loader = make_loader(
+            data.loader,
+            self.train,
+            transforms(self._config.data)[0],
+            batch_size=number,
+            device=device,
+            threads=data.loader_threads,
+            prefetch=data.prefetch_batches,
+            decode=data.decode,
+        )
+        try:
+            batch = next(iter(loader.batches([Request(range(number), seed=0)])))
+        finally:
+            loader.close()
+        if not bool(batch.images.isfinite().all()):
+            raise CheckError(f"pixels of {self.train.path(0)} or the next are not finite")
+        return f"{'DALI' if uses_dali(data.loader) else 'torchvision'} on {batch.images.device}"
+
+
+def check_passes(config: Config) -> str:
+    """Whether the network takes images of this size, in passes of as many as the run's. It needs
+    neither the data nor a device."""
+    check_network(config)
+    size, name = config.data.image_size, config.model.timm_name or config.model.name
+    return f"{name} takes images of {size} x {size} pixels, {config.micro_batch_size} in a pass"
+
+
+def check_training(config: Config, device: torch.device) -> str:
+    """One pass forward and backward on the device, in the precision and of the size of the run's,
+    with weights as at its start."""
+    precision, size = Precision(config.precision, device), config.data.image_size
+    torch.manual_seed(0)
+    model = build_model(config.model, 2, size).to(device)
+    images = torch.rand(config.micro_batch_size, 3, size, size, device=device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    with precision.autocast():
+        loss = TrainingLoss(config.loss)(model, images, labels, 0)
+    loss.backward()
+    if not bool(loss.isfinite()):
+        raise CheckError(
+            f"the loss of random weights is {loss.item()} in {config.precision}: take another "
+            f"network, or precision=fp32"
+        )
+    return f"a pass of {len(images)} images, in {config.precision}"
+
+
+def check_folder(config: Config) -> str:
+    """Whether this process can write where the run will, and neither another run nor another
+    session is there."""
+    path = check_run_folder(config, {}).path
+    with refusing(path):
+        Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
+    lacks = try_folder(path)
+    check_free(path)
+    return f"{path}{f' (its file system has no {lacks})' if lacks else ''}"
+
+
+def check_wandb(config: Config) -> str:
+    """Whether the mirror of the metrics can work as it is asked to."""
+    mode = config.tracking.wandb
+    if mode == "none":
+        return "off"
+    if importlib.util.find_spec("wandb") is None:
+        raise CheckError("wandb is not installed: pip install wandb, or take tracking=none")
+    if mode == "offline":
+        return "offline: wandb sync RUN_FOLDER/wandb/offline-* uploads later"
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host, port = server.hostname or "", server.port or (443 if server.scheme == "https" else 80)
+    if "WANDB_API_KEY" not in os.environ and not _has_login(host):
+        raise CheckError(f"no key for {host}: wandb login, or take tracking=offline")
+    try:
+        socket.create_connection((host, port), 5.0).close()
+    except OSError as error:
+        raise CheckError(f"{host} cannot be reached ({error}): take tracking=offline") from None
+    return f"online at {host}"
+
+
+def _has_login(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def check_slurm(cluster: SlurmCluster) -> str:
+    """Whether Slurm answers, and has the partition."""
+    there = partitions()
+    if cluster.partition is not None and cluster.partition not in there:
+        raise CheckError(f"cluster.partition={cluster.partition} is none of {', '.join(there)}")
+    return f"partitions: {', '.join(there)}"
+
+
+def check_submitit() -> str:
+    """Whether scripts/submit.py can work."""
+    if importlib.util.find_spec("submitit") is None:
+        raise CheckError("not installed: pip install submitit, or use sbatch slurm/train.sbatch")
+    return "installed"
+
+
+def check_ranks(communicator: Communicator, mark: Path) -> str | None:
+    """Collective: an all-reduce on the device, and the file `mark`, which rank 0 makes and all must
+    see. What is wrong on this rank, or None."""
+    own = communicator.topology
+    if own.ranks == 1:
+        return None
+    numbers = torch.full((1_000_000,), float(own.rank + 1), device=communicator.device)
+    total = communicator.total(numbers)
+    made = False
+    if own.is_main:
+        with contextlib.suppress(OSError):  # what is wrong there, another check has told
+            mark.touch()
+            made = True
+    made = communicator.any(made)
+    blind = made and not mark.exists()
+    communicator.barrier()
+    if own.is_main and made:
+        mark.unlink()
+    expected = own.ranks * (own.ranks + 1) / 2
+    if not bool((total == expected).all()):
+        return f"an all-reduce gave {total[0].item()} instead of {expected}"
+    if blind:
+        return f"{mark.parent} is not the folder that rank 0 sees: all machines must share it"
+    return None

@@ -1,0 +1,117 @@
+"""Whether a run would start here: what it needs is tried, and each failure named with its mend."""
+
+import hashlib
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qsr.cluster.group import choose_device, join_process_group, topology
+from qsr.cluster.place import Place, find_place
+from qsr.config.schema import Config, SlurmCluster
+from qsr.errors import CheckError
+from qsr.ops import checks
+from qsr.output import say
+
+_PATIENCE_SECONDS = 60.0
+"""For the other ranks. One that cannot join says why, and this one must not wait for it."""
+
+
+def examine(config: Config) -> bool:
+    """Collective: check what the ranks of a run need, print a line for each check, and return
+    whether all is well on all ranks. Raises ClusterError if this rank has no place in the run, or
+    no device: then nothing else can be tried."""
+    place = find_place()
+    own = topology(config.cluster, config.workers)
+    device = choose_device(config.cluster.device, own.local_rank)
+    report = _Report(place)
+    report.check("device", lambda: f"{_name(device)}, {place.cores} cores for each rank")
+    if place.local_rank == 0:  # once on each machine
+        data = _check_files(report, config)
+        if data.train is not None:
+            report.check("decoding", lambda: data.decode(device))
+        if "network" not in report.failed:
+            report.check("training", lambda: checks.check_training(config, device))
+    if own.is_main:
+        report.check("wandb", lambda: checks.check_wandb(config))
+    digest = hashlib.sha256(place.attempt.encode()).hexdigest()[:16]  # the name may hold anything
+    mark = Path(config.runs_dir) / f".doctor-{digest}"
+    patience = min(_PATIENCE_SECONDS, config.cluster.timeout_seconds)
+    everyone_well = False
+
+    def meet() -> str:
+        nonlocal everyone_well
+        communicator = join_process_group(own, device, patience)
+        wrong = checks.check_ranks(communicator, mark)
+        everyone_well = not communicator.any(bool(report.failed) or wrong is not None)
+        if wrong is not None:  # not before: the others would wait for this rank
+            raise CheckError(wrong)
+        if own.ranks == 1:
+            return "one, alone"
+        kind = "NCCL" if device.type == "cuda" else "gloo"
+        return f"{own.ranks}, which all-reduce through {kind}"
+
+    report.check("ranks", meet)
+    return everyone_well and not report.failed
+
+
+def examine_login_node(config: Config) -> bool:
+    """Check what can be checked where jobs are submitted, print a line for each check, and return
+    whether all is well."""
+    cluster = config.cluster
+    assert isinstance(cluster, SlurmCluster)
+    report = _Report(find_place())
+    _check_files(report, config)
+    report.check("wandb", lambda: checks.check_wandb(config))
+    report.check("Slurm", lambda: checks.check_slurm(cluster))
+    report.check("submitit", checks.check_submitit)
+    return not report.failed
+
+
+def _check_files(report: "_Report", config: Config) -> checks.DataChecks:
+    data = checks.DataChecks(config)
+    report.check("data", data.open)
+    report.check("network", lambda: checks.check_passes(config))
+    report.check("plan", data.plan)
+    report.check("run folder", lambda: checks.check_folder(config))
+    report.check("free space", data.space)
+    return data
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "the CPU"
+    return f"{torch.cuda.get_device_name(device)} ({device})"
+
+
+class _Report:
+    """Prints a line for each check: what works as rank 0, what does not as every rank."""
+
+    def __init__(self, place: Place) -> None:
+        self.failed: set[str] = set()
+        """Names of the checks that found something wrong."""
+        self._place = place
+
+    def check(self, name: str, action: Callable[[], str]) -> None:
+        """`action` returns what it found, or raises."""
+        try:
+            found = action()
+        except Exception as error:  # whatever it is, the other checks are wanted too
+            self.failed.add(name)
+            kind = type(error)
+            own = kind.__module__.startswith("qsr.")
+            text = str(error) if own else f"{kind.__name__}: {error}"
+            self._say("FAIL", name, f"{self._where()}{' '.join(text.split())}")
+        else:
+            if self._place.rank == 0:
+                self._say("ok", name, found)
+
+    def _where(self) -> str:
+        if self._place.ranks == 1:
+            return ""
+        return f"rank {self._place.rank} on {platform.node()}: "
+
+    @staticmethod
+    def _say(verdict: str, name: str, text: str) -> None:
+        say(f"{verdict:4}  {name:10}  {text}")

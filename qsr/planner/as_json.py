@@ -1,0 +1,89 @@
+"""Forecasts for scripts: plain values whose keys carry their units and stay as they are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qsr.planner import what_if
+from qsr.planner.forecast import Forecast, Method
+
+
+def forecast_record(forecast: Forecast) -> dict[str, Any]:
+    """One run; times are null where the cluster's profile does not tell."""
+    config, plan, model = forecast.config, forecast.plan, forecast.model
+    longest, rounds = plan.longest_round, list(plan.rounds())
+    return {
+        "experiment": config.experiment,
+        "cluster": config.cluster.name,
+        "rule": config.sync.rule,
+        "model": config.model.timm_name or config.model.name,
+        "parameters": forecast.parameters,
+        "precision": config.precision,
+        "workers": config.workers,
+        "ranks": model.allreduce.ranks if model else None,
+        "machines": model.allreduce.machines if model else None,
+        "global_batch": config.global_batch,
+        "local_batch": config.local_batch,
+        "micro_batch": config.micro_batch_size,
+        "epochs": config.epochs,
+        "steps_per_epoch": forecast.steps_per_epoch,
+        "steps": plan.total_steps,
+        "rounds": plan.num_rounds,
+        "volume": plan.volume,
+        "h_first_steps": rounds[0].length,
+        "h_last_steps": rounds[-1].length,
+        "longest_round_steps": longest.length,
+        "longest_round_epochs": longest.length / forecast.steps_per_epoch,
+        "longest_round_start_step": longest.start,
+        "speedup_over_blocking_data_parallel": forecast.speedup(overlapped=False),
+        "speedup_over_overlapped_data_parallel": forecast.speedup(overlapped=True),
+        "methods": [_method_record(forecast, method) for method in forecast.methods],
+        "sources": {s.name: {"value": s.value, "source": s.text} for s in forecast.sources},
+        "notes": forecast.notes(),
+    }
+
+
+def _method_record(forecast: Forecast, method: Method) -> dict[str, Any]:
+    cost, speed = method.cost, forecast.config.cluster.speed
+    record: dict[str, Any] = {
+        "method": method.label,
+        "planned": method.planned,
+        "overlapped": method.overlapped,
+        "rounds": method.plan.num_rounds,
+        "volume": method.plan.volume,
+        "bytes_sent_per_worker": method.bytes_sent_per_worker,
+        "bytes_per_link": method.bytes_per_link,
+        "compute_hours": None,
+        "communication_hours": None,
+        "total_hours": None,
+        "gpu_hours": None,
+        "price": None,
+        "basis": None,
+        "fitted_to_hours": method.fitted_hours,
+        "unverified": sorted(forecast.unverified(method)),
+    }
+    if cost is None or speed is None:
+        return record
+    price = speed.price_per_gpu_hour
+    return record | {
+        "compute_hours": cost.compute_seconds / 3600,
+        "communication_hours": cost.communication_seconds / 3600,
+        "total_hours": cost.total_seconds / 3600,
+        "gpu_hours": cost.gpu_hours,
+        "price": price and price * cost.gpu_hours,
+        "basis": "fitted" if method.fitted_hours else "predicted",
+    }
+
+
+def what_if_record(cases: Sequence[what_if.Case]) -> dict[str, Any]:
+    """Where QSR pays."""
+    return {
+        "assumptions": what_if.assumptions(),
+        "cases": [
+            vars(one)
+            | {
+                "saved_of_blocking": one.saved_of_blocking,
+                "saved_of_overlapped": one.saved_of_overlapped,
+            }
+            for one in cases
+        ],
+    }

@@ -1,0 +1,103 @@
+"""Config -> cost model: the one place where a cluster's profile becomes seconds and bytes."""
+
+import math
+from dataclasses import replace
+
+from qsr.config import schema
+from qsr.core.cost import AllReduce, CostModel, Link, MeasuredAllReduce
+from qsr.errors import ConfigError, UnknownSpeedError
+
+BYTES_PER_PARAMETER = 4
+"""Parameters, gradients and averages are float32 under every precision."""
+
+
+def parameter_bytes(parameters: int) -> int:
+    """Size of what an average of parameters or gradients moves."""
+    return BYTES_PER_PARAMETER * parameters
+
+
+def moment_bytes(sync: schema.SyncConfig, parameters: int) -> int:
+    """Size of the optimizer states that are averaged with the parameters."""
+    return (sync.average_momentum + sync.average_second_moment) * parameter_bytes(parameters)
+
+
+def speed_key(config: schema.Config) -> str:
+    """The run's key in cluster.speed.seconds_per_image."""
+    model = config.model
+    name = model.name if model.timm_name is None else f"timm/{model.timm_name}"
+    return f"{name}@{config.data.image_size}/{config.precision}"
+
+
+def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tuple[int, int]:
+    """What a run takes of a cluster: a Slurm job's ranks and nodes; elsewhere cluster.ranks, or as
+    many as share the workers evenly, on as few machines as hold them. Raises ConfigError if the
+    cluster is too small."""
+    most = speed.machines * speed.ranks_per_machine
+    cluster = config.cluster
+    if isinstance(cluster, schema.SlurmCluster):
+        return cluster.job_ranks, cluster.nodes
+    ranks = cluster.ranks
+    if ranks is None:
+        ranks = next(n for n in range(most, 0, -1) if config.workers % n == 0)
+    if ranks > most:
+        raise ConfigError(
+            f"cluster.ranks={ranks}, but {config.cluster.name} has {speed.machines} x "
+            f"{speed.ranks_per_machine}: set cluster.speed.machines or cluster.speed."
+            f"ranks_per_machine too"
+        )
+    return ranks, math.ceil(ranks / speed.ranks_per_machine)
+
+
+def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
+    """What the run's steps and averages take on its cluster. Raises UnknownSpeedError if the
+    cluster's profile does not tell, ConfigError if it makes no sense for the run."""
+    speed, key = config.cluster.speed, speed_key(config)
+    calibrate = "measure it: python scripts/plan.py calibrate"
+    if speed is None:
+        raise UnknownSpeedError(
+            f"no hours: the speed of cluster={config.cluster.name} is not known; {calibrate}"
+        )
+    allreduce = _allreduce(config, speed)
+    if key not in speed.seconds_per_image:
+        raise UnknownSpeedError(
+            f"no hours: cluster={config.cluster.name} does not know {key}; {calibrate}, or give "
+            f"cluster.speed.seconds_per_image={{{key}:SECONDS}}"
+        )
+    images = config.local_batch * (config.workers // allreduce.ranks)
+    model = CostModel(
+        allreduce=allreduce,
+        compute_seconds=speed.seconds_per_image[key] * images,
+        micro_batches=images // config.micro_batch_size,
+        parameter_bytes=parameter_bytes(parameters),
+        moment_bytes=moment_bytes(config.sync, parameters),
+        delay_steps=config.sync.delay_steps,
+        bucket_bytes=config.cluster.bucket_mib * 2**20,
+    )
+    measured = speed.data_parallel.get(key)
+    own = (allreduce.ranks, images, model.micro_batches)
+    if measured is None or own != (measured.ranks, measured.images, measured.micro_batches):
+        return model
+    waiting = measured.blocking_seconds - model.compute_seconds - model.gradient_seconds
+    same_buckets = config.cluster.bucket_mib == measured.bucket_mib
+    return replace(
+        model,
+        waiting_seconds=max(0.0, waiting),
+        overlapped_step_seconds=measured.overlapped_seconds if same_buckets else None,
+    )
+
+
+def _allreduce(config: schema.Config, speed: schema.SpeedConfig) -> AllReduce:
+    ranks, machines = ranks_and_machines(config, speed)
+    measured = speed.allreduce
+    if measured is not None and measured.ranks == ranks:
+        try:
+            return MeasuredAllReduce(ranks, machines, measured.sizes_bytes, measured.seconds)
+        except ValueError as error:
+            raise ConfigError(f"cluster.speed.allreduce: {error}") from None
+    gbit_per_second = speed.link_gbit_per_second
+    if gbit_per_second is None and ranks > 1:
+        raise UnknownSpeedError(
+            f"no hours: cluster={config.cluster.name} does not know the link between ranks; give "
+            f"cluster.speed.link_gbit_per_second"
+        )
+    return Link(ranks, machines, (gbit_per_second or math.inf) * 1e9 / 8, speed.latency_seconds)

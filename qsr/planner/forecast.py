@@ -1,0 +1,289 @@
+"""What a run would take, beside data parallel training and a constant H: config -> forecast."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qsr.config import schema
+from qsr.config.load import GIVEN
+from qsr.config.planning import make_plan, make_sampler, parameter_count
+from qsr.core.cost import CostModel, RunCost, averaged_bytes, ring_bytes
+from qsr.core.plan import Plan
+from qsr.core.rules import ConstantRule, EveryStepRule
+from qsr.errors import ConfigError, UnknownSpeedError
+from qsr.planner.cost_model import (
+    make_cost_model,
+    moment_bytes,
+    parameter_bytes,
+    speed_key,
+)
+
+PRICE = "price_per_gpu_hour"
+
+
+def is_unverified(source: str) -> bool:
+    """Whether numbers that a constant of this source enters must be marked."""
+    return source.startswith("unverified")
+
+
+class Source(NamedTuple):
+    """A constant of the cluster's profile that entered a forecast, and where it comes from."""
+
+    name: str
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train over the run's steps."""
+
+    label: str
+    plan: Plan
+    overlapped: bool | None
+    """Whether DDP overlaps the averages of gradients; None: there are none, or no times."""
+    planned: bool
+    """Whether it is the run itself, as the trainer would carry it out."""
+    bytes_sent_per_worker: int
+    """In ring all-reduces, each worker a machine of its own: as in a run's summary."""
+    bytes_per_link: int | None
+    """Across the link of each machine, per direction; None: the machines are not known."""
+    cost: RunCost | None
+    fitted_hours: float | None
+    """The published time of this very run that the cluster's profile was fitted to, if it was."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run before it starts. Times are None where the cluster's profile does not tell."""
+
+    config: schema.Config
+    plan: Plan
+    steps_per_epoch: int
+    parameters: int
+    methods: tuple[Method, ...]
+    sources: tuple[Source, ...]
+    model: CostModel | None
+    why_no_times: str
+    """What the profile lacks, and the mend; empty if nothing."""
+
+    @property
+    def planned(self) -> Method:
+        """The run itself."""
+        return next(method for method in self.methods if method.planned)
+
+    def by_volume(self) -> list[Method]:
+        """The methods, the one that communicates most first."""
+        return sorted(self.methods, key=lambda m: (-m.plan.num_rounds, m.overlapped is True))
+
+    def data_parallel(self, *, overlapped: bool) -> Method:
+        """Data parallel training over the same steps. Where there are times."""
+        return next(
+            method
+            for method in self.methods
+            if method.plan.gradient_rounds == self.plan.total_steps
+            and method.overlapped is overlapped
+        )
+
+    def plans(self) -> dict[str, Plan]:
+        """The run's rounds, and those of the constant H beside it, by method."""
+        return {
+            method.label: method.plan
+            for method in self.methods
+            if method.planned or not method.plan.gradient_rounds
+        }
+
+    def speedup(self, *, overlapped: bool) -> float | None:
+        """Time of data parallel training over the time of the run."""
+        if self.planned.cost is None:
+            return None
+        reference = self.data_parallel(overlapped=overlapped).cost
+        assert reference is not None  # all methods have times, or none
+        return reference.total_seconds / self.planned.cost.total_seconds
+
+    def unverified(self, method: Method) -> frozenset[str]:
+        """Which of the method's numbers an unverified constant enters: "compute",
+        "communication", "total"."""
+        if method.cost is None:
+            return frozenset()
+        key = speed_key(self.config)
+        names = {s.name for s in _of_times(self.sources) if is_unverified(s.text)}
+        found = set()
+        if key in names:
+            found.add("compute")
+        # what DDP hides depends on the time of the backward pass
+        if names - {key} or (key in names and method.overlapped):
+            found.add("communication")
+        return frozenset(found | {"total"}) if found else frozenset()
+
+    def notes(self) -> list[str]:
+        """What a reader of the times must know."""
+        if self.model is None:
+            return [self.why_no_times]
+        speed, allreduce = self.config.cluster.speed, self.model.allreduce
+        assert speed is not None
+        notes = []
+        if any(method.fitted_hours for method in self.methods):
+            notes.append("fitted: the profile was fitted to this time; that it agrees says nothing")
+        if any(self.unverified(method) for method in self.methods):
+            notes.append("?: an unverified constant enters this number, see the sources")
+        if allreduce.ranks > 1 and self.model.overlapped_step_seconds is None:
+            notes.append(
+                "overlapped: assumes that the backward pass hides all-reduces without slowing down"
+            )
+        if allreduce.ranks < self.config.workers and self.config.cluster.overlap_gradients:
+            notes.append(
+                "a rank holds several workers here, and then scripts/train.py does not overlap"
+            )
+        if allreduce.machines == 1 < speed.machines and allreduce.ranks > 1:
+            notes.append(
+                "the run fits on one machine, whose own links the profile does not know: "
+                "communication is an upper bound, at the speed of the link between machines"
+            )
+        return notes
+
+
+def forecast(config: schema.Config, parameters: int | None = None) -> Forecast:
+    """What the run would take. `parameters` of the network need be given for timm's only.
+
+    Raises ConfigError if the number of training images or of classes is not known.
+    """
+    images = known_images(config)
+    if parameters is None:
+        parameters = parameter_count(config.model, known_classes(config))
+    plan = make_plan(config, images)
+    try:
+        model, why_no_times = make_cost_model(config, parameters), ""
+    except UnknownSpeedError as error:
+        model, why_no_times = None, str(error)
+    return Forecast(
+        config=config,
+        plan=plan,
+        steps_per_epoch=make_sampler(config, images).steps_per_epoch,
+        parameters=parameters,
+        methods=tuple(_methods(config, plan, parameters, model)),
+        sources=_sources(config) if model else (),
+        model=model,
+        why_no_times=why_no_times,
+    )
+
+
+def known_images(config: schema.Config) -> int:
+    """The number of training images. Raises ConfigError if only the folder tells."""
+    if config.data.train_images is None:
+        raise ConfigError(
+            f"data={config.data.name}: a plan needs the number of training images; give "
+            f"data.train_images=N"
+        )
+    return config.data.train_images
+
+
+def known_classes(config: schema.Config) -> int:
+    """The number of classes. Raises ConfigError if only the folder tells."""
+    if config.data.classes is None:
+        raise ConfigError(
+            f"data={config.data.name}: the size of the network needs the number of classes; give "
+            f"data.classes=N"
+        )
+    return config.data.classes
+
+
+def _methods(
+    config: schema.Config, plan: Plan, parameters: int, model: CostModel | None
+) -> Iterator[Method]:
+    schedule, label = plan.schedule, config.sync.label
+    # DDP overlaps where every rank is one worker; the trainer sums a rank's workers first
+    overlaps = (
+        config.cluster.overlap_gradients
+        and model is not None
+        and model.allreduce.ranks == config.workers
+    )
+    plain = Plan(schedule, EveryStepRule("gradients"))
+    wanted = [(label, plan, True), ("data parallel", plain, False)]
+    if plan.gradient_rounds == plan.total_steps:
+        wanted = [(label, plain, True)]
+    h = _constant_h(config.sync)
+    if h is not None:
+        wanted.append((f"constant H = {h}", Plan(schedule, ConstantRule(h)), False))
+    for name, its_plan, planned in wanted:
+        if not its_plan.gradient_rounds or model is None:
+            yield _method(config, name, its_plan, None, planned, parameters, model)
+            continue
+        for overlapped, how in ((False, "blocking"), (True, "overlapped")):
+            itself = planned and overlapped is overlaps
+            its_name = f"{name}, {how}"
+            yield _method(config, its_name, its_plan, overlapped, itself, parameters, model)
+
+
+def _method(
+    config: schema.Config,
+    label: str,
+    plan: Plan,
+    overlapped: bool | None,
+    planned: bool,
+    parameters: int,
+    model: CostModel | None,
+) -> Method:
+    moments = moment_bytes(config.sync, parameters)
+    given = averaged_bytes(plan, parameter_bytes(parameters), moments)
+    per_link = None
+    if model is not None:
+        machines = model.allreduce.machines
+        per_link = round(ring_bytes(model.allreduce.ranks, given)) if machines > 1 else 0
+    return Method(
+        label=label,
+        plan=plan,
+        overlapped=overlapped,
+        planned=planned,
+        bytes_sent_per_worker=round(ring_bytes(config.workers, given)),
+        bytes_per_link=per_link,
+        cost=model.run(plan, overlapped=bool(overlapped)) if model else None,
+        fitted_hours=None if model is None or overlapped else _fitted_hours(config, plan, model),
+    )
+
+
+def _constant_h(sync: schema.SyncConfig) -> int | None:
+    """The constant H to compare with: H_base, or the H that follows data parallel training."""
+    match sync:
+        case schema.QuadraticSync(h_base=h) | schema.PowerSync(h_base=h):
+            return h
+        case schema.PostLocalSync(h=h):
+            return h
+    return None
+
+
+def _fitted_hours(config: schema.Config, plan: Plan, model: CostModel) -> float | None:
+    sources = _sources(config)
+    if model.moment_bytes or any(source.text == GIVEN for source in _of_times(sources)):
+        return None
+    assert config.cluster.speed is not None
+    for run in config.cluster.speed.fitted_to:
+        if (run.model, run.ranks, run.global_batch, run.steps, run.averages) == (
+            speed_key(config),
+            model.allreduce.ranks,
+            config.global_batch,
+            plan.total_steps,
+            plan.num_rounds,
+        ):
+            return run.hours
+    return None
+
+
+def _sources(config: schema.Config) -> tuple[Source, ...]:
+    speed, key = config.cluster.speed, speed_key(config)
+    assert speed is not None
+    values = {
+        "link_gbit_per_second": speed.link_gbit_per_second,
+        "latency_seconds": speed.latency_seconds,
+        key: speed.seconds_per_image[key],
+        PRICE: speed.price_per_gpu_hour,
+    }
+    return tuple(
+        Source(name, value, speed.sources.get(name, "not given"))
+        for name, value in values.items()
+        if value is not None
+    )
+
+
+def _of_times(sources: Sequence[Source]) -> list[Source]:
+    return [source for source in sources if source.name != PRICE]

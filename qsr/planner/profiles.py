@@ -1,0 +1,134 @@
+"""Cluster profiles that a calibration writes: configs/cluster/NAME.yaml."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from qsr.config.load import CONFIG_DIR
+from qsr.config.schema import (
+    AllReduceTimes,
+    AnyCluster,
+    ClusterConfig,
+    DataParallelSteps,
+    SpeedConfig,
+)
+from qsr.core.cost import fit_link
+from qsr.errors import ConfigError
+
+MARK = "# Written by `python scripts/plan.py calibrate`, which renews it; edit a copy."
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a calibration found."""
+
+    key: str
+    """Of cluster.speed.seconds_per_image."""
+    machines: int
+    ranks_per_machine: int
+    seconds_per_image: float
+    """Of the slowest rank, while all compute and none waits."""
+    sizes_bytes: tuple[int, ...]
+    """Of the all-reduces, rising up to the model's size; empty for one rank."""
+    allreduce_seconds: tuple[float, ...]
+    """Of the slowest rank."""
+    data_parallel: DataParallelSteps | None
+    """Data parallel steps; None for one rank."""
+    how: str
+    """On which hardware, by which command."""
+
+    @property
+    def ranks(self) -> int:
+        """All ranks that took part."""
+        return self.machines * self.ranks_per_machine
+
+
+def profile_path(name: str, config_dir: Path = CONFIG_DIR) -> Path:
+    """Where a calibration writes its profile. Raises ConfigError if the name will not do, or if
+    another hand wrote the file that is there."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ConfigError(f"name={name}: letters, digits and underscores only, please")
+    path = config_dir / "cluster" / f"{name}.yaml"
+    if path.exists() and not path.read_text().startswith(MARK):
+        raise ConfigError(f"{path} was not written by a calibration: choose another name")
+    return path
+
+
+def read_profile(path: Path) -> ClusterConfig:
+    """A profile from its file. Raises ConfigError if this version cannot read it."""
+    try:
+        raw = json.dumps(yaml.safe_load(path.read_text()))
+        profile: ClusterConfig = TypeAdapter(AnyCluster).validate_json(raw)
+        return profile
+    except (ValidationError, yaml.YAMLError):
+        raise ConfigError(f"{path} is no profile of this version: delete it") from None
+
+
+def profile_text(cluster: ClusterConfig) -> str:
+    """A profile as its file holds it."""
+    return MARK + "\n" + yaml.safe_dump(dataclasses.asdict(cluster), sort_keys=False, width=100)
+
+
+def updated_profile(
+    cluster: ClusterConfig, stored: ClusterConfig | None, found: Measurement
+) -> ClusterConfig:
+    """`cluster`, as the calibration ran, with what it `found` and with what the `stored` profile
+    of an earlier one knows of other networks.
+
+    Raises ConfigError if that one was measured on other ranks, or if the all-reduces make no sense.
+    """
+    before = stored.speed if stored is not None else None
+    if before is not None and (before.machines, before.ranks_per_machine) != (
+        found.machines,
+        found.ranks_per_machine,
+    ):
+        raise ConfigError(
+            f"{cluster.name} was measured on {before.machines} x {before.ranks_per_machine} ranks, "
+            f"this is {found.machines} x {found.ranks_per_machine}: choose another name"
+        )
+    link, latency, measured = None, 0.0, None
+    sources = {**(before.sources if before else {}), found.key: found.how}
+    if found.ranks > 1:
+        try:
+            fit, residual = fit_link(
+                found.ranks, found.machines, found.sizes_bytes, found.allreduce_seconds
+            )
+        except ValueError as error:
+            raise ConfigError(f"{error}: measure again on machines that do nothing else") from None
+        link, latency = _rounded(fit.bytes_per_second * 8 / 1e9), _rounded(fit.latency_seconds)
+        measured = AllReduceTimes(found.ranks, found.sizes_bytes, found.allreduce_seconds)
+        text = f"fitted to all-reduces of {len(found.sizes_bytes)} sizes, to within "
+        text += f"{100 * residual:.0f} % (root mean square); {found.how}"
+        sources |= {
+            "link_gbit_per_second": text,
+            "latency_seconds": "fitted with the link",
+            "allreduce": found.how,
+        }
+    speed = SpeedConfig(
+        machines=found.machines,
+        ranks_per_machine=found.ranks_per_machine,
+        link_gbit_per_second=link,
+        latency_seconds=latency,
+        allreduce=measured,
+        seconds_per_image={
+            **(before.seconds_per_image if before else {}),
+            found.key: _rounded(found.seconds_per_image),
+        },
+        data_parallel={
+            **(before.data_parallel if before else {}),
+            **({found.key: found.data_parallel} if found.data_parallel else {}),
+        },
+        price_per_gpu_hour=before.price_per_gpu_hour if before else None,
+        fitted_to=(),
+        sources=sources,
+    )
+    return dataclasses.replace(cluster, speed=speed)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

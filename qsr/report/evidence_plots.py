@@ -1,0 +1,240 @@
+"""Results of scripts/simulate.py, and what the theory says of a run -> pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qsr.config.parsing import parse
+from qsr.core.drift import drift_multiplier, psi, psi_discrete
+from qsr.core.plan import Plan
+from qsr.evidence.settings import SimulationConfig, make_simulated_plan
+from qsr.report.evidence import DRIFT, Record, finite, read_theory
+from qsr.report.plans import experiment_plan
+from qsr.report.statistics import estimate
+from qsr.report.style import (
+    COLORS,
+    STYLE,
+    label_log_decades,
+    legend_once,
+    nested_widths,
+    rule_colors,
+    save,
+)
+
+PAPER_WORKERS = 16
+"""Of the run in the picture of the multiplier."""
+AT_PEAK = 1.0
+"""2 H lr eigenvalue in the first round: an eigenvalue for which a round at the peak is as long as
+the fluctuations take to arise. The paper's networks have many, smaller and larger."""
+_POINTS = 2000
+"""Of a curve over a run's steps."""
+
+
+def draw(folder: Path) -> None:
+    """The pictures of docs/evidence.md, from all records in the folder, beside them."""
+    records = read_theory(folder)
+    for name in ("digits_mlp", "diagonal"):
+        save(simulation_figure(records[name]), folder / name)
+    save(sensitivity_figure(records), folder / "sensitivity")
+    save(drift_figure(records[DRIFT]), folder / "drift")
+    save(multiplier_figure(paper_plans(), PAPER_WORKERS, AT_PEAK), folder / "multiplier")
+
+
+def paper_plans() -> dict[str, Plan]:
+    """The paper's ViT-B run on 16 workers by rules that all begin, at its peak rate of 0.008, with
+    H = 4: in that alone these are not the paper's."""
+    runs = {
+        "constant H": ("constant_h4",),
+        "data parallel": ("parallel",),
+        "beta/eta": ("inverse_h4", f"sync.coefficient={4 * 0.008}"),
+        "QSR": ("quadratic_h4", f"sync.alpha={2 * 0.008}"),
+        "cubic": ("cubic_h4", f"sync.coefficient={4 ** (1 / 3) * 0.008}"),
+    }
+    return {
+        label: experiment_plan(f"vit_b16_b4096/{row}", *settings)
+        for label, (row, *settings) in runs.items()
+    }
+
+
+def simulation_figure(record: Record) -> Figure:
+    """Test error and tr(Hessian) over the volume: every seed as a dot, the rules' means and 95 %
+    intervals. Rules that diverged in all seeds are left out."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+        test, trace = figure.subplots(1, 2)
+        _draw_rules(test, record, "test_error")
+        _draw_rules(trace, record, "hessian_trace")
+        test.set_ylabel(f"test error{_unit(record)}")
+        trace.set_ylabel("tr(Hessian) of the training loss")
+        for axes in (test, trace):
+            axes.set_xscale("log")
+            label_log_decades(axes.xaxis)
+            axes.set_xlabel("volume: averages / steps")
+        legend_once(figure, ncols=5)
+        return figure
+
+
+def _draw_rules(axes: Axes, record: Record, quantity: str) -> None:
+    rules = record["rules"]
+    for color, (name, about) in zip(_colors(record), rules.items(), strict=True):
+        values = finite(about[quantity])
+        if not values:
+            continue
+        volume, mean = about["volume"], estimate(values)
+        axes.plot([volume] * len(values), values, "o", ms=2.5, color=color, alpha=0.35)
+        axes.errorbar(
+            volume, mean.mean, mean.half_width, fmt="s", ms=5, capsize=4, color=color, label=name
+        )
+
+
+def _colors(record: Record) -> list[str]:
+    config = parse(SimulationConfig, record["config"])
+    return rule_colors([make_simulated_plan(config, rule).rule for rule in config.rules.values()])
+
+
+def _unit(record: Record) -> str:
+    return " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else ""
+
+
+def sensitivity_figure(records: Mapping[str, Record]) -> Figure:
+    """Test error of the rules over the number of workers, and of QSR over its alpha, with means and
+    95 % intervals over the seeds that did not diverge; how many of the cubic rule's and of QSR's
+    did is written below. `records`: all of results/theory/."""
+    names = ("digits_mlp_4_workers", "digits_mlp_8_workers", "digits_mlp")
+    by_workers = {records[name]["config"]["workers"]: records[name] for name in names}
+    by_scale = records["digits_mlp_alpha"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.0, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        workers = sorted(by_workers)
+        first = by_workers[workers[0]]
+        for color, name in zip(_colors(first), first["rules"], strict=True):
+            values = [by_workers[k]["rules"][name]["test_error"] for k in workers]
+            means = [estimate(finite(each)) for each in values]
+            left.errorbar(
+                workers,
+                [each.mean for each in means],
+                [each.half_width for each in means],
+                fmt="s-", ms=4, capsize=3, color=color, label=name,
+            )  # fmt: skip
+        left.set_xscale("log", base=2)
+        labels = [f"{k}{_diverged(by_workers[k], name)}" for k in workers]
+        left.set_xticks(workers, labels)
+        left.set_xlabel("workers K, each with the same local batch")
+        left.set_ylabel(f"test error{_unit(first)}")
+        scales = [rule["scale"] for rule in by_scale["config"]["rules"].values()]
+        for scale, about in zip(scales, by_scale["rules"].values(), strict=True):
+            values = finite(about["test_error"])
+            if values:
+                mean = estimate(values)
+                bar = {"fmt": "s", "ms": 4, "capsize": 3, "color": COLORS[2]}
+                right.errorbar(scale, mean.mean, mean.half_width, **bar)
+        right.set_xticks(
+            scales,
+            [
+                f"{scale:g}{_diverged(by_scale, name)}"
+                for scale, name in zip(scales, by_scale["rules"], strict=True)
+            ],
+        )
+        right.set_xlim(0.15, 1.6)
+        right.set_xlabel("alpha, relative to H_base at the peak")
+        legend_once(figure, ncols=5)
+        return figure
+
+
+def _diverged(record: Record, rule: str) -> str:
+    """A line below a tick's label; none where no seed diverged."""
+    count = record["rules"][rule]["diverged"]
+    return f"\n{count} of {record['config']['seeds']}\ndiverged" if count else ""
+
+
+def drift_figure(record: Record) -> Figure:
+    """Left: the drift of the model with one eigenvalue relative to data parallel training's,
+    measured (points) and predicted for steps of finite size (lines) and by the slow SDE (dotted).
+    Right: measured over predicted, as the noise grows until the expansion no longer holds."""
+    rows = pd.DataFrame(record["rows"])
+    (eigenvalue,) = record["valleys"]["one eigenvalue"]["eigenvalues"]
+    one = rows[(rows["valley"] == "one eigenvalue") & (rows["h"] > 1)]
+    small = one[one["noise"] == one["noise"].min()]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        x = np.geomspace(0.005, 200, 400)
+        for color, (workers, part) in zip(COLORS, small.groupby("workers"), strict=False):
+            for marker, (lr, of) in zip("o^", part.groupby("lr"), strict=True):
+                label = f"K = {workers}" if marker == "o" else None
+                at = 2 * of["h"] * lr * eigenvalue
+                left.plot(at, of["multiplier"], marker, ms=4, color=color, label=label)
+                h = at.to_numpy() / (2 * lr * eigenvalue)
+                lengths = np.geomspace(h.min(), h.max(), 100)
+                curve = [
+                    drift_multiplier(workers, psi_discrete(float(each), lr, eigenvalue))
+                    for each in lengths
+                ]
+                left.plot(2 * lengths * lr * eigenvalue, curve, color=color, linewidth=1)
+            slow = [drift_multiplier(workers, psi(float(each))) for each in x]
+            left.plot(x, slow, ":", color=color, linewidth=1)
+        left.plot([], [], color="0.4", linewidth=1, label="steps of finite size")
+        left.plot([], [], ":", color="0.4", linewidth=1, label="slow SDE")
+        left.set_xscale("log")
+        left.set_yscale("log", base=2)
+        left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        left.set_ylabel("drift, relative to data parallel training")
+        left.set_xlabel("2 H lr eigenvalue")
+        noisy = one[(one["workers"] == 8) & (one["lr"] == one["lr"].max())]
+        for grey, (noise, of) in zip(
+            ("0.0", "0.35", "0.55", "0.75"), noisy.groupby("noise"), strict=True
+        ):
+            share = 100 * of["multiplier"] / of["predicted_discrete"]
+            bars = 100 * of["standard_error"] / of["predicted_discrete"]
+            right.errorbar(of["h"], share, bars, fmt="o-", ms=3, color=grey, label=f"noise {noise}")
+        right.axhspan(95, 105, color=COLORS[5], alpha=0.2, linewidth=0)
+        right.set_xscale("log", base=2)
+        right.set_xlabel("H, at K = 8 and lr = 0.02")
+        right.set_ylabel("measured / predicted (%)")
+        right.set_ylim(0)
+        legend_once(figure, ncols=5)
+        return figure
+
+
+def multiplier_figure(plans: Mapping[str, Plan], workers: int, at_peak: float) -> Figure:
+    """What each rule makes of a run: the multiplier of the drift towards flat minima along an
+    eigenvalue for which 2 H lr eigenvalue is `at_peak` in the first plan's first round, and how far
+    a round goes along the minima, H lr^2 relative to that round."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.6, 6.2), layout="constrained")
+        rate, drift, moved = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2])
+        colors = rule_colors([plan.rule for plan in plans.values()])
+        widths = nested_widths(len(plans))
+        first = next(iter(plans.values()))
+        schedule, total = first.schedule, first.total_steps
+        steps = np.unique(np.linspace(0, total - 1, _POINTS).astype(int))
+        progress = 100 * steps / total
+        peak = max(schedule(int(step)) for step in steps)
+        eigenvalue = at_peak / (2 * first.round_at(0).length * peak)
+        rates = np.array([schedule(int(step)) for step in steps])
+        rate.plot(progress, rates / peak, color="0.25")
+        rate.set_ylabel("lr / peak")
+        for color, width, (name, plan) in zip(colors, widths, plans.items(), strict=True):
+            lengths = np.array([plan.round_at(int(step)).length for step in steps])
+            gains = [
+                drift_multiplier(workers, 0.0 if h == 1 else psi(2 * h * lr * eigenvalue))
+                for h, lr in zip(lengths, rates, strict=True)
+            ]
+            style = {"color": color, "linewidth": width}
+            drift.plot(progress, gains, label=name, **style)
+            along = lengths * rates**2 / (first.round_at(0).length * peak**2)
+            moved.plot(progress, along, **style)
+        drift.set_ylabel(f"drift, relative to\ndata parallel (K = {workers})")
+        drift.set_ylim(0, 1.05 * workers)
+        moved.set_yscale("log")
+        moved.set_ylim(1e-4, 30)
+        moved.set_ylabel("H lr$^2$, relative to\nthe peak: moved in a round")
+        moved.set_xlabel("training done (%)")
+        legend_once(figure, ncols=3)
+        return figure

@@ -1,0 +1,137 @@
+"""The average over the workers, in place on their flat buffers."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsr.sync.communicator import Communicator
+from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
+from qsr.sync.flat import FlatBuffers
+
+
+class Averager:
+    """Averages flat buffers over all workers.
+
+    `replicas` holds, for each worker of this rank, its buffers; all have the same layout, and the
+    first float32 buffer's tail has room for a fingerprint.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._num_workers = communicator.topology.num_workers
+        self._disagreement = torch.zeros(FINGERPRINT_SIZE, device=communicator.device)
+        self._last: Fingerprint | None = None
+
+    def average_(self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint | None) -> None:
+        """Collective: replace every replica, in place, by the mean over all workers.
+
+        The fingerprint (of buffers that have room for one) travels in the same all-reduce. On the
+        CPU ranks that disagree raise DisagreementError here; on a GPU, where a look at the result
+        would make the host wait, at the next `check`.
+        """
+        own = self._sign_(replicas, fingerprint)
+        mean_(self._communicator, [replica.buffers for replica in replicas])
+        self._compare(replicas[0], own, fingerprint)
+
+    def begin(
+        self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint, into: FlatBuffers
+    ) -> "PendingAverage":
+        """Collective: as `average_`, but write the mean to `into` alone, and do not wait for it.
+        Until it is there the replicas must not be written to."""
+        own = self._sign_(replicas, fingerprint)
+        first, *others = (replica.buffers for replica in replicas)
+        sums = []
+        for dtype, buffer in into.buffers.items():
+            buffer.copy_(first[dtype])
+            for other in others:
+                buffer.add_(other[dtype])
+            sums.append(self._communicator.begin_sum_(buffer))
+
+        def finish() -> None:
+            for pending in sums:
+                pending.wait().div_(self._num_workers)
+            self._compare(into, own, fingerprint)
+
+        return PendingAverage(finish)
+
+    def _sign_(
+        self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint | None
+    ) -> Tensor | None:
+        """Write the fingerprint to the replicas' tails; return it."""
+        if fingerprint is None:
+            return None
+        own = torch.tensor(fingerprint.encode())
+        for replica in replicas:
+            replica.tail.copy_(own, non_blocking=True)
+        return own
+
+    def _compare(
+        self, averaged: FlatBuffers, own: Tensor | None, fingerprint: Fingerprint | None
+    ) -> None:
+        if own is None:
+            return
+        expected = own.to(self._disagreement.device, non_blocking=True)
+        self._disagreement += averaged.tail != expected
+        self._last = fingerprint
+        if not self._disagreement.is_cuda:
+            self.check()
+
+    def check(self) -> None:
+        """Raise DisagreementError if any average so far mixed different fingerprints.
+
+        Waits for the device.
+        """
+        if self._last is None or not self._disagreement.any():
+            return
+        rank = self._communicator.topology.rank
+        raise self._last.disagreement(rank, self._disagreement.tolist())
+
+
+class PendingAverage(NamedTuple):
+    """An average that is on its way."""
+
+    wait: Callable[[], None]
+    """Collective: until it is there. Raises DisagreementError, as `Averager.average_` does."""
+
+
+def mean_(communicator: Communicator, replicas: Sequence[dict[torch.dtype, Tensor]]) -> None:
+    """Collective: the mean over all workers, in place: local sum, one all-reduce, one division."""
+    first, *others = replicas
+    for dtype, buffer in first.items():
+        for other in others:
+            buffer.add_(other[dtype])
+        communicator.sum_(buffer)
+        buffer.div_(communicator.topology.num_workers)
+        for other in others:
+            other[dtype].copy_(buffer)
+
+
+class MomentBuffers:
+    """The optimizers' states of the given names, in flat buffers: one per worker of the rank.
+
+    The states come into being in the optimizers' first steps, so they are moved into the buffers
+    when first asked for. A parameter without a state takes part as zeros.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], keys: Sequence[str]) -> None:
+        self._optimizers = optimizers
+        self._keys = keys
+        self._flat: list[FlatBuffers] = []
+
+    def buffers(self) -> Sequence[FlatBuffers]:
+        """The states' flat buffers; the optimizers update them in place from now on."""
+        if self._keys and not self._flat:
+            self._flat = [self._flatten(optimizer) for optimizer in self._optimizers]
+        return self._flat
+
+    def _flatten(self, optimizer: torch.optim.Optimizer) -> FlatBuffers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        slots = [(optimizer.state[p], key, p) for key in self._keys for p in parameters]
+        tensors = [s[k] if s.get(k) is not None else torch.zeros_like(p) for s, k, p in slots]
+        flat = FlatBuffers(tensors)
+        for (state, key, _), view in zip(slots, flat.views, strict=True):
+            if state.get(key) is not None:
+                state[key] = view
+        return flat

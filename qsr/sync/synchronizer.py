@@ -1,0 +1,209 @@
+"""What the workers of a run do together: the communication of Algorithm 1 (Gu et al. 2024).
+
+In a round of a local method each worker trains alone for H steps; `end_round` then replaces the
+parameters of all by their mean. In a data parallel round the gradients are averaged before every
+update instead. Besides, the ranks tell each other in every step what they are about to do, so that
+ranks that disagree stop before anything is mixed.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsr.core.plan import Plan, Round
+from qsr.core.sampling import Sampler
+from qsr.errors import TrainingError
+from qsr.sync.agreement import MAX_PENDING, Agreement
+from qsr.sync.averaging import Averager, MomentBuffers
+from qsr.sync.communicator import Communicator
+from qsr.sync.delayed import PREFIX, DelayedAverage
+from qsr.sync.fingerprint import Fingerprint
+from qsr.sync.flat import FlatModule
+from qsr.sync.gradients import GradientAverager
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """How averages are made, beside the plan that says when."""
+
+    moments: Sequence[str] = ()
+    """Optimizer states that are averaged with the parameters, by their keys in torch."""
+    bucket_mib: float | None = None
+    """Data parallel rounds: size of DDP's buckets in MiB; None: average after the backward pass."""
+    delay_steps: int = 0
+    """Steps of the next round after which a round's average is applied; 0: at its end."""
+
+
+def expected_state(replica: FlatModule, options: SyncOptions) -> dict[str, Tensor]:
+    """The tensors of a worker that `Synchronizer.state` gives at most, for their names and sizes;
+    a replica on the meta device will do."""
+    if not options.delay_steps:
+        return {}
+    return {f"{PREFIX}parameters/{name}": p for name, p in replica.parameters().items()}
+
+
+class Synchronizer:
+    """Keeps the workers of all ranks together through the rounds of a plan.
+
+    Every rank builds one with the same arguments, but for `replicas` and `optimizers`, those of its
+    own workers. `sampler` and `config_hash` are what the ranks must agree on besides the plan.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        replicas: Sequence[FlatModule],
+        optimizers: Sequence[torch.optim.Optimizer],
+        communicator: Communicator,
+        *,
+        sampler: Sampler,
+        config_hash: str,
+        options: SyncOptions,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.plan = plan
+        self.communicator = communicator
+        self.config_hash = config_hash
+        self._replicas = replicas
+        self._sampler = sampler
+        self._delay_steps = options.delay_steps
+        self._agreement = Agreement(communicator, asked_to_stop)
+        self._averager = Averager(communicator)
+        self._moments = MomentBuffers(optimizers, options.moments)
+        self._gradients = (
+            GradientAverager(replicas, communicator, options.bucket_mib)
+            if plan.gradient_rounds
+            else None
+        )
+        self._delayed = DelayedAverage(self._averager, replicas) if options.delay_steps else None
+
+    # A step, in the order of the calls
+
+    def begin_step(self, round_: Round, step: int) -> None:
+        """Collective: tell the other ranks that this one begins the 0-based `step`."""
+        self._agreement.begin(self._mark(round_, step + 1))
+
+    def forward_of(self, replica: FlatModule) -> nn.Module:
+        """What the replica's batches go through."""
+        return replica.module if self._gradients is None else self._gradients.forward_of(replica)
+
+    def backward_context(self, *, average: bool) -> AbstractContextManager[object]:
+        """Context of a forward and backward pass; `average`: the last one of a step whose gradients
+        are averaged."""
+        if self._gradients is None:
+            return nullcontext()
+        return self._gradients.backward_context(average=average)
+
+    def average_gradients(self) -> int:
+        """Collective: complete the average after the last backward pass of a data parallel step.
+        Returns the bytes that each worker gave."""
+        assert self._gradients is not None  # the plan has data parallel rounds
+        self._gradients.finish()
+        return self._replicas[0].flat.bytes
+
+    def end_step(self, step: int) -> None:
+        """Collective: after the update of the 0-based `step`; apply a delayed average if due."""
+        if self._delayed is not None and self._delayed.due == step + 1:
+            self._delayed.apply_()
+
+    def end_round(self, round_: Round) -> int:
+        """Collective: after the last step of a local round, replace the parameters of all workers
+        by their mean. Returns the bytes that each worker gave.
+
+        Raises DisagreementError if the ranks do not do the same.
+        """
+        self._agreement.settle()  # ranks that disagree would mix, or wait for each other
+        flat = [replica.flat for replica in self._replicas]
+        mark = self._mark(round_, round_.end)
+        if self._delayed is not None and round_.end < self.plan.total_steps:
+            following = self.plan.round_at(round_.end).length
+            self._delayed.begin(mark, due=round_.end + min(self._delay_steps, following))
+        else:  # the paper's; and the last one, which nothing follows
+            self._averager.average_(flat, mark)
+        moments = self._moments.buffers()
+        if moments:
+            self._averager.average_(moments, None)
+        return flat[0].bytes + (moments[0].bytes if moments else 0)
+
+    # Agreement
+
+    def stop_agreed(self, *, wait: bool) -> bool:
+        """Collective: whether any rank was asked to stop. `wait`: for the answers of all steps so
+        far; otherwise some may still be on their way. Raises DisagreementError."""
+        return self._agreement.settle(0 if wait else MAX_PENDING)
+
+    def check(self) -> None:
+        """Raise DisagreementError if an average so far mixed ranks that disagree. Waits for the
+        device."""
+        self._averager.check()
+
+    def checks_between(self, round_: Round, step: int) -> Callable[[], None]:
+        """Collective: a function for something long after `step` steps, such as an evaluation. All
+        ranks call it now and then alike; it raises StopRequestedError once a stop is agreed."""
+        mark = self._mark(round_, step)
+        self._agreement.begin(mark)
+        return lambda: self._agreement.check(mark)
+
+    def check_equal_start(self) -> None:
+        """Collective: see that all workers begin with the same weights, because no later average
+        would tell. Raises TrainingError."""
+        digests = set()
+        for replica in self._replicas:
+            digest = hashlib.blake2b(digest_size=6)
+            for buffer in replica.flat.buffers.values():
+                digest.update(buffer.cpu().view(torch.uint8).numpy().data)
+            digests.add(float(int.from_bytes(digest.digest(), "big")))
+        rows = self.communicator.gather_floats([min(digests), max(digests)])
+        if len({value for row in rows for value in row}) > 1:
+            raise TrainingError("the workers' initial weights differ: the same seed gave others")
+
+    # What is true now
+
+    def parameters_are_equal(self, round_: Round, step: int) -> bool:
+        """Whether all workers have the same parameters after `step` steps, in this round or at its
+        end."""
+        if round_.averages == "gradients":
+            return True
+        under_way = self._delayed is not None and self._delayed.due is not None
+        return step == round_.end and not under_way
+
+    @property
+    def measures_communication(self) -> bool:
+        """Whether all averages are timed: not where DDP overlaps them with the backward pass."""
+        return self._gradients is None or not self._gradients.overlaps
+
+    # A session's begin and end
+
+    def settle(self, images: Tensor) -> None:
+        """Collective: before the first step of a session, with some images of it."""
+        if self._gradients is not None:
+            self._gradients.settle(images)
+
+    def state(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+        """Collective: what a checkpoint needs in the middle of something: tensors of each of this
+        rank's workers, and what all share."""
+        if self._delayed is None:
+            return [{} for _ in self._replicas], {"correction_due": None}
+        return self._delayed.corrections(), {"correction_due": self._delayed.due}
+
+    def load_state(
+        self, tensors: Sequence[Mapping[str, Tensor]], shared: Mapping[str, Any]
+    ) -> None:
+        """Restore what `state` gave."""
+        if self._delayed is not None and shared["correction_due"] is not None:
+            self._delayed.load(tensors, shared["correction_due"])
+
+    @staticmethod
+    def is_state(name: str) -> bool:
+        """Whether a tensor of this name in a checkpoint is from `state`."""
+        return name.startswith(PREFIX)
+
+    def _mark(self, round_: Round, step: int) -> Fingerprint:
+        """What all ranks must agree on in their `step`-th step, counted from 1, of this round."""
+        lr = self.plan.schedule(step - 1)
+        return Fingerprint(step, round_.index, round_.length, lr, self._sampler, self.config_hash)

@@ -1,0 +1,161 @@
+"""What a run measures of itself while it trains, and whether it is healthy."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsr.core.plan import Plan, Round
+from qsr.core.sampling import Sampler
+from qsr.errors import TrainingError
+from qsr.sync.communicator import Communicator
+from qsr.train.precision import Precision
+from qsr.train.worker import Worker
+
+_MOST_LOSSES = 256
+"""Losses that are kept before they are added up: all at once, because adding each takes as long as
+a small layer."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what it has measured. All of it is in every checkpoint."""
+
+    step: int = 0
+    """Steps done."""
+    averages: int = 0
+    """Averages over the workers made, of parameters or of gradients."""
+    averaged_bytes: int = 0
+    """Size of what one worker gave to them."""
+    skipped_updates: int = 0
+    """Updates that workers skipped because fp16 gradients overflowed."""
+    repeated_batches: int = 0
+    """Local batches that workers went through once more, at half the loss scale, for the same."""
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    communication_seconds: float = 0.0
+    """Part of train_seconds; without averages that overlap with the backward pass."""
+    loss_sum: float = 0.0
+    """Finite losses since the last row of training metrics, over all workers."""
+    loss_weight: float = 0.0
+    """How many losses that sum holds."""
+    best_top1: float | None = None
+    """Percent, over the evaluations so far."""
+    evaluation_due: bool = False
+    """Whether a stop came before the evaluation of this step; the next session begins with it."""
+
+
+class Monitor:
+    """Counts on the device, without making the host wait, and reads when something is due."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sampler: Sampler,
+        communicator: Communicator,
+        precision: Precision,
+    ) -> None:
+        self.progress = Progress()
+        self._plan = plan
+        self._sampler = sampler
+        self._communicator = communicator
+        self._precision = precision
+        # on the device: sum and number of the finite losses, number of the others, skipped updates
+        self._sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
+        self._losses: list[Tensor] = []  # not in the sums yet
+        self._repeated = 0  # batches that this rank repeated since it was read
+        self._communication_before = 0.0  # of earlier sessions
+        self._lap_start = 0.0
+        self._logged = (0, 0.0)  # step and train_seconds of the last row of training metrics
+
+    def start(self, progress: Progress) -> None:
+        """A session begins, or resumes from `progress`."""
+        self.progress = progress
+        self._communication_before = progress.communication_seconds
+        self._lap_start = time.perf_counter()
+        self._logged = (progress.step, progress.train_seconds)
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under a field of the progress."""
+        now, progress = time.perf_counter(), self.progress
+        setattr(progress, name, getattr(progress, name) + now - self._lap_start)
+        progress.communication_seconds = self._communication_before + self._communicator.seconds()
+        self._lap_start = now
+
+    def count_loss(self, loss: Tensor) -> None:
+        """One micro-batch's loss, on the device."""
+        self._losses.append(loss)
+        if len(self._losses) == _MOST_LOSSES:
+            self._add_losses()
+
+    def _add_losses(self) -> None:
+        losses = torch.stack(self._losses).double()
+        finite = losses.isfinite()
+        self._sums[:3] += torch.stack(
+            (losses.where(finite, 0.0).sum(), finite.sum(), (~finite).sum())
+        )
+        self._losses.clear()
+
+    def count_skipped(self, worker: Worker) -> None:
+        """Whether the loss scale, after `unscale_`, will skip the worker's update."""
+        # the scaler's own verdict; the public way, a look at its scale, would make the host wait
+        found = worker.scaler._found_inf_per_device(worker.optimizer)
+        self._sums[3] += torch.stack([flag.sum() for flag in found.values()]).sum().clamp(max=1.0)
+
+    def count_repeated(self, batches: int) -> None:
+        """Local batches that are gone through again, because fp16 gradients overflowed."""
+        self._repeated += batches
+
+    def read(self, round_: Round) -> None:
+        """Collective: bring the counts of all ranks to the host.
+
+        Raises TrainingError on every rank if the loss is not finite (in fp16: no loss is).
+        """
+        progress = self.progress
+        if self._losses:
+            self._add_losses()
+        counts = [*self._sums.tolist(), self._repeated]  # the host waits for the device here
+        self._sums.zero_()
+        self._repeated = 0
+        rows = self._communicator.gather_floats(counts)
+        loss_sum, loss_weight, not_finite, skipped, repeated = map(sum, zip(*rows, strict=True))
+        progress.loss_sum += loss_sum
+        progress.loss_weight += loss_weight
+        progress.skipped_updates += round(skipped)
+        progress.repeated_batches += round(repeated)
+        if not_finite and (self._precision.name != "fp16" or loss_weight == 0.0):
+            raise TrainingError(
+                f"the loss is not finite at or before step {progress.step} (round {round_.index}, "
+                f"lr {self._plan.schedule(progress.step - 1):.3g}); the checkpoints before are "
+                f"untouched; try a lower schedule.peak_lr, a longer warm-up or "
+                f"optimizer.clip_norm"
+            )
+
+    def train_row(self, round_: Round, *, with_communication: bool) -> dict[str, Any]:
+        """The row of training metrics of the steps since the last one."""
+        progress = self.progress
+        images = (progress.step - self._logged[0]) * self._sampler.global_batch
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": progress.step,
+            "epoch": progress.step / self._sampler.steps_per_epoch,
+            "round": round_.index,
+            "h": round_.length,
+            "lr": self._plan.schedule(progress.step - 1),
+            "averages": progress.averages,
+            "train_seconds": progress.train_seconds,
+            "images_per_second": images / (progress.train_seconds - self._logged[1]),
+        }
+        if progress.loss_weight:
+            row["loss"] = progress.loss_sum / progress.loss_weight
+        if with_communication:
+            row["communication_seconds"] = progress.communication_seconds
+        if self._precision.name == "fp16":
+            row["skipped_updates"] = progress.skipped_updates
+            row["repeated_batches"] = progress.repeated_batches
+        self._logged = (progress.step, progress.train_seconds)
+        progress.loss_sum = progress.loss_weight = 0.0
+        return row

@@ -1,0 +1,91 @@
+"""Name -> network, from plain values: no settings, no timm where the network is not timm's."""
+
+import torch
+from torch import nn
+from torchvision.models import resnet152
+from torchvision.models.resnet import BasicBlock, conv1x1
+
+from qsr.train.vit import SimpleViT
+
+
+def build_network(
+    name: str, timm_name: str | None, num_classes: int, image_size: int, *, channels_last: bool
+) -> nn.Module:
+    """The network for square images of `image_size` pixels; input [b, 3, size, size], output
+    logits [b, num_classes]. Random weights, drawn from torch's generator.
+
+    Raises ValueError for an unknown name or an image size that the network cannot have,
+    ImportError where timm is needed and not installed, and what timm raises.
+    """
+    model: nn.Module
+    match name:
+        case "resnet152":
+            model = resnet152(weights=None, num_classes=num_classes)
+        case "vit_b16":
+            model = SimpleViT(
+                image_size=image_size,
+                patch_size=16,
+                num_classes=num_classes,
+                width=768,
+                depth=12,
+                heads=12,
+            )
+        case "small_resnet":
+            model = SmallResNet(num_classes)
+        case "small_vit":
+            model = SimpleViT(
+                image_size=image_size,
+                patch_size=4,
+                num_classes=num_classes,
+                width=64,
+                depth=4,
+                heads=4,
+            )
+        case "timm":
+            import timm  # slow, and not needed by the others
+
+            if not timm.is_model(timm_name or ""):  # create_model would take an address, and ask it
+                raise ValueError(f"Unknown model ({timm_name})")
+            model = timm.create_model(timm_name or "", num_classes=num_classes)
+        case _:
+            raise ValueError(f"there is no network {name!r}")
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def evaluation_mode(module: nn.Module) -> nn.Module:
+    """Put `module` into evaluation mode as if it came there for the first time, and return it.
+
+    Some networks compute a tensor from their weights in the first pass there, and keep it (timm's
+    LeViT, TinyViT and EfficientViT: their attention biases). All let go of it in train(), not all
+    in eval(): after a change of weights or statistics, eval() alone would leave the old one.
+    """
+    return module.train().eval()
+
+
+class SmallResNet(nn.Sequential):
+    """Three residual blocks of 16, 32 and 64 channels with BatchNorm, 78,000 parameters, for
+    images of about 32 pixels."""
+
+    def __init__(self, num_classes: int) -> None:
+        stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        super().__init__(
+            stem,
+            BasicBlock(16, 16),
+            _downsampling_block(16, 32),
+            _downsampling_block(32, 64),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, num_classes),
+        )
+
+
+def _downsampling_block(channels_in: int, channels_out: int) -> nn.Module:
+    shortcut = nn.Sequential(
+        conv1x1(channels_in, channels_out, stride=2), nn.BatchNorm2d(channels_out)
+    )
+    block: nn.Module = BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut)
+    return block

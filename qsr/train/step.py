@@ -1,0 +1,129 @@
+"""One step: forward and backward passes over a worker's micro-batches, and the update."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qsr.core.seeds import seed_for
+from qsr.data import Batch
+from qsr.sync.synchronizer import Synchronizer
+from qsr.train.losses import TrainingLoss
+from qsr.train.monitor import Monitor
+from qsr.train.optim import set_lr
+from qsr.train.precision import Precision
+from qsr.train.worker import Worker
+
+
+class Stepper:
+    """Takes steps with the workers of this rank."""
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        synchronizer: Synchronizer,
+        monitor: Monitor,
+        *,
+        loss: TrainingLoss,
+        micro_batch: int,
+        clip_norm: float | None,
+        precision: Precision,
+        seed: int,
+    ) -> None:
+        self.workers = workers
+        self.monitor = monitor
+        self.micro_batch = micro_batch
+        self._synchronizer = synchronizer
+        self._loss = loss
+        self._clip_norm = clip_norm
+        self._precision = precision
+        self._seed = seed
+
+    def find_gradients(
+        self,
+        workers: Sequence[Worker],
+        batches: Iterator[Batch],
+        step: int,
+        *,
+        average: bool,
+    ) -> int:
+        """Leave on the parameters of each of these workers the gradient of its local batch; if it
+        is to `average`, as in data parallel training, the mean over all workers of the run, and
+        then it is collective. `update` follows. Batches are taken one by one, so that loading goes
+        on beside computing. Returns the bytes that each worker gave to averages.
+
+        While fp16 gradients overflow and the loss scale is being searched for, the batches are
+        repeated (see `LossScale`); workers that average see the same gradients, and all repeat.
+        """
+        averaged_bytes = 0
+        may_repeat = any(worker.scaler.is_searching for worker in workers)
+        kept: list[Batch] = []
+        while True:
+            losses: list[Tensor] = []
+            for worker in workers:
+                batch = next(batches)
+                if may_repeat:
+                    kept.append(batch)
+                losses += self._forward_backward(worker, batch, step, average=average)
+            if average:
+                averaged_bytes += self._synchronizer.average_gradients()
+            overflowed = [self._must_repeat(worker) for worker in workers]
+            if not any(overflowed):
+                break
+            self.monitor.count_repeated(len(workers))
+            batches, kept = iter(kept), []
+        for loss in losses:
+            self.monitor.count_loss(loss)
+        return averaged_bytes
+
+    def _forward_backward(
+        self, worker: Worker, batch: Batch, step: int, *, average: bool
+    ) -> list[Tensor]:
+        """The mean gradient of the local batch, times the loss scale. Returns the loss of each
+        micro-batch. Collective if the last backward pass is to `average`."""
+        # a fresh seed a step: dropout draws the same in a resumed run, and whether a worker has
+        # a process of its own or not
+        seed = seed_for(self._seed, "model", worker=worker.index, step=step)
+        _seed_generators(seed, batch.images.device)
+        worker.model.zero_gradients()
+        forward = self._synchronizer.forward_of(worker.model)
+        losses = []
+        images = batch.images.split(self.micro_batch)
+        labels = batch.labels.split(self.micro_batch)
+        for number, (x, y) in enumerate(zip(images, labels, strict=True)):
+            last = number + 1 == len(images)
+            with self._synchronizer.backward_context(average=last and average):
+                seed = seed_for(
+                    self._seed, "mixup", worker=worker.index, step=step, micro_batch=number
+                )
+                with self._precision.autocast():
+                    loss = self._loss(forward, x, y, seed)
+                worker.scaler.scale(loss / len(images)).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def _must_repeat(self, worker: Worker) -> bool:
+        """Divide the loss scale out of the gradients. True if they overflowed and the batch is to
+        be repeated."""
+        if not worker.scaler.is_enabled():
+            return False
+        worker.scaler.unscale_(worker.optimizer)
+        return worker.scaler.must_repeat(worker.optimizer)
+
+    def update(self, worker: Worker, lr: float) -> None:
+        """Change the worker's parameters by the gradients that `find_gradients` left."""
+        set_lr(worker.optimizer, lr)
+        if worker.scaler.is_enabled():
+            self.monitor.count_skipped(worker)
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(worker.model.module.parameters(), self._clip_norm)
+        worker.scaler.step(worker.optimizer)
+        worker.scaler.update()
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """torch.manual_seed for this device. That one is for every kind of device, and while no GPU is
+    in use it keeps a stack trace of each call: a millisecond, and memory."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

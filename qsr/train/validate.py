@@ -1,0 +1,213 @@
+"""Validation outside of a run: of a model file, or of published weights."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from qsr.cluster.group import choose_device
+from qsr.config.evaluate import OF_NETWORK, EvaluateConfig, load_evaluate, settings_of_run
+from qsr.config.schema import DataConfig
+from qsr.data import (
+    EvalTransform,
+    ImageFolder,
+    make_loader,
+    open_validation_folder,
+    try_some,
+    uses_dali,
+)
+from qsr.data.names import appearance, how_they_differ
+from qsr.errors import ClusterError, ConfigError, DataError, ModelFileError
+from qsr.output import warn
+from qsr.run.folder import RunFolder, read_yaml
+from qsr.sync.communicator import Communicator, Topology
+from qsr.train.evaluation import Evaluation, validate
+from qsr.train.model_file import (
+    Description,
+    load_model,
+    put_weights,
+    read_description,
+    read_weights,
+)
+from qsr.train.models import build_model, check_model
+from qsr.train.precision import Precision
+
+
+class Candidate(NamedTuple):
+    """A network with its weights on its device, and all that is needed to validate it."""
+
+    module: nn.Module
+    config: EvaluateConfig
+    val: ImageFolder
+    device: torch.device
+    about: Description | None
+    """Where the file says what it is."""
+
+
+def evaluate(source: str | None, overrides: Sequence[str]) -> int:
+    """Validate a run folder or a model file, or without a `source` what the overrides name, print
+    the result and return the exit status: 0 done, 1 failed, 2 refused."""
+    try:
+        candidate = _open(source, overrides)
+        config, data = candidate.config, candidate.config.data
+        communicator = Communicator(Topology(0, 1, 0, 1), candidate.device, 0.0)
+        loader = make_loader(
+            data.loader,
+            candidate.val,
+            _transform(data),
+            batch_size=config.evaluation.batch,
+            device=candidate.device,
+            threads=data.loader_threads,
+            prefetch=data.prefetch_batches,
+            decode=data.decode,
+        )
+    except (ConfigError, DataError, ClusterError, ModelFileError) as error:
+        warn(f"refused: {error}")
+        return 2
+    for note in (*candidate.val.notes, *_notes(candidate)):
+        warn(f"note: {note}")
+    try:
+        result = validate(
+            candidate.module,
+            loader,
+            len(candidate.val),
+            config.evaluation.batch,
+            communicator,
+            Precision(config.precision, candidate.device),
+        )
+    except DataError as error:
+        warn(f"failed: {error}")
+        return 1
+    finally:
+        loader.close()
+    with_ = f"{'DALI' if uses_dali(data.loader) else 'torchvision'} on {candidate.device}"
+    print(f"{_numbers(result)}  ({result.images:,} images, {with_}, {config.precision})")
+    if candidate.about is not None:
+        about = candidate.about
+        top5 = "" if about.top5 is None else f"  top-5 {about.top5:.3f} %"
+        print(f"the file says: top-1 {about.top1:.3f} %{top5}, after {about.step:,} steps")
+    return 0
+
+
+def _numbers(result: Evaluation) -> str:
+    top5 = "" if result.top5 is None else f"  top-5 {result.top5:.3f} %"
+    return f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}"
+
+
+def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
+    """Raises ConfigError, DataError, ClusterError, ModelFileError."""
+    about = None
+    if source is None:
+        config = load_evaluate(overrides)
+    else:
+        _, about = read_description(source)
+        config = load_evaluate(overrides, _known(Path(source), about))
+    device = choose_device(config.cluster.device, 0)
+    data = config.data
+    val = open_validation_folder(
+        data.root, expected_images=data.val_images, expected_classes=data.classes
+    )
+    if about is None:
+        module = _published(config, len(val.classes))
+    else:
+        assert source is not None
+        _check_classes(source, about.classes, val)
+        module = load_model(source).module
+    _try(module, data.image_size)
+    try_some(val)
+    return Candidate(module.to(device).eval(), config, val, device, about)
+
+
+def _known(source: Path, about: Description) -> dict[str, Any]:
+    """The settings that a model file brings; within a run folder also those of its config.yaml."""
+    seen = (about.image_size, about.crop_fraction, list(about.mean), list(about.std))
+    of_file = {**dict(zip(OF_NETWORK, seen, strict=True)), "precision": about.precision}
+    if not source.is_dir():
+        return of_file
+    path = RunFolder(source).config
+    try:
+        return settings_of_run(read_yaml(path)) | of_file
+    except ConfigError as error:
+        raise ConfigError(f"{error}: give the model.safetensors alone, and data.root") from None
+
+
+def _published(config: EvaluateConfig, num_classes: int) -> nn.Module:
+    assert config.model is not None
+    assert config.weights is not None
+    check_model(config.model, config.data.image_size)
+    weights = read_weights(Path(config.weights))
+    try:
+        module = build_model(config.model, num_classes, config.data.image_size)
+    except (ValueError, RuntimeError, AssertionError) as error:  # timm's, of its models' limits
+        raise ConfigError(f"the network cannot be built ({' '.join(str(error).split())})") from None
+    put_weights(module, weights, Path(config.weights), num_classes)
+    return module
+
+
+def _check_classes(source: str, classes: Sequence[str], val: ImageFolder) -> None:
+    """The order of the classes is that of the logits. Raises DataError."""
+    for label, (ours, theirs) in enumerate(zip_longest(classes, val.classes)):
+        if ours != theirs:
+            here, there = (f"{name!r}" if name else "none" for name in (ours, theirs))
+            alike = bool(ours and theirs) and appearance(ours) == appearance(theirs)
+            hint = f"; {how_they_differ(ours, theirs)}" if alike else ""
+            raise DataError(
+                f"{source} and {val.root / val.split} have different classes ({len(classes)} and "
+                f"{len(val.classes)}): class {label} is {here} in the model, {there} in the folder"
+                f"{hint}"
+            )
+
+
+@torch.no_grad()
+def _try(module: nn.Module, image_size: int) -> None:
+    """Some networks take images of one size alone, and say so when they get others. Raises
+    ConfigError."""
+    try:
+        module.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # timm asserts, torch raises RuntimeError and others
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"data.image_size={image_size}: the network takes no such images ({reason})"
+        ) from None
+
+
+def _transform(data: DataConfig) -> EvalTransform:
+    return EvalTransform(
+        size=data.image_size, crop_fraction=data.eval_crop_fraction, mean=data.mean, std=data.std
+    )
+
+
+def _notes(candidate: Candidate) -> list[str]:
+    """What to know before the number is compared with a published one."""
+    model, data = candidate.config.model, candidate.config.data
+    if model is None or model.name != "timm":
+        return []
+    from timm.data.config import resolve_data_config
+
+    theirs = resolve_data_config(  # type: ignore[no-untyped-call]
+        {}, model=candidate.module, use_test_size=True
+    )
+    wanted = {
+        "data.image_size": theirs["input_size"][-1],
+        "data.eval_crop_fraction": theirs["crop_pct"],
+        "data.mean": tuple(theirs["mean"]),
+        "data.std": tuple(theirs["std"]),
+    }
+    ours = (data.image_size, data.eval_crop_fraction, data.mean, data.std)
+    settings = [
+        f"{name}={list(value) if isinstance(value, tuple) else value}".replace(" ", "")
+        for (name, value), own in zip(wanted.items(), ours, strict=True)
+        if value != own
+    ]
+    notes = []
+    if settings:
+        notes.append(f"timm validates {model.timm_name} with {' '.join(settings)}")
+    if theirs["interpolation"] != "bilinear":
+        notes.append(
+            f"timm validates {model.timm_name} with {theirs['interpolation']} resizing, and here "
+            f"it is bilinear: the numbers will differ a little"
+        )
+    return notes

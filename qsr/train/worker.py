@@ -1,0 +1,124 @@
+"""One worker: a replica of the model with its own optimizer, loss scale and statistics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsr.config.schema import Config
+from qsr.sync.communicator import Communicator
+from qsr.sync.fingerprint import FINGERPRINT_SIZE
+from qsr.sync.flat import FlatModule
+from qsr.train.models import initial_model
+from qsr.train.optim import build_optimizer, states_after_a_step
+from qsr.train.precision import LossScale, Precision
+
+
+class Worker:
+    """Worker `index` of the run's K."""
+
+    def __init__(
+        self,
+        index: int,
+        model: FlatModule,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScale,
+    ) -> None:
+        self.index = index
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        model.module.train()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters by name: what all workers share after an average."""
+        return {f"parameters/{name}": p for name, p in self.model.module.named_parameters()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's states by parameter and key."""
+        return {
+            f"optimizer/{name}/{key}": value
+            for name, parameter in self.model.module.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All its tensors: parameters, optimizer state and buffers (BatchNorm's statistics)."""
+        return {**self._targets(), **self.optimizer_state()}
+
+    def expected_tensors(self) -> dict[str, Tensor]:
+        """What `tensors` gives from the first step on; the optimizer's without their values."""
+        names = {p: name for name, p in self.model.module.named_parameters()}
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = zip(ordered, states_after_a_step(self.optimizer), strict=True)
+        optimizer = {
+            f"optimizer/{names[parameter]}/{key}": value
+            for parameter, state in states
+            for key, value in state.items()
+        }
+        return {**self._targets(), **optimizer}
+
+    def values(self) -> dict[str, Any]:
+        """The rest of its state, for JSON."""
+        return {"scaler": self.scaler.state_dict()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Restore what `tensors` and `values` gave.
+
+        Raises ValueError if names or shapes are not this worker's.
+        """
+        targets = self._targets()
+        stored = {name for name in tensors if not name.startswith("optimizer/")}
+        if stored != targets.keys():
+            odd = sorted(stored ^ targets.keys())
+            raise ValueError(f"the checkpoint holds another model: {odd[0]} is not in both")
+        for name, target in targets.items():
+            if target.shape != tensors[name].shape:
+                raise ValueError(f"the checkpoint holds another model: {name} has another shape")
+            target.copy_(tensors[name])
+        self._load_optimizer(tensors)
+        if values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])
+
+    def _targets(self) -> dict[str, Tensor]:
+        buffers = {f"buffers/{name}": b for name, b in _persistent_buffers(self.model.module)}
+        return {**self.parameters(), **buffers}
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        parameters = dict(self.model.module.named_parameters())
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                parameter_name, _, key = name.removeprefix("optimizer/").rpartition("/")
+                parameter = parameters[parameter_name]
+                # in the parameter's memory format, which fused kernels take for granted
+                like = parameter if tensor.shape == parameter.shape else tensor
+                state.setdefault(parameter, {})[key] = torch.empty_like(
+                    like, dtype=tensor.dtype, device="cpu"
+                ).copy_(tensor)
+        layout = self.optimizer.state_dict()
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        layout["state"] = {i: state[p] for i, p in enumerate(ordered) if p in state}
+        self.optimizer.load_state_dict(layout)
+
+
+def make_workers(config: Config, num_classes: int, communicator: Communicator) -> list[Worker]:
+    """The workers of this rank, all with the same weights."""
+    device = communicator.device
+    precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
+    fused = device.type == "cuda" or precision.name == "fp16"
+    workers = []
+    for index in communicator.topology.workers:
+        model = initial_model(config, num_classes, device)
+        flat = FlatModule(model, extra=FINGERPRINT_SIZE)
+        optimizer = build_optimizer(config.optimizer, model.parameters(), fused=fused)
+        workers.append(Worker(index, flat, optimizer, precision.scaler()))
+    return workers
+
+
+def _persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = module.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
