@@ -8,22 +8,24 @@ from functools import wraps
 
 from qsr.output import printable, warn
 
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+"""Exit statuses: of what began and failed, of what was not begun, and of Ctrl-C."""
+
 
 class QsrError(Exception):
-    """One line for the user. A program that raises it ends with `exit_status`: 2 if it refused to
-    begin, 1 if it failed on the way."""
+    """One line for the user. A program that does not catch it ends with `exit_status`."""
 
-    exit_status = 1
+    exit_status = FAILED
 
     def line(self) -> str:
         """What the user sees."""
-        return f"{'refused' if self.exit_status == 2 else 'failed'}: {self}"
+        return f"{'refused' if self.exit_status == REFUSED else 'failed'}: {self}"
 
 
 class ConfigError(QsrError):
     """The setting, what is wrong with it, and what would be right."""
 
-    exit_status = 2
+    exit_status = REFUSED
 
 
 class UnknownSpeedError(ConfigError):
@@ -37,7 +39,7 @@ class FolderInUseError(ConfigError):
 class DataError(QsrError):
     """The data set, or one of its files, cannot be used."""
 
-    exit_status = 2
+    exit_status = REFUSED
 
     def __str__(self) -> str:
         return printable(super().__str__())  # names of files may hold anything
@@ -46,7 +48,7 @@ class DataError(QsrError):
 class ClusterError(QsrError):
     """The machines, or what a launcher says of them, do not fit the run."""
 
-    exit_status = 2
+    exit_status = REFUSED
 
 
 class SlurmError(QsrError):
@@ -84,13 +86,16 @@ class RunFailedError(QsrError):
 class ReportError(QsrError):
     """A run folder or a record cannot be reported."""
 
+    exit_status = REFUSED
+
 
 class ModelFileError(QsrError):
     """A model file cannot be read, or is of another network."""
 
 
 def showing_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Around a script's `main`: an error for the user becomes its line and its exit status."""
+    """Around a script's `main`: an error for the user, or Ctrl-C, becomes a line and the exit
+    status."""
 
     @wraps(main)
     def shown(arguments: list[str]) -> int:
@@ -99,5 +104,8 @@ def showing_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], in
         except QsrError as error:
             warn(error.line())
             return error.exit_status
+        except KeyboardInterrupt:
+            warn("interrupted; run the same command to resume")
+            return INTERRUPTED
 
     return shown

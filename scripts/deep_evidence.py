@@ -20,7 +20,7 @@ from typing import Any
 
 from qsr.config.schema import Config
 from qsr.data.prepare.digits import prepare_few_digits
-from qsr.errors import ConfigError, DataError, RunFailedError
+from qsr.errors import showing_errors
 from qsr.evidence.deep_study import (
     DeepStudy,
     Measured,
@@ -32,13 +32,14 @@ from qsr.evidence.deep_study import (
     side_by_side,
     tuning_runs,
 )
-from qsr.output import program, warn
+from qsr.output import program
 from qsr.report.evidence_deep import deep_report
 from qsr.run.folder import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     study = DeepStudy(
@@ -51,17 +52,7 @@ def main(arguments: list[str]) -> int:
     )
     os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
     started = time.monotonic()
-    try:
-        record = _carry_out(study)
-    except (ConfigError, DataError) as error:
-        warn(f"refused: {error}")
-        return 2
-    except KeyboardInterrupt:
-        warn("interrupted; the same command goes on")
-        return 130
-    except RunFailedError as error:
-        warn(f"failed: {error}")
-        return 1
+    record = _carry_out(study)
     tables = deep_report(record)
     options.results.mkdir(parents=True, exist_ok=True)
     write_json(options.results / "deep.json", record)

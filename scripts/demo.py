@@ -14,14 +14,15 @@ from pathlib import Path
 
 from qsr.config.load import load_config, run_folder
 from qsr.data.prepare.digits import prepare_digits
-from qsr.errors import ClusterError, ConfigError, DataError, ReportError, RunFailedError
-from qsr.launch import execute, raise_failures
+from qsr.errors import (
+    showing_errors,
+)
 from qsr.output import program, warn
 from qsr.report.collect import group_by_label, read_run
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
 from qsr.report.tables import rule_table, rule_table_markdown
-from qsr.session import stopped_by_signal
+from qsr.session import execute, raise_failures, stopped_by_signal
 
 EXPERIMENTS = ("demo/parallel", "demo/constant", "demo/quadratic")
 SEEDS = (1, 2, 3)
@@ -29,38 +30,29 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "demo"
 
 
+@showing_errors
 def main(settings: list[str]) -> int:
     os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
     started = time.perf_counter()
-    try:
-        configs = [
-            load_config([f"experiment={name}", f"seed={seed}", "tracking=none", *settings])
-            for name in EXPERIMENTS
-            for seed in SEEDS
-        ]
-        prepare_digits(Path(configs[0].data.root))
-        finished = sum((run_folder(c) / "summary.json").exists() for c in configs)
-        print(
-            f"{len(configs)} runs: {len(EXPERIMENTS)} rules x {len(SEEDS)} seeds, "
-            f"{configs[0].workers} workers each; {finished} finished before",
-            flush=True,
-        )
-        outcomes = execute(configs)
-        raise_failures(outcomes)
-        stopped = stopped_by_signal(outcomes)
-        if stopped:
-            warn("stopped, everything saved; the same command goes on")
-            return stopped
-        groups = group_by_label([read_run(run_folder(config)) for config in configs])
-    except (ClusterError, ConfigError, DataError, ReportError) as error:
-        warn(f"refused: {error}")
-        return 2
-    except KeyboardInterrupt:
-        warn("interrupted; the same command goes on")
-        return 130
-    except RunFailedError as error:
-        warn(f"failed: {error}")
-        return 1
+    configs = [
+        load_config([f"experiment={name}", f"seed={seed}", "tracking=none", *settings])
+        for name in EXPERIMENTS
+        for seed in SEEDS
+    ]
+    prepare_digits(Path(configs[0].data.root))
+    finished = sum((run_folder(c) / "summary.json").exists() for c in configs)
+    print(
+        f"{len(configs)} runs: {len(EXPERIMENTS)} rules x {len(SEEDS)} seeds, "
+        f"{configs[0].workers} workers each; {finished} finished before",
+        flush=True,
+    )
+    outcomes = execute(configs)
+    raise_failures(outcomes)
+    stopped = stopped_by_signal(outcomes)
+    if stopped:
+        warn("stopped, everything saved; run the same command to resume")
+        return stopped
+    groups = group_by_label([read_run(run_folder(config)) for config in configs])
     RESULTS.mkdir(parents=True, exist_ok=True)
     table = rule_table(groups)
     table.to_csv(RESULTS / "table.csv", index=False)

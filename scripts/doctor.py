@@ -17,24 +17,21 @@ import shlex
 from qsr.cluster.slurm import current_task
 from qsr.config.load import load_config
 from qsr.config.schema import SlurmCluster
-from qsr.errors import ConfigError
-from qsr.output import program, warn
+from qsr.errors import showing_errors
+from qsr.output import program
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    try:
-        config = load_config(arguments or ["experiment=demo/quadratic"])
-    except ConfigError as error:
-        warn(f"refused: {error}")
-        return 2
+    config = load_config(arguments or ["experiment=demo/quadratic"])
 
     from qsr.cluster.processes import start_ranks
     from qsr.errors import ClusterError, RunFailedError
-    from qsr.launch import number_of_ranks
     from qsr.ops.doctor import examine, examine_login_node
+    from qsr.session import number_of_ranks
 
     try:
         if isinstance(config.cluster, SlurmCluster) and current_task() is None:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from qsr.cluster.place import find_place
 from qsr.config.load import expand_sweeps, load_config, load_configs
 from qsr.config.schema import Config
-from qsr.errors import ConfigError
+from qsr.errors import ConfigError, showing_errors
 from qsr.output import printer, program, warn
 from qsr.planner import as_json as planner_json
 from qsr.planner import profiles
@@ -32,17 +32,15 @@ from qsr.planner.forecast import forecast, known_classes, known_images
 from qsr.planner.what_if import all_cases
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
     commands = {"calibrate": calibrate, "what-if": what_if}
-    try:
-        if arguments[0] in commands:
-            return commands[arguments[0]](arguments[1:])
-        return plan(arguments)
-    except ConfigError as error:
-        return _refuse(error)
+    if arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return plan(arguments)
 
 
 def plan(arguments: list[str]) -> int:
@@ -98,26 +96,16 @@ def calibrate(arguments: list[str]) -> int:
     config = load_config([text for text in arguments if not text.startswith("name=")])
     images, classes = known_images(config), known_classes(config)
 
-    from qsr import launch  # after the settings are known to be right: torch takes seconds
     from qsr.cluster.processes import start_ranks
-    from qsr.errors import ClusterError, RunFailedError
     from qsr.planner.calibrate import measure
     from qsr.run.folder import write_text
-    from qsr.train.models import check_network
+    from qsr.session import number_of_ranks
+    from qsr.train.models import check_network  # torch takes seconds to import
 
     check_network(config)
     command = " ".join(["plan.py calibrate", *arguments])
-    ranks = launch.number_of_ranks(config)
-    try:
-        found = start_ranks(measure, ranks, config, classes, images, command)
-    except ClusterError as error:
-        return _refuse(error)
-    except RunFailedError as error:
-        warn(f"failed: {error}")
-        return 1
-    except KeyboardInterrupt:
-        warn("interrupted; nothing was written")
-        return 130
+    ranks = number_of_ranks(config)
+    found = start_ranks(measure, ranks, config, classes, images, command)
     if find_place().rank == 0:
         cluster = dataclasses.replace(config.cluster, name=names[0])
         profile = profiles.updated_profile(cluster, stored, found)
@@ -170,11 +158,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("settings", nargs="*")
     return parser.parse_intermixed_args(arguments)
-
-
-def _refuse(error: Exception) -> int:
-    warn(f"refused: {error}")
-    return 2
 
 
 if __name__ == "__main__":

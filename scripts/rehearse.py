@@ -15,8 +15,9 @@ from pathlib import Path
 
 from qsr.config.load import load_configs, run_folder
 from qsr.data.prepare.digits import prepare_digits
-from qsr.errors import ClusterError, ConfigError, DataError, ReportError, RunFailedError
-from qsr.launch import execute, raise_failures
+from qsr.errors import (
+    showing_errors,
+)
 from qsr.output import program, warn
 from qsr.report.collect import read_run
 from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
@@ -24,7 +25,7 @@ from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
 from qsr.report.plots import communication_figure
 from qsr.report.style import save
-from qsr.session import stopped_by_signal
+from qsr.session import execute, raise_failures, stopped_by_signal
 
 TABLES = ("1a", "1b", "2a", "2b")
 SEEDS = "seed=1,2,3"
@@ -32,43 +33,34 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "rehearsal"
 
 
+@showing_errors
 def main(settings: list[str]) -> int:
     os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
     started = time.perf_counter()
-    try:
-        rows = [
-            row
-            for row in read_reference(ROOT / "results" / "paper" / "tables.csv")
-            if row.table in TABLES
-        ]
-        common = ["rehearsal=digits", SEEDS, "tracking=none", *settings]
-        configs = {
-            row.experiment: load_configs([f"experiment={row.experiment}", *common]) for row in rows
-        }
-        runs = [config for seeds in configs.values() for config in seeds]
-        prepare_digits(Path(runs[0].data.root))
-        finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
-        print(f"{len(runs)} runs of {len(rows)} rows; {finished} finished before", flush=True)
-        outcomes = execute(runs)
-        raise_failures(outcomes)
-        stopped = stopped_by_signal(outcomes)
-        if stopped:
-            warn("stopped, everything saved; the same command goes on")
-            return stopped
-        summaries = {
-            experiment: [read_run(run_folder(config)).summary for config in seeds]
-            for experiment, seeds in configs.items()
-        }
-        table = comparison_table(rows, summaries, experiment_plan)
-    except (ClusterError, ConfigError, DataError, ReportError) as error:
-        warn(f"refused: {error}")
-        return 2
-    except KeyboardInterrupt:
-        warn("interrupted; the same command goes on")
-        return 130
-    except RunFailedError as error:
-        warn(f"failed: {error}")
-        return 1
+    rows = [
+        row
+        for row in read_reference(ROOT / "results" / "paper" / "tables.csv")
+        if row.table in TABLES
+    ]
+    common = ["rehearsal=digits", SEEDS, "tracking=none", *settings]
+    configs = {
+        row.experiment: load_configs([f"experiment={row.experiment}", *common]) for row in rows
+    }
+    runs = [config for seeds in configs.values() for config in seeds]
+    prepare_digits(Path(runs[0].data.root))
+    finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
+    print(f"{len(runs)} runs of {len(rows)} rows; {finished} finished before", flush=True)
+    outcomes = execute(runs)
+    raise_failures(outcomes)
+    stopped = stopped_by_signal(outcomes)
+    if stopped:
+        warn("stopped, everything saved; run the same command to resume")
+        return stopped
+    summaries = {
+        experiment: [read_run(run_folder(config)).summary for config in seeds]
+        for experiment, seeds in configs.items()
+    }
+    table = comparison_table(rows, summaries, experiment_plan)
     RESULTS.mkdir(parents=True, exist_ok=True)
     table.to_csv(RESULTS / "tables.csv", index=False, float_format="%.10g")
     parts = [

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from qsr.config.compose import expand_sweeps
-from qsr.errors import ConfigError
+from qsr.errors import ConfigError, showing_errors
 from qsr.evidence.drift import Drift
 from qsr.evidence.settings import SimulationConfig, load_simulation, simulation_names
 from qsr.evidence.simulation import Outcome
@@ -26,7 +26,7 @@ from qsr.evidence.studies import (
     run_studies,
     simulation_record,
 )
-from qsr.output import program, warn
+from qsr.output import program
 from qsr.report.evidence import drift_markdown, simulation_markdown
 from qsr.report.evidence_plots import draw
 from qsr.run.folder import write_json
@@ -34,6 +34,7 @@ from qsr.run.folder import write_json
 RESULTS = Path(__file__).parents[1] / "results" / "theory"
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,11 +43,7 @@ def main(arguments: list[str]) -> int:
     settings = parser.parse_args(arguments).settings
     started = time.monotonic()
     everything, drift = not settings, settings == ["drift"]
-    try:
-        simulations = {} if drift else _simulations(settings)
-    except ConfigError as error:
-        warn(f"refused: {error}")
-        return 2
+    simulations = {} if drift else _simulations(settings)
     cases = drift_cases() if everything or drift else []
     outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in simulations}
     drifts: dict[DriftCase, Drift] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qsr.config.load import load_configs, run_folder
 from qsr.config.schema import Config, SlurmCluster
-from qsr.errors import ConfigError
+from qsr.errors import ConfigError, showing_errors
 from qsr.output import program, warn
 from qsr.planner.forecast import forecast
 from qsr.planner.text import plan_line
@@ -26,6 +26,7 @@ from qsr.planner.text import plan_line
 ROOT = Path(__file__).parents[1]
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
     options = {word for word in arguments if word.startswith("--")}
     settings = [word for word in arguments if word not in options]
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         if SlurmCluster in kinds:
             raise ConfigError("give one cluster for all of these runs")
         return _run_here(configs, settings, dry_run="--dry-run" in options)
-    except (ConfigError, OSError) as error:
+    except OSError as error:
         warn(f"refused: {error}")
         return 2
 

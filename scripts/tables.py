@@ -15,7 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from qsr.errors import ConfigError, ReportError
+from qsr.errors import showing_errors
 from qsr.output import printer, program, warn
 from qsr.report.evidence import read_theory
 from qsr.report.evidence_deep import read_deep
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "results" / "runs"
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,15 +41,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.check and options.command:
         parser.error("--check goes alone")
-    try:
-        if options.command == "add":
-            for folder in options.folders:
-                print(f"{folder} -> {add_record(folder, RECORDS).relative_to(ROOT)}")
-            return 0
-        return _tables(check=options.check)
-    except (ConfigError, ReportError) as error:
-        warn(f"refused: {error}")
-        return 2
+    if options.command == "add":
+        for folder in options.folders:
+            print(f"{folder} -> {add_record(folder, RECORDS).relative_to(ROOT)}")
+        return 0
+    return _tables(check=options.check)
 
 
 def _tables(*, check: bool) -> int:

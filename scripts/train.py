@@ -15,20 +15,17 @@ everything, the second ends at once.
 
 from qsr.cluster.slurm import leave_when_signalled
 from qsr.config.load import load_configs
-from qsr.errors import ClusterError, ConfigError
-from qsr.output import program, warn
+from qsr.errors import showing_errors
+from qsr.output import program
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    try:
-        leave_when_signalled()
-        configs = load_configs(arguments)
-    except (ConfigError, ClusterError) as error:
-        warn(f"refused: {error}")
-        return 2
+    leave_when_signalled()
+    configs = load_configs(arguments)
 
     from qsr.session import carry_out  # after the settings are known to be right: torch is slow
 

@@ -1,6 +1,6 @@
 """The training loop of the paper's released code (github.com/hmgxr128/QSR), told again.
 
-It is what `tests/unit/test_released_code.py` holds the trainer against, so it shares nothing with
+tests/unit/train/test_released_code.py holds the trainer against it, so it shares nothing with
 `qsr`: a loop over steps and workers that does, in its order, what every process of the released
 code does. Its processes are a list here, and an all-reduce is a mean over that list. Left out are
 half precision, evaluation, logging and checkpoints.

@@ -13,34 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from qsr.cluster.place import Place
+from qsr.errors import QsrError, RunFailedError
 
-EXPECTED = (
-    "CheckpointError",
-    "ClusterError",
-    "ConfigError",
-    "DataError",
-    "DisagreementError",
-    "FolderMovedError",
-    "LostRankError",
-    "TrainingError",
-)
-"""Errors whose message says everything; any other one is shown with its traceback."""
-
-_KINDS = {"attempt": str, "rank": int, "time": float, "error": str, "traceback": str}
+_KINDS = {"attempt": str, "rank": int, "time": float, "error": str, "description": str}
 """What is read of failure.json."""
 
 
 def record_failure(path: Path, place: Place, error: Exception) -> str | None:
     """Write failure.json at `path`, if this rank is the first of this attempt to fail; otherwise
-    return what that one said, for `describe` has been at it. None, too, if both say the same."""
-    trace = "".join(traceback.format_exception(error))
+    return the description of the first one's failure. None, too, if both say the same."""
     own = {
         "attempt": place.attempt,
         "rank": place.rank,
         "host": platform.node(),
         "time": time.time(),
         "error": f"{type(error).__name__}: {error}",
-        "traceback": trace,
+        "description": describe(place.rank, error),
     }
     with contextlib.suppress(OSError):  # no folder yet, or no room: there are the logs
         earlier = read_failure(path)
@@ -53,7 +41,7 @@ def record_failure(path: Path, place: Place, error: Exception) -> str | None:
         except FileExistsError:
             first = read_failure(path)
             if first is not None and first["error"] != own["error"]:
-                return describe(first["rank"], first["error"], first["traceback"])
+                return str(first["description"])
     return None
 
 
@@ -75,6 +63,12 @@ def read_failure(path: Path) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def describe(rank: int, error: str, trace: str) -> str:
-    """A failure in one line, or with its traceback if it was not foreseen."""
-    return f"rank {rank}: {error}" + ("" if error.startswith(EXPECTED) else f"\n{trace}")
+def describe(rank: int, error: Exception) -> str:
+    """The failure of a rank for the user: one line, or with its traceback if it is a fault of this
+    program."""
+    if isinstance(error, RunFailedError):  # it says of which rank it is
+        return str(error)
+    line = f"rank {rank}: {type(error).__name__}: {error}"
+    if isinstance(error, QsrError):
+        return line
+    return line + "\n" + "".join(traceback.format_exception(error))

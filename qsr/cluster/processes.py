@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
@@ -186,8 +185,7 @@ def _rank_main(
     try:
         returned = _call(function, *arguments)
     except Exception as error:
-        trace = "".join(traceback.format_exception(error))
-        reports.write(rank=rank, error=f"{type(error).__name__}: {error}", traceback=trace)
+        reports.write(failure=describe(rank, error))
         sys.exit(1)
     if rank == 0:
         reports.write(returned=returned)
@@ -209,10 +207,6 @@ def _first_failure(reports: list[dict[str, Any]], exited: ProcessExitedException
     """A rank that a signal killed could not tell; the others fail of its absence."""
     if exited.signal_name is not None:
         return f"rank {exited.error_index} was ended by {exited.signal_name}"
-    failure = next((report for report in reports if "error" in report), None)
-    if failure is None:
-        return f"rank {exited.error_index} ended with status {exited.exit_code}, without a word"
-    of_another = failure["error"].removeprefix(f"{RunFailedError.__name__}: ")
-    if of_another != failure["error"]:
-        return str(of_another)
-    return describe(failure["rank"], failure["error"], failure["traceback"])
+    failures = (str(report["failure"]) for report in reports if "failure" in report)
+    silent = f"rank {exited.error_index} ended with status {exited.exit_code}, without a word"
+    return next(failures, silent)

@@ -13,15 +13,15 @@ import torch
 from torch.nn import functional
 
 from qsr.build import Stopped
-from qsr.data.settings import transforms
 from qsr.cluster.processes import START_METHOD
 from qsr.config.load import load_config, run_folder
 from qsr.config.schema import Config, PowerSync, QuadraticSync
 from qsr.data import Batch, Request, make_loader, open_image_folders
+from qsr.data.settings import transforms
 from qsr.errors import RunFailedError
 from qsr.evidence.hessian import hessian_trace
 from qsr.evidence.studies import study_environment
-from qsr.launch import execute
+from qsr.session import execute
 from qsr.train.model_file import load_model
 
 Task = TypeVar("Task")
@@ -154,7 +154,7 @@ def choose_rates(tried: Measurements) -> dict[tuple[str, str], float]:
 
 def measure(config: Config, probes: int) -> Measured:
     """Carry out a run, or what is left of it, and measure the averaged model that it ended with.
-    Raises as launch.execute, and RunFailedError if a signal stopped it."""
+    Raises as `execute`, and RunFailedError if a signal stopped it."""
     (outcome,) = execute([config])
     if isinstance(outcome, Stopped):
         raise RunFailedError(f"stopped by {outcome.reason}; the same command goes on")

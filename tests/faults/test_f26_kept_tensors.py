@@ -19,7 +19,7 @@ from qsr.train.evaluation import Evaluation, validate
 from qsr.train.networks import build_network
 from qsr.train.precision import Precision
 from tests.support import CPU, MemoryLoader, Rig, Setup, build, digits_like, linear_net, train
-from tests.unit.test_model_file import ABOUT, write
+from tests.unit.train.test_model_file import ABOUT, write
 
 
 class Keeping(nn.Module):

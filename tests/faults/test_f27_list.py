@@ -19,8 +19,8 @@ from qsr.cluster.group import join_process_group, leave_process_group
 from qsr.config.load import load_configs, run_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError, LostRankError, RunFailedError
-from qsr.launch import Failed, execute, raise_failures
 from qsr.run.lock import take
+from qsr.session import Failed, execute, raise_failures
 from qsr.sync.communicator import Topology
 from tests.cli import ENVIRONMENT, TORCHRUN, TRAIN, call
 from tests.support import CPU, run_ranks

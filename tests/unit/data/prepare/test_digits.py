@@ -108,7 +108,7 @@ def dying_save(*args, **kwargs):
 Image.Image.save = dying_save
 prepare_digits({str(tmp_path / "digits")!r})
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
     assert killed.returncode == 9
     assert not (tmp_path / "digits").exists()

@@ -9,7 +9,7 @@ import pytest
 
 from qsr.cluster.failures import describe, read_failure, record_failure
 from qsr.cluster.place import Place, find_place
-from qsr.errors import DataError
+from qsr.errors import DataError, RunFailedError, TrainingError
 
 RANK_0 = Place(0, 2, 0, 1, attempt="4711.0.0", launched=True, slurm=None)
 RANK_1 = replace(RANK_0, rank=1)
@@ -48,7 +48,8 @@ def test_an_unforeseen_error_comes_with_its_traceback(path: Path) -> None:
         "Traceback (most recent call last):",
     ]
     assert "in raised" in later
-    assert describe(3, "TrainingError: loss is nan", "...") == "rank 3: TrainingError: loss is nan"
+    assert describe(3, TrainingError("loss is nan")) == "rank 3: TrainingError: loss is nan"
+    assert describe(0, RunFailedError("rank 2 is gone")) == "rank 2 is gone"
 
 
 def test_what_all_ranks_find_each_tells_as_its_own(path: Path) -> None:
