@@ -12,6 +12,7 @@ from qsr.core.rules import (
     PostLocalRule,
     PowerRule,
     QuadraticRule,
+    Rule,
     SwapRule,
 )
 from qsr.core.schedules import (
@@ -39,6 +40,7 @@ __all__ = [
     "PowerRule",
     "QuadraticRule",
     "Round",
+    "Rule",
     "StepSchedule",
     "SwapRule",
     "__version__",

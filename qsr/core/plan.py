@@ -97,9 +97,11 @@ class Plan:
         start = 0
         while start < total:
             lr = schedule(start)
-            length = rule.length(start, lr if start >= warmup else after_warmup)
+            decides = lr if start >= warmup else after_warmup
+            length = rule.length(start, decides)
             remaining = total - start
             length = remaining if length is None else min(length, remaining)
             rounds.append(Round(len(rounds), start, length, lr, rule.averages(start)))
             start += length
+            rule = rule.after(length, decides)
         return tuple(rounds)

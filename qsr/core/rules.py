@@ -6,7 +6,7 @@ the warm-up and cuts the last round (see plan.py).
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 Averages = Literal["gradients", "parameters"]
 """What the workers average: their gradients before every update (data parallel training), or
@@ -16,8 +16,9 @@ UNTIL_THE_END = None
 """The round length that means: no further average before the last step of the run."""
 
 
-class Rule(Protocol):
-    """What a plan needs of a synchronization rule."""
+class Rule:
+    """What a plan needs of a synchronization rule. A rule is immutable; one that remembers what came
+    before returns another rule from `after`."""
 
     def length(self, start: int, lr: float) -> int | None:
         """Steps of the round that starts at `start`, or UNTIL_THE_END.
@@ -25,9 +26,15 @@ class Rule(Protocol):
         `lr` is the learning rate that decides: that of the round's first step, or, inside the
         warm-up, that of the first step after it.
         """
+        raise NotImplementedError
 
     def averages(self, start: int) -> Averages:
         """What is averaged in the round that starts at `start`."""
+        return "parameters"
+
+    def after(self, length: int, lr: float) -> "Rule":
+        """The rule for the round that follows one of `length` steps, which the rate `lr` decided."""
+        return self
 
 
 def _check_h(name: str, h: int) -> None:
@@ -36,7 +43,7 @@ def _check_h(name: str, h: int) -> None:
 
 
 @dataclass(frozen=True)
-class EveryStepRule:
+class EveryStepRule(Rule):
     """Average in every step.
 
     With gradients this is data parallel training. With parameters it is the local method at H=1,
@@ -53,7 +60,7 @@ class EveryStepRule:
 
 
 @dataclass(frozen=True)
-class ConstantRule:
+class ConstantRule(Rule):
     """H local steps in every round."""
 
     h: int
@@ -64,12 +71,9 @@ class ConstantRule:
     def length(self, start: int, lr: float) -> int:
         return self.h
 
-    def averages(self, start: int) -> Averages:
-        return "parameters"
-
 
 @dataclass(frozen=True)
-class PowerRule:
+class PowerRule(Rule):
     """H = max(h_base, floor((coefficient / lr)^exponent)), the paper's general form.
 
     Exponent 1 is the scaling H ~ 1/lr, 2 the quadratic rule, 3 the cubic rule. The floor is
@@ -90,12 +94,9 @@ class PowerRule:
     def length(self, start: int, lr: float) -> int | None:
         return _power_length(self.h_base, self.coefficient, self.exponent, lr)
 
-    def averages(self, start: int) -> Averages:
-        return "parameters"
-
 
 @dataclass(frozen=True)
-class QuadraticRule:
+class QuadraticRule(Rule):
     """QSR: H = max(h_base, floor((alpha / lr)^2)). Gu et al. 2024, equation 2.
 
     `alpha` has the unit of the learning rate: alpha / peak_lr squared is H at the peak.
@@ -112,9 +113,6 @@ class QuadraticRule:
     def length(self, start: int, lr: float) -> int | None:
         return _power_length(self.h_base, self.alpha, 2, lr)
 
-    def averages(self, start: int) -> Averages:
-        return "parameters"
-
 
 def _power_length(h_base: int, coefficient: float, exponent: float, lr: float) -> int | None:
     if lr <= 0.0:
@@ -126,7 +124,7 @@ def _power_length(h_base: int, coefficient: float, exponent: float, lr: float) -
 
 
 @dataclass(frozen=True)
-class PostLocalRule:
+class PostLocalRule(Rule):
     """Data parallel until switch_step, H local steps a round after it (Lin et al. 2020)."""
 
     switch_step: int
@@ -144,7 +142,7 @@ class PostLocalRule:
 
 
 @dataclass(frozen=True)
-class SwapRule:
+class SwapRule(Rule):
     """Data parallel until switch_step, then alone; one average at the end (Gupta et al. 2020)."""
 
     switch_step: int
