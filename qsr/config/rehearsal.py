@@ -91,7 +91,11 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
             warmup_steps=round(warmup / steps * small_steps),
             lr=rehearsal.lr_factor,
         ),
-        sync=config.sync.rehearsed(lr=rehearsal.lr_factor, epochs=rehearsal.epochs / config.epochs),
+        sync=config.sync.rehearsed(
+            lr=rehearsal.lr_factor,
+            epochs=rehearsal.epochs / config.epochs,
+            steps=small_steps / steps,
+        ),
     )
 
 

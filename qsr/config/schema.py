@@ -182,9 +182,9 @@ class AverageConfig:
         None: there are no such rounds."""
         raise NotImplementedError
 
-    def rehearsed(self, *, lr: float, epochs: float) -> Self:
-        """The rule of a smaller run of the same shape, whose learning rates are `lr` times these
-        and whose epochs are `epochs` times these."""
+    def rehearsed(self, *, lr: float, epochs: float, steps: float) -> Self:
+        """The rule of a smaller run of the same shape and volume. The arguments are its learning
+        rates, its epochs and its steps, relative to those of this run."""
         return self
 
 
@@ -252,7 +252,7 @@ class QuadraticSync(AverageConfig):
     def smallest_h(self) -> int:
         return self.h_base
 
-    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+    def rehearsed(self, *, lr: float, epochs: float, steps: float) -> Self:
         return replace(self, alpha=self.alpha * lr)
 
 
@@ -280,7 +280,7 @@ class PowerSync(AverageConfig):
     def smallest_h(self) -> int:
         return self.h_base
 
-    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+    def rehearsed(self, *, lr: float, epochs: float, steps: float) -> Self:
         return replace(self, coefficient=self.coefficient * lr)
 
 
@@ -306,7 +306,7 @@ class PostLocalSync(AverageConfig):
     def smallest_h(self) -> int:
         return self.h
 
-    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+    def rehearsed(self, *, lr: float, epochs: float, steps: float) -> Self:
         return replace(self, switch_epoch=round(self.switch_epoch * epochs))
 
 
@@ -330,7 +330,7 @@ class SwapSync(AverageConfig):
     def smallest_h(self) -> None:
         return None
 
-    def rehearsed(self, *, lr: float, epochs: float) -> Self:
+    def rehearsed(self, *, lr: float, epochs: float, steps: float) -> Self:
         return replace(self, switch_epoch=round(self.switch_epoch * epochs))
 
 

@@ -103,5 +103,5 @@ class Plan:
             length = remaining if length is None else min(length, remaining)
             rounds.append(Round(len(rounds), start, length, lr, rule.averages(start)))
             start += length
-            rule = rule.after(length, decides)
+            rule = rule.after(decides)
         return tuple(rounds)

@@ -17,8 +17,8 @@ UNTIL_THE_END = None
 
 
 class Rule:
-    """What a plan needs of a synchronization rule. A rule is immutable; one that remembers what came
-    before returns another rule from `after`."""
+    """What a plan needs of a synchronization rule. Rules are immutable: one that depends on earlier
+    rounds returns another rule from `after`."""
 
     def length(self, start: int, lr: float) -> int | None:
         """Steps of the round that starts at `start`, or UNTIL_THE_END.
@@ -32,8 +32,8 @@ class Rule:
         """What is averaged in the round that starts at `start`."""
         return "parameters"
 
-    def after(self, length: int, lr: float) -> "Rule":
-        """The rule for the round that follows one of `length` steps, which the rate `lr` decided."""
+    def after(self, lr: float) -> "Rule":
+        """The rule of the next round, after one whose length `lr` decided."""
         return self
 
 
