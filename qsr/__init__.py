@@ -9,10 +9,12 @@ from qsr.core.plan import Plan, Round
 from qsr.core.rules import (
     ConstantRule,
     EveryStepRule,
+    GrowingRule,
     PostLocalRule,
     PowerRule,
     QuadraticRule,
     Rule,
+    StagewiseRule,
     SwapRule,
 )
 from qsr.core.schedules import (
@@ -33,6 +35,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "EveryStepRule",
+    "GrowingRule",
     "LinearSchedule",
     "Plan",
     "PostLocalRule",
@@ -41,6 +44,7 @@ __all__ = [
     "QuadraticRule",
     "Round",
     "Rule",
+    "StagewiseRule",
     "StepSchedule",
     "SwapRule",
     "__version__",

@@ -15,10 +15,12 @@ from pydantic.dataclasses import dataclass
 from qsr.core.rules import (
     ConstantRule,
     EveryStepRule,
+    GrowingRule,
     PostLocalRule,
     PowerRule,
     QuadraticRule,
     Rule,
+    StagewiseRule,
     SwapRule,
 )
 
@@ -285,6 +287,53 @@ class PowerSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
+class StagewiseSync(AverageConfig):
+    """H doubles whenever the learning rate has halved."""
+
+    rule: Literal["stagewise"]
+    """Kind of rule."""
+    h: PositiveInt
+    """Local steps per round at the first rate."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return StagewiseRule(self.h)
+
+    @property
+    def label(self) -> str:
+        return f"stagewise doubling from H = {self.h}"
+
+    @property
+    def smallest_h(self) -> int:
+        return self.h
+
+
+@dataclass(frozen=True, config=STRICT)
+class GrowingSync(AverageConfig):
+    """H = h_base + floor(growth * round)."""
+
+    rule: Literal["growing"]
+    """Kind of rule."""
+    h_base: PositiveInt
+    """H of the first round, in steps."""
+    growth: Positive
+    """Steps that each round is longer than the one before."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return GrowingRule(self.h_base, self.growth)
+
+    @property
+    def label(self) -> str:
+        return f"H = {self.h_base} + {self.growth:g} x round"
+
+    @property
+    def smallest_h(self) -> int:
+        return self.h_base
+
+    def rehearsed(self, *, lr: float, epochs: float, steps: float) -> Self:
+        return replace(self, growth=self.growth / steps)  # as many fewer rounds
+
+
+@dataclass(frozen=True, config=STRICT)
 class PostLocalSync(AverageConfig):
     """Data parallel until switch_epoch, constant H after it."""
 
@@ -335,7 +384,14 @@ class SwapSync(AverageConfig):
 
 
 SyncConfig = Annotated[
-    EveryStepSync | ConstantSync | QuadraticSync | PowerSync | PostLocalSync | SwapSync,
+    EveryStepSync
+    | ConstantSync
+    | QuadraticSync
+    | PowerSync
+    | StagewiseSync
+    | GrowingSync
+    | PostLocalSync
+    | SwapSync,
     Field(discriminator="rule"),
 ]
 

@@ -124,6 +124,50 @@ def _power_length(h_base: int, coefficient: float, exponent: float, lr: float) -
 
 
 @dataclass(frozen=True)
+class StagewiseRule(Rule):
+    """H doubles whenever the learning rate has halved since the last change (STL-SGD, Shen et al.
+    2021). A rate that falls to an eighth at once doubles it three times; one that rises changes
+    nothing. lr = 0 means: until the end."""
+
+    h: int
+    halved_from: float | None = None
+    """The rate at the last change; None: that of the first round."""
+
+    def __post_init__(self) -> None:
+        _check_h("h", self.h)
+
+    def length(self, start: int, lr: float) -> int | None:
+        return self.after(lr).h if lr > 0.0 else UNTIL_THE_END
+
+    def after(self, lr: float) -> "StagewiseRule":
+        h, halved_from = self.h, lr if self.halved_from is None else self.halved_from
+        while 0.0 < lr <= halved_from / 2.0:
+            h, halved_from = 2 * h, halved_from / 2.0
+        return StagewiseRule(h, halved_from)
+
+
+@dataclass(frozen=True)
+class GrowingRule(Rule):
+    """H grows linearly with the round's number, whatever the learning rate: H = h_base +
+    floor(growth * round), counted from round 0."""
+
+    h_base: int
+    growth: float
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        _check_h("h_base", self.h_base)
+        if not (math.isfinite(self.growth) and self.growth > 0):
+            raise ValueError(f"growth must be a positive number, got {self.growth}")
+
+    def length(self, start: int, lr: float) -> int:
+        return self.h_base + math.floor(self.growth * self.round)
+
+    def after(self, lr: float) -> "GrowingRule":
+        return GrowingRule(self.h_base, self.growth, self.round + 1)
+
+
+@dataclass(frozen=True)
 class PostLocalRule(Rule):
     """Data parallel until switch_step, H local steps a round after it (Lin et al. 2020)."""
 

@@ -21,6 +21,7 @@ PUBLISHED = sorted(
 
 
 REFERENCE = read_reference(CONFIG_DIR.parent / "results" / "paper" / "tables.csv")
+VIT = ["experiment=vit_b16_b4096/parallel"]
 
 
 def plan_of(config: schema.Config) -> Plan:
@@ -156,8 +157,16 @@ def test_other_exponents_communicate_as_much_as_qsr(name: str, rival: str) -> No
     assert volumes[0] == pytest.approx(volumes[1], abs=0.0005)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_rehearsal_has_the_volume_of_its_original(name: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *([f"experiment={name}"] for name in PUBLISHED),
+        [*VIT, "sync=stagewise", "sync.h=4"],
+        [*VIT, "sync=growing", "sync.h_base=4", "sync.growth=0.01"],
+    ],
+    ids=" ".join,
+)
+def test_a_rehearsal_has_the_volume_of_its_original(settings: list[str]) -> None:
     """But for what rounding to whole steps explains.
 
     With H(t) as a curve over the run, T steps hold T * integral(1/H) rounds in the limit. A round
@@ -165,8 +174,8 @@ def test_a_rehearsal_has_the_volume_of_its_original(name: str) -> None:
     while it lasts, and so all rounds together by at most log(H_last / H_first); the rounds that
     are cut (at the end, where H jumps at the warm-up's end or a switch) add at most two.
     """
-    original = plan_of(load_config([f"experiment={name}"]))
-    small = plan_of(load_config([f"experiment={name}", "rehearsal=digits"]))
+    original = plan_of(load_config(settings))
+    small = plan_of(load_config([*settings, "rehearsal=digits"]))
     first = small.round_at(small.schedule.warmup_steps).length
     rounding = 2 + math.log(small.longest_round.length / first)
     assert abs(small.volume - original.volume) * small.total_steps <= rounding

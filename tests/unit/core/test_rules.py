@@ -1,13 +1,29 @@
 """H against tables that can be checked by hand."""
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsr import ConstantRule, EveryStepRule, PostLocalRule, PowerRule, QuadraticRule, SwapRule
+from qsr import (
+    ConstantRule,
+    CosineSchedule,
+    EveryStepRule,
+    GrowingRule,
+    Plan,
+    PostLocalRule,
+    PowerRule,
+    QuadraticRule,
+    Rule,
+    StagewiseRule,
+    SwapRule,
+)
+from qsr.core.schedules import Schedule
 
 
 @pytest.mark.parametrize(
@@ -50,10 +66,69 @@ def test_rules_by_step() -> None:
     assert ConstantRule(5).length(3, 0.0) == 5
 
 
+def rounds(rule: Rule, rates: Sequence[float]) -> list[tuple[float, int]]:
+    """(rate, H) of each round of a run that has one rate for each step."""
+    plan = Plan(StepByStep(tuple(rates)), rule)
+    return [(round_.lr, round_.length) for round_ in plan.rounds()]
+
+
+@dataclass(frozen=True)
+class StepByStep(Schedule):
+    """A rate for each step."""
+
+    rates: tuple[float, ...]
+    warmup_steps: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.rates)
+
+    def __call__(self, step: int) -> float:
+        return self.rates[step]
+
+
+def test_stagewise_doubling() -> None:
+    rates = [0.8, 0.7, 0.5, 0.41, 0.4, 0.39, 0.3, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0]
+    assert rounds(StagewiseRule(2), rates) == [
+        (0.8, 2),
+        (0.5, 2),
+        (0.4, 4),  # half of the first rate
+        (0.2, 8),  # half of that one
+        (0.0, 1),  # until the end
+    ]
+
+
+def test_a_rate_that_falls_to_an_eighth_doubles_thrice_and_one_that_rises_changes_nothing() -> None:
+    assert rounds(StagewiseRule(1), [0.8, 0.1, *[0.8] * 8, *[0.05] * 16]) == [
+        (0.8, 1),
+        (0.1, 8),
+        (0.8, 8),
+        (0.05, 9),  # 16, cut at the end
+    ]
+
+
+def test_stagewise_doubling_in_the_warmup_has_the_rate_after_it() -> None:
+    plan = Plan(CosineSchedule(0.8, 1e-6, warmup_steps=10, total_steps=1000), StagewiseRule(4))
+    lengths = [round_.length for round_ in plan.rounds()]
+    assert lengths[:4] == [4, 4, 4, 4]
+    changes = [b / a for a, b in itertools.pairwise(lengths[:-1]) if a != b]
+    assert set(changes) == {2.0}
+    for round_ in list(plan.rounds())[3:-1]:
+        assert round_.length == 4 * 2 ** math.floor(math.log2(0.8 / round_.lr))
+
+
+def test_growing_with_the_rounds_number() -> None:
+    assert [h for _, h in rounds(GrowingRule(2, 1.0), [0.1] * 20)] == [2, 3, 4, 5, 6]
+    assert [h for _, h in rounds(GrowingRule(3, 0.5), [0.0] * 20)] == [3, 3, 4, 4, 5, 1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: ConstantRule(0), "h must be at least 1"),
+        (lambda: StagewiseRule(0), "h must be at least 1"),
+        (lambda: GrowingRule(0, 1.0), "h_base"),
+        (lambda: GrowingRule(1, 0.0), "growth"),
         (lambda: QuadraticRule(0, 0.1), "h_base"),
         (lambda: QuadraticRule(1, 0.0), "alpha"),
         (lambda: QuadraticRule(1, math.inf), "alpha"),

@@ -149,6 +149,8 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
         (["sync=post_local", "sync.switch_epoch=3", "sync.h=8"],
          "post-local from epoch 3, H = 8"),
         (["sync=swap", "sync.switch_epoch=3"], "SWAP from epoch 3"),
+        (["sync=stagewise", "sync.h=4"], "stagewise doubling from H = 4"),
+        (["sync=growing", "sync.h_base=2", "sync.growth=0.5"], "H = 2 + 0.5 x round"),
     ],
 )  # fmt: skip
 def test_rules_in_words(settings: list[str], label: str) -> None:
