@@ -21,7 +21,7 @@ from typing import Any
 
 from qsr.output import warn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ("qsr",)
 """What decides what a run computes, beside its settings."""
 EVERYTHING = ("qsr", "scripts", "configs")

@@ -55,7 +55,7 @@ def test_other_code_is_warned_of_and_recorded(project: Path, digits: Path) -> No
     assert run(project, digits, "stop_after_steps=3").stderr == ""
     environment = folder_in(project.parent / "runs") / "environment.json"
     before = json.loads(environment.read_text())["code"]
-    with (project / "qsr" / "losses.py").open("a") as file:
+    with (project / "qsr" / "train" / "losses.py").open("a") as file:
         file.write("# an edit\n")
     again = run(project, digits, "stop_after_steps=6")
     record = json.loads(environment.read_text())
@@ -72,9 +72,9 @@ def test_the_code_of_a_submission_is_a_copy(project: Path, digits: Path) -> None
     done = run(project, digits, "stop_after_steps=3", script="submit.py")
     assert done.returncode == 0, done.stderr
     (copy,) = (project.parent / "runs" / ".snapshots").iterdir()
-    losses = (copy / "qsr" / "losses.py").read_text()
-    (project / "qsr" / "losses.py").write_text("an edit that does not even parse")
-    assert (copy / "qsr" / "losses.py").read_text() == losses
+    losses = (copy / "qsr" / "train" / "losses.py").read_text()
+    (project / "qsr" / "train" / "losses.py").write_text("an edit that does not even parse")
+    assert (copy / "qsr" / "train" / "losses.py").read_text() == losses
     requeued = run(project, digits, "stop_after_steps=6", code=copy)
     assert (requeued.returncode, requeued.stderr) == (0, "")
     assert "stopped after step 6" in requeued.stdout
@@ -82,7 +82,7 @@ def test_the_code_of_a_submission_is_a_copy(project: Path, digits: Path) -> None
 
 def test_a_machine_with_other_code_is_refused(project: Path, digits: Path) -> None:
     """Its checkout is older: it would train along and end with other weights, without a word."""
-    losses = project / "qsr" / "losses.py"
+    losses = project / "qsr" / "train" / "losses.py"
     losses.write_text(losses.read_text() + "# an edit\n")
     folders = (f"data.root={digits}", f"runs_dir={project.parent / 'runs'}")
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}

@@ -71,10 +71,10 @@ def test_where_a_file_ends_is_part_of_the_hash(tmp_path: Path) -> None:
 def test_equal_code_is_stored_once_and_runs(tmp_path: Path) -> None:
     copy = take_snapshot(tmp_path)
     assert copy == snapshot_folder(tmp_path) == tmp_path / ".snapshots" / copy.name
-    made = (copy / "qsr" / "snapshot.py").stat().st_ctime_ns
+    made = (copy / "qsr" / "run" / "snapshot.py").stat().st_ctime_ns
     assert take_snapshot(tmp_path) == copy
     assert [path.name for path in (tmp_path / ".snapshots").iterdir()] == [copy.name]
-    assert (copy / "qsr" / "snapshot.py").stat().st_ctime_ns == made
+    assert (copy / "qsr" / "run" / "snapshot.py").stat().st_ctime_ns == made
     assert code_hash(copy, EVERYTHING) == code_hash(ROOT, EVERYTHING) == copy.name
     assert sorted(path.name for path in copy.iterdir()) == sorted([*EVERYTHING, "revision.json"])
     assert json.loads((copy / "revision.json").read_text()) == git_revision()
@@ -93,7 +93,7 @@ def test_an_edited_or_damaged_copy_is_passed_over(
 ) -> None:
     """It is nobody's but the user's to remove, and jobs may run it."""
     copy = take_snapshot(tmp_path)
-    file = copy / "qsr" / "slurm.py"
+    file = copy / "qsr" / "cluster" / "slurm.py"
     assert file.stat().st_mode & 0o222 == 0  # an editor has to be told
     file.chmod(0o644)
     file.write_text(file.read_text() + "# quick fix\n")
@@ -106,7 +106,7 @@ def test_an_edited_or_damaged_copy_is_passed_over(
     )
     assert code_hash(second, EVERYTHING) == copy.name
     assert file.read_text().endswith("# quick fix\n")
-    (second / "qsr" / "jobs.py").unlink()  # what a power failure may leave
+    (second / "qsr" / "ops" / "jobs.py").unlink()  # what a power failure may leave
     third = take_snapshot(tmp_path)
     assert third == snapshot_folder(tmp_path) == copy.with_name(f"{copy.name}-3")
     assert take_snapshot(tmp_path) == third
