@@ -168,7 +168,7 @@ class Setup:
     bucket_mib: float | None = 25.0
     delay_steps: int = 0
     folder: Path | None = None
-    """Of the run; None: a new one for every trainer (ranks of one run need a common one)."""
+    """Of the run; None: a new one."""
     config_hash: str = "0123456789abcdef"
     loss: Callable[..., Tensor] | None = None
 
@@ -190,10 +190,10 @@ class Rig:
 
 def build(setup: Setup, topology: Topology | None = None, device: torch.device = CPU) -> Rig:
     """Trainer and parts of one rank; joins the process group if there are several."""
-    folder = setup.folder or new_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     topology = topology or Topology(0, 1, 0, setup.workers)
     communicator = join_process_group(topology, device, setup.timeout_seconds)
+    folder = setup.folder or Path(communicator.gather_texts(str(new_folder()))[0])
+    folder.mkdir(parents=True, exist_ok=True)
     precision = Precision(setup.precision, device)  # type: ignore[arg-type]
 
     def make_net() -> nn.Module:

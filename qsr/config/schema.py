@@ -27,8 +27,9 @@ from qsr.core.rules import (
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 PositiveInt = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# torch computes in float32, whose largest number is 3.4e38
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Channels = tuple[Finite, Finite, Finite]
@@ -460,9 +461,9 @@ class DataConfig:
     """auto: DALI where it is installed, torchvision elsewhere."""
     decode: Literal["auto", "cpu", "gpu"]
     """Where DALI decodes JPEGs; auto: on the GPU where the run has one."""
-    loader_threads: Annotated[int, Field(ge=0)]
+    loader_threads: Annotated[int, Field(ge=0, le=4096)]
     """Threads per rank that decode and transform. Execution."""
-    prefetch_batches: PositiveInt
+    prefetch_batches: Annotated[int, Field(ge=1, le=1024)]
     """Batches prepared ahead. Execution."""
 
 
@@ -473,7 +474,7 @@ class EvaluationConfig:
     every_epochs: PositiveInt
     """Epochs between evaluations; the last step is always evaluated. Execution: training is the
     same, bit for bit, with any evaluations."""
-    batch: PositiveInt
+    batch: Annotated[int, Field(ge=1, le=65_536)]
     """Images per rank and forward pass. Execution."""
     batchnorm_micro_batches: PositiveInt
     """Training micro-batches, over all workers, from which the BatchNorm statistics of the
@@ -583,7 +584,7 @@ class ClusterConfig:
     as the launcher started; without a launcher one per worker, or per GPU."""
     device: Literal["auto", "cpu", "cuda"]
     """auto: CUDA where there is a GPU."""
-    threads_per_rank: PositiveInt | None
+    threads_per_rank: Annotated[int, Field(ge=1, le=4096)] | None
     """CPU threads for torch in each rank; null: the cores of the machine over its ranks."""
     timeout_seconds: Annotated[float, Field(gt=0, le=604_800)]
     """How long a collective waits for the other ranks before the run fails."""

@@ -227,7 +227,7 @@ def test_what_is_wrong_is_said_in_one_line(
     cases: list[tuple[tuple[object, ...], str]] = [
         ((tmp_path / "none",), f"there is no {tmp_path / 'none'}"),
         ((tmp_path,), f"{tmp_path} has no model.safetensors"),
-        ((no_config,), "config.yaml cannot be read (["),
+        ((no_config,), "config.yaml cannot be read (No such file"),
         ((file,), "data.root has no value: set it to the folder that holds val/CLASS/*"),
         ((file, "data.root=/none"), "no folder /none/val: the data root must hold val/CLASS/*"),
         ((file, f"data.root={renamed}"), "class 3 is '3' in the model, '33' in the folder"),

@@ -40,10 +40,9 @@ class CheckRecord:
         self._file.seek(0)
         end = 0
         for line in self._file:
-            try:
-                found = SoundFile(**json.loads(line))
-            except ValueError:
-                break  # a kill cut it short
+            found = _parse(line)
+            if found is None:
+                break  # a kill cut it short, or something else wrote it
             self._known[found.file] = found
             end += len(line)
         self._file.truncate(end)
@@ -76,6 +75,16 @@ class CheckRecord:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def _parse(line: str) -> SoundFile | None:
+    """What `CheckRecord.add` wrote; None if it is something else."""
+    try:
+        found = SoundFile(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    kinds = SoundFile.__annotations__
+    return found if all(type(v) is kinds[k] for k, v in found._asdict().items()) else None
 
 
 class Manifest:

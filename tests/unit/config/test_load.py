@@ -49,6 +49,12 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
         ([DEMO, "sync.h_base=4.5"], "sync.h_base=4.5: input should be a valid integer"),
         ([DEMO, "sync.h_base=0"], "sync.h_base=0: input should be greater than or equal to 1"),
         ([DEMO, "sync.alpha=0"], "sync.alpha=0: input should be greater than 0"),
+        # what torch, DALI or the system would answer with a traceback, or not at all
+        ([DEMO, "schedule.peak_lr=1e308"], "peak_lr=1e+308: input should be less than or equal to"),
+        ([DEMO, "evaluation.batch=1000000000000"], "should be less than or equal to 65536"),
+        ([DEMO, "data.loader_threads=1000000000000"], "should be less than or equal to 4096"),
+        ([DEMO, "data.prefetch_batches=1000000000000"], "should be less than or equal to 1024"),
+        ([DEMO, "cluster.threads_per_rank=100000"], "should be less than or equal to 4096"),
         ([DEMO, "sync.alpha=nan"], "sync.alpha"),
         ([DEMO, "seed=-1"], "seed=-1"),
         ([DEMO, "workers=0"], "workers=0"),

@@ -115,6 +115,26 @@ def test_killed_check_goes_on(prepare: Prepare, tree: Path, tmp_path: Path) -> N
     assert operation > 82
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        "{}",
+        '{"file": "x", "bytes": 1, "mtime_ns": 1, "sha256": "", "more": 1}',
+        '{"file": "x", "bytes": "1", "mtime_ns": 1, "sha256": ""}',
+        "[" * 100_000,
+    ],
+)
+def test_a_record_that_something_else_wrote_is_written_anew(
+    line: str, prepare: Prepare, tree: Path
+) -> None:
+    assert prepare("check", "--root", str(tree)) == 0
+    want = written(tree)
+    (tree / "check.jsonl").write_text(line + "\n")
+    assert prepare("check", "--root", str(tree)) == 0
+    assert written(tree) == want
+
+
 def test_what_has_been_found_sound_is_not_read_again(
     prepare: Prepare, tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
