@@ -83,7 +83,7 @@ def test_data_that_are_not_there(one: list[str], tmp_path: Path) -> None:
         failed = failures(ask([*one, f"data.root={root}"]))
         assert list(failed) == ["data"]
         assert str(root) in failed["data"]
-        assert failed["data"].endswith("the data root must hold train/CLASS/* and val/CLASS/*")
+        assert failed["data"].endswith("the data root must contain train/CLASS/* and val/CLASS/*")
 
 
 def test_an_image_that_cannot_be_decoded(digits: Path, one: list[str], tmp_path: Path) -> None:
