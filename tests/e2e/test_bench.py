@@ -43,7 +43,7 @@ def test_a_benchmark_that_there_is_not_is_refused() -> None:
     refused = call([*BENCH, "nonsense"])
     assert refused.returncode == 2
     error = refused.stderr.splitlines()[-1]
-    assert "there is no benchmark nonsense; there are slow_link, average, trainer, " in error
+    assert "no benchmark is named nonsense: choose from slow_link, average, trainer, " in error
     assert error.endswith(", gpu")
 
 
