@@ -52,7 +52,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert refused.stdout == ""
     assert refused.stderr == (
-        "needs a GPU; torch sees none: `--rehearsal` tries the program on the CPU\n"
+        "this benchmark needs a GPU, and torch sees none: use --rehearsal to test on the CPU\n"
     )
     assert not list(tmp_path.iterdir())
 
