@@ -1,1 +1,1 @@
-"""Measurements: one program for each question. docs/performance.md shows what they found."""
+"""Benchmarks, one program per question. docs/performance.md shows the results."""

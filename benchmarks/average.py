@@ -1,12 +1,11 @@
-"""One average of ViT-B/16's parameters over two ranks: what is above the bare all-reduce?
+"""Averaging ViT-B/16's parameters over two ranks: what is the overhead over a bare all-reduce?
 
     python scripts/bench.py average
 
-The alternatives: torch.distributed.all_reduce of one flat tensor of the same size to a mean (the
-floor; and to a sum, which leaves the division out), qsr's average, torch's PeriodicModelAverager,
-accelerate's LocalSGD, and packing all parameters into a new tensor and unpacking it, as is often
-written by hand. Time is the slower rank's; memory is what one average takes beyond what lies there
-before and after, on rank 0.
+The alternatives: torch.distributed.all_reduce of one flat tensor of the same size with AVG (the
+floor) and with SUM (without the division), qsr's average, torch's PeriodicModelAverager,
+accelerate's LocalSGD, and packing all parameters into a new tensor and unpacking it, as often
+written by hand. Time is the slower rank's; memory is the temporary memory of one average on rank 0.
 """
 
 import os
@@ -42,7 +41,7 @@ SUM = "all_reduce of one flat tensor, SUM"
 
 
 def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object]]:
-    """All of them average (or, the floor, add up) a model of their own."""
+    """Each averages its own model (SUM only adds)."""
 
     def network() -> nn.Module:
         return build_model(ModelConfig("vit_b16", None, channels_last=False), 1000, 224)
@@ -53,11 +52,11 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
     size = sum(p.numel() for p in flat.module.parameters())
     tensor = torch.zeros(size)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "When period is 1")  # an average now is what is wanted
+        warnings.filterwarnings("ignore", "When period is 1")  # average on every call
         periodic = PeriodicModelAverager(period=1)
     by_torch = network()
     for parameter in by_torch.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # it leaves out what has none
+        parameter.grad = torch.zeros_like(parameter)  # it skips parameters without gradients
     by_accelerate, packed = network(), network()
     local_sgd = LocalSGD(Accelerator(cpu=True), by_accelerate, local_sgd_steps=1)
 
@@ -77,7 +76,7 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
 
 
 def measure_rank(repetitions: int) -> dict[str, Any]:
-    """Collective."""
+    """Collective: measure all contenders on this rank."""
     place = find_place()
     torch.set_num_threads(1)
     here = Topology(place.rank, RANKS, place.local_rank, RANKS)
@@ -108,7 +107,7 @@ def measure_rank(repetitions: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate asks for it, aloud
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns without it
     found = start_ranks(measure_rank, RANKS, 12)
     for name, about in found.items():
         print(

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What checkpoints cost on this machine and disk.
+"""The cost of checkpoints on this machine and disk.
 
     python scripts/bench.py checkpoint
     python -m benchmarks.checkpoint [--folder FOLDER] [--megabytes 1000]
 
-Measures the checksums of Python's standard library in memory, and, for one worker of this size in
-FOLDER (the disk that runs will be on; by default runs/): writing a checkpoint, the plain write of
-as many bytes with fsync, the verification before a resumption, and loading. Each three times; the
-best counts. The files were just written, so that reading comes from memory, as it does not after a
-restart: there the disk's reading speed is the limit.
+Measures the checksums of Python's standard library in memory and, for one worker of this size in
+FOLDER (on the disk used for runs; default: runs/), the time to write a checkpoint, to write the
+same bytes with fsync, to verify before resuming, and to load. Each is the best of three. The files
+were just written, so reads come from the page cache; after a restart the disk's read speed is the
+limit.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CHECKSUMS: dict[str, Callable[[bytes], object]] = {
 
 
 def best_seconds(action: Callable[[int], object]) -> float:
-    """Of three calls of `action(0)`, `action(1)`, `action(2)`."""
+    """The fastest of `action(0)`, `action(1)` and `action(2)`, in seconds."""
     seconds = []
     for number in range(3):
         started = time.perf_counter()
@@ -48,7 +48,7 @@ def best_seconds(action: Callable[[int], object]) -> float:
 
 
 def measure_checksums() -> dict[str, float]:
-    """GB/s of each, from memory."""
+    """Speed of each checksum in memory, in GB/s."""
     data = os.urandom(2**28)
 
     def speed(checksum: Callable[[bytes], object]) -> float:
@@ -58,7 +58,7 @@ def measure_checksums() -> dict[str, float]:
 
 
 def measure_checkpoint(folder: Path, size: int) -> dict[str, float]:
-    """Seconds for one worker with `size` bytes of tensors."""
+    """Seconds per operation, for one worker with `size` bytes of tensors."""
     alone = Communicator(Topology(0, 1, 0, 1), torch.device("cpu"), 60.0)
     checkpointer = Checkpointer(folder / "checkpoints", 1, alone)
     parts = {f"tensor_{i}": torch.rand(size // 400) for i in range(100)}
@@ -80,7 +80,7 @@ def measure_checkpoint(folder: Path, size: int) -> dict[str, float]:
 
 def _load(checkpointer: Checkpointer) -> None:
     for tensor in checkpointer.read_worker(2, 0).tensors.values():
-        tensor.clone()  # the file is mapped: only now it is read
+        tensor.clone()  # the file is memory-mapped: this reads it
 
 
 def _plain_write(path: Path, content: bytes) -> None:

@@ -1,11 +1,11 @@
-"""Do delayed averages (sync.delay_steps) change the accuracy? The rehearsal of ViT-B's QSR row.
+"""Do delayed averages (sync.delay_steps) change the accuracy? A rehearsal of ViT-B's QSR row.
 
     python scripts/bench.py delay
 
-Trains experiment=vit_b16_b4096/quadratic_h4 with rehearsal=digits, three seeds, with the average
-applied at once, as in the paper, and 3 steps later (H_base is 4, so 3 is the most). Every
-seed's difference to the same seed without a delay is recorded beside the spread over the seeds.
-What time a delay saves is a question to the network: see slow_link.
+Trains experiment=vit_b16_b4096/quadratic_h4 with rehearsal=digits and three seeds: with the average
+applied immediately, as in the paper, and 3 steps later (the maximum, because H_base is 4). Records
+each seed's difference to the same seed without delay, and the spread over seeds. How much time a
+delay saves depends on the network: see slow_link.
 """
 
 import statistics
@@ -31,7 +31,7 @@ RUN = (
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Top-1 of every run, in percent, with its data and its run folders in `folder`."""
+    """Top-1 of every run, in percent. Data and run folders are created in `folder`."""
     settings = [*RUN, f"runs_dir={folder}/runs", f"data.root={folder}/digits"]
     configs: list[Config] = []
     for delay in DELAYS:
@@ -40,7 +40,7 @@ def measure(folder: Path) -> dict[str, Any]:
     outcomes = launch.execute(configs)
     top1: dict[int, list[float]] = {delay: [] for delay in DELAYS}
     for config, outcome in zip(configs, outcomes, strict=True):
-        assert isinstance(outcome, dict), outcome  # no signal is expected
+        assert isinstance(outcome, dict), outcome  # not stopped by a signal
         top1[config.sync.delay_steps].append(outcome["top1"])
     at_once = top1[0]
     return {
@@ -62,7 +62,7 @@ def main() -> int:
     for delay, values in found["by_delay"].items():
         differences = ", ".join(f"{value:+.2f}" for value in values["differences"])
         print(f"delay {delay}: top-1 {values['mean']:.2f} % (by seed: {differences})")
-    print(f"spread over the seeds without a delay: {found['spread_over_seeds']:.2f} points")
+    print(f"spread over seeds without delay: {found['spread_over_seeds']:.2f} points")
     print(record("delay", {"run": RUN, "seeds": SEEDS, **found}))
     return 0
 

@@ -1,19 +1,19 @@
-"""Training steps on a GPU: how fast beside timm's, how near to what the GPU can do?
+"""Training steps on a GPU: how fast compared with timm, and with the GPU's limits?
 
     python scripts/bench.py gpu
     python -m benchmarks.gpu [--rehearsal] [--folder FOLDER]
 
 ViT-B/16 and ResNet-152 at 224 pixels, in bf16 and fp16, with and without torch.compile: steps of
-1,024 images in micro-batches of 64, by qsr's workers (1, 4 and 16 on the one GPU; at a round's end
-they would be averaged, which is measured apart; in fp16 also while the loss scale is being looked
-for, when the host waits in every step) and by the loop of timm's train.py with gradient
-accumulation, in turn. Beside them what bounds them: large matrix products, qsr's loading of JPEGs,
-and, for the average of several workers on the GPU, a copy of as many bytes. Of each step: images a
-second, the share of the matrix products' speed, the memory, and whether the host ever waits.
+1,024 images in micro-batches of 64, alternating between qsr (1, 4 and 16 workers on one GPU) and
+the loop of timm's train.py with gradient accumulation. The average at the end of a round is
+measured separately. In fp16 steps are also measured during the search for the loss scale, when the
+host waits in every step. For comparison with the limits: large matrix products, qsr's loading of
+JPEGs, and, for the average of several workers on the GPU, a copy of as many bytes. Per step:
+images/s, the share of the matrix products' speed, memory, and whether the host ever waits.
 
-Takes less than 8 minutes on an H200: what would begin after LIMIT_SECONDS is left out, and says so.
-A case that fails is recorded with its reason, and the rest goes on. Writes
-results/bench/gpu_steps_DEVICE.json. `--rehearsal` tries the program on the CPU at small size and
+Takes less than 8 minutes on an H200: cases that would start after LIMIT_SECONDS are skipped and
+recorded as such. A failed case is recorded with its reason, and the others still run. Writes
+results/bench/gpu_steps_DEVICE.json. `--rehearsal` tests the program on the CPU at small size and
 writes to a temporary folder.
 """
 
@@ -79,8 +79,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Network:
-    """A network of qsr and timm's nearest: the same ResNet-152; a ViT-B/16 with the same matrix
-    products, but for biases in attention."""
+    """A network in qsr and its closest equivalent in timm: the same ResNet-152; a ViT-B/16 with the
+    same matrix products, except for biases in attention."""
 
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -91,15 +91,15 @@ class Network:
 
 @dataclass(frozen=True)
 class Variant:
-    """How qsr trains it."""
+    """A configuration of qsr's training."""
 
     workers: int
     tuned: bool = False
-    """With cudnn.benchmark, which timm's train.py switches on. qsr does not: it picks algorithms by
-    their time, so that a resumed run might differ from the uninterrupted one."""
+    """With cudnn.benchmark, which timm's train.py enables. qsr does not, because it selects
+    algorithms by timing, so a resumed run could differ from an uninterrupted one."""
 
     searching: bool = False
-    """In fp16: while the loss scale is being looked for, so that the host waits in every step."""
+    """In fp16: during the search for the loss scale, when the host waits in every step."""
 
     @property
     def name(self) -> str:
@@ -110,19 +110,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured, and how often."""
+    """The sizes and numbers of repetitions of all measurements."""
 
     device: torch.device
     networks: tuple[Network, ...]
-    """The first one's parameters are averaged."""
+    """The average is measured with the parameters of the first."""
     classes: int
     pixels: int
     micro_batch: int
     micro_batches: int
-    """Of a step, all workers together."""
+    """Micro-batches per step, over all workers."""
     repetitions: int
     backend: str
-    """Of torch.compile."""
+    """The backend of torch.compile."""
     matrix: int
     photos: int
     photo_size: tuple[int, int]
@@ -133,7 +133,7 @@ class Size:
 
     @property
     def images(self) -> int:
-        """Of a step."""
+        """Images per step."""
         return self.micro_batch * self.micro_batches
 
 
@@ -144,7 +144,7 @@ SMALL_RESNET = ModelConfig("small_resnet", None, channels_last=True)
 ADAMW = AdamWConfig("adamw", 0.9, 0.999, 1e-8, 0.05, None)
 SGD = SgdConfig("sgd", 0.9, nesterov=False, weight_decay=1e-4, clip_norm=None)
 WORKERS = (Variant(1), Variant(1, searching=True), Variant(4), Variant(16))
-# without class token, with the mean of all tokens before the head
+# no class token; mean over all tokens before the head
 SIMPLE = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 NETWORKS = (
     Network(VIT, ADAMW, WORKERS, "vit_base_patch16_224", SIMPLE),
@@ -173,7 +173,7 @@ def full_size() -> Size:
 
 
 def rehearsal_size() -> Size:
-    """Networks of the same kinds; timm's are not of quite the same size."""
+    """Small networks of the same kinds; timm's differ slightly in size."""
     vit = {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 16, **SIMPLE}
     resnet = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 64), "output_stride": 8}
     return Size(
@@ -197,17 +197,17 @@ def rehearsal_size() -> Size:
     )
 
 
-# What is known of a device
+# The device
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all its work."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds."""
+    """Seconds that `action` takes on the device."""
     wait_for(device)
     started = time.perf_counter()
     action()
@@ -220,8 +220,8 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device, before: int) -> int:
-    """The most memory that lay there during `action`, above `before`; on the CPU above what was
-    there when it began."""
+    """Peak memory during `action` above `before`, in bytes; on the CPU above the memory in use at
+    its start."""
     if device.type != "cuda":
         return peak_memory_bytes(action)
     torch.cuda.reset_peak_memory_stats(device)
@@ -231,7 +231,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device, before: int) 
 
 @contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """Whatever makes the host wait for the device raises RuntimeError."""
+    """Operations that make the host wait for the device raise RuntimeError."""
     if device.type != "cuda":
         yield
         return
@@ -243,7 +243,7 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 def never_waits(step: Callable[[], None], device: torch.device) -> bool | str | None:
-    """Whether the host never waits in two steps, or where it does; unknown without a GPU."""
+    """True if the host never waits in two steps, otherwise the reason; None without a GPU."""
     if device.type != "cuda":
         return None
     try:
@@ -256,18 +256,18 @@ def never_waits(step: Callable[[], None], device: torch.device) -> bool | str | 
 
 
 def reason(error: BaseException) -> str:
-    """One line."""
+    """The error on one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def tried(cases: Mapping[str, Callable[[], T]], found: Found) -> dict[str, T]:
-    """What each case came to; the reasons of those that failed go to `found`."""
+    """The result of each successful case; the errors of failed cases are added to `found`."""
     working = {}
     for name, case in cases.items():
         try:
             working[name] = case()
-        except Exception as error:  # whatever it is, the others are measured
+        except Exception as error:  # the other cases still run
             found[name] = {"error": reason(error)}
             print(f"{name}: {found[name]['error']}", flush=True)
         release_memory()
@@ -284,8 +284,7 @@ def release_memory() -> None:
 
 
 def flops_per_image(network: Network, classes: int, pixels: int) -> int:
-    """Of the forward and the backward pass, as they stand in the model: what a kernel computes
-    anew does not count."""
+    """FLOPs of the forward and backward passes of the model, without recomputation in kernels."""
     with torch.device("meta"):
         model = build_model(network.model, classes, pixels)
         image = torch.empty(1, 3, pixels, pixels)
@@ -303,8 +302,8 @@ def batch(size: Size) -> Batch:
 
 def tune_convolutions(tuned: bool) -> None:
     torch.backends.cudnn.benchmark = tuned
-    # torch keeps the algorithm that it found first, whichever way; by this flag, which means
-    # nothing to half precision, it keeps the two ways' apart
+    # torch caches the first algorithm that it finds, benchmarked or not. This flag has no effect in
+    # half precision, but it is part of the cache key and so separates the two.
     torch.backends.cudnn.allow_tf32 = tuned
 
 
@@ -317,7 +316,7 @@ def timm_step(network: Network, precision: Half, compiled: bool, size: Size) -> 
     ).to(device)
     if network.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    # every parameter decays, as in qsr: train.py would spare norms and biases
+    # weight decay on all parameters, as in qsr; train.py would exclude norms and biases
     match network.optimizer:
         case AdamWConfig() as adamw:
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -359,7 +358,7 @@ def timm_step(network: Network, precision: Half, compiled: bool, size: Size) -> 
 def qsr_step(
     network: Network, precision: Half, compiled: bool, variant: Variant, size: Size
 ) -> Callable[[], None]:
-    """A local step of all workers, as the trainer takes it."""
+    """A local step of all workers, as in the trainer."""
     workers = [
         new_worker(network, precision, compiled, variant, i, size) for i in range(variant.workers)
     ]
@@ -387,7 +386,7 @@ def new_worker(
     flat = FlatModule(model, FINGERPRINT_SIZE)
     optimizer = build_optimizer(network.optimizer, model.parameters(), fused=True)
     if compiled:
-        model.compile(backend=size.backend)  # in place: the names of the parameters stay
+        model.compile(backend=size.backend)  # in place, which keeps the parameter names
     scaler = Precision(precision, size.device).scaler()
     if scaler.is_enabled() and not variant.searching:
         scaler.load_state_dict(scaler.state_dict() | {"scale": 256.0, "held_steps": SETTLED_STEPS})
@@ -422,7 +421,7 @@ def new_stepper(workers: list[Worker], precision: Half, size: Size) -> Stepper:
 
 
 def warm(build: Callable[[], Callable[[], None]], size: Size) -> tuple[Callable[[], None], Found]:
-    """A step, compiled and with all its states, and what is known of it before it is timed."""
+    """A warmed-up step (compiled, optimizer state allocated), and its compile time and memory."""
     before = allocated_bytes(size.device)
     step = build()
     compiling = timed(step, size.device)
@@ -437,7 +436,7 @@ def warm(build: Callable[[], Callable[[], None]], size: Size) -> tuple[Callable[
 def measure_steps(
     network: Network, precision: Half, compiled: bool, ceiling: float, size: Size
 ) -> Found:
-    """timm's and qsr's in turn; `ceiling` in FLOP/s."""
+    """timm's and qsr's steps, alternating; `ceiling` is in FLOP/s."""
     torch._dynamo.reset()
     builders = {TIMM: partial(timm_step, network, precision, compiled, size)} | {
         v.name: partial(qsr_step, network, precision, compiled, v, size)
@@ -462,11 +461,11 @@ def measure_steps(
     return {"flop_per_image": flops, "images_per_step": size.images, "contenders": found}
 
 
-# What bounds them
+# The limits
 
 
 def measure_matrix_products(size: Size) -> Found:
-    """FLOP/s of large products."""
+    """FLOP/s of large matrix products, by precision."""
 
     def product(dtype: torch.dtype) -> Callable[[], float]:
         a, b = (torch.randn(size.matrix, size.matrix, device=size.device).to(dtype) for _ in "ab")
@@ -483,7 +482,7 @@ def measure_matrix_products(size: Size) -> Found:
 
 
 def measure_loading(size: Size) -> Found:
-    """Images a second from files to normalised tensors on the device, by DALI."""
+    """Images/s from files to normalised tensors on the device, with DALI."""
     transforms = {
         "crop, flip": TrainTransform(size.pixels),
         "crop, flip, RandAugment": TrainTransform(
@@ -544,7 +543,7 @@ def consume(loader: Loader, photos: ImageFolder, size: Size) -> None:
 
 
 def measure_average(size: Size) -> Found:
-    """Bytes a second that the average of several workers on one device moves, beside a copy."""
+    """Bytes/s that the average of several workers on one device moves, compared with a copy."""
     settings = size.networks[0].model
     found: Found = {}
 
@@ -559,7 +558,7 @@ def measure_average(size: Size) -> Found:
         def average() -> None:
             mean_(communicator, buffers)
 
-        # for each worker but the first: an addition (two read, one written) and a copy; a division
+        # per worker except the first: an addition (two reads, one write) and a copy; one division
         moved = (5 * (workers - 1) + 2) * replicas[0].bytes
         source = torch.zeros(moved // 2, dtype=torch.uint8, device=size.device)
         target = torch.empty_like(source)
@@ -591,7 +590,7 @@ def measure_average(size: Size) -> Found:
 
 
 def measure(size: Size) -> Found:
-    """Everything, the cheap and the certain first."""
+    """Run all measurements, the cheap and reliable ones first."""
     began = time.monotonic()
     speeds = measure_matrix_products(size)
     for name, speed in speeds.items():
@@ -634,8 +633,8 @@ def show_average(found: Found) -> None:
             print(
                 f"average of {name}: {about['seconds']['median'] * 1e3:.2f} ms, "
                 f"{about['bytes_per_second']['average']['median'] / 1e9:.0f} GB/s, "
-                f"{about['speed_to_copy']['median']:.2f} of a copy's, "
-                f"{about['extra_bytes'] / 1e6:.0f} MB more",
+                f"{about['speed_to_copy']['median']:.2f} x a copy's speed, "
+                f"{about['extra_bytes'] / 1e6:.0f} MB of extra memory",
                 flush=True,
             )
 
@@ -668,7 +667,7 @@ def main() -> int:
         folder = arguments.folder or RESULTS
     else:
         print(
-            "needs a GPU; torch sees none: `--rehearsal` tries the program on the CPU",
+            "this benchmark needs a GPU, and torch sees none: use --rehearsal to test on the CPU",
             file=sys.stderr,
         )
         return 1

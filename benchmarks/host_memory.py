@@ -1,10 +1,11 @@
-"""Memory that the C library keeps for the next tensor: what does it save on the CPU, and take?
+"""Keeping freed memory for the next tensor: how much time does it save on the CPU, and how much
+memory does it cost?
 
     python scripts/bench.py host_memory
 
-Steps of small networks with glibc's defaults, and with what qsr's ranks on the CPU set
-(qsr/cluster/memory.py), each in processes of its own, in both orders. Peak memory is the whole
-process's.
+Steps of small networks with glibc's defaults, and with the settings of qsr's CPU ranks
+(qsr/cluster/memory.py), each in its own processes, in both orders. Peak memory is that of the whole
+process.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ WARMUP, STEPS = 20, 40
 
 
 def train(case: Case, keep: bool) -> tuple[float, int]:
-    """Seconds for each step, and the peak of this process's memory in bytes."""
+    """Seconds per step, and peak memory of this process in bytes."""
     torch.set_num_threads(1)
     if keep:
         keep_freed_memory()
@@ -45,13 +46,13 @@ def train(case: Case, keep: bool) -> tuple[float, int]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Both kinds of processes in turn."""
+    """Measure both settings, alternating."""
     multiprocessing.set_forkserver_preload([trainer.__name__])
     context = multiprocessing.get_context("forkserver")
     found: dict[str, list[tuple[float, int]]] = {DEFAULTS: [], KEPT: []}
     for number in range(REPETITIONS):
         for kind in reversed(found) if number % 2 else found:
-            with context.Pool(1) as process:  # a new one: the C library's settings stay
+            with context.Pool(1) as process:  # a new process, because the settings persist
                 found[kind].append(process.apply(train, (case, kind == KEPT)))
     seconds = {kind: [each for each, _ in values] for kind, values in found.items()}
     return {
@@ -67,8 +68,8 @@ def main() -> int:
     for name, found in results.items():
         seconds, peak = found["seconds_per_step"], found["peak_bytes"]
         parts = [
-            f"{kind} {1e3 * seconds[kind]['median']:.2f} ms a step, "
-            f"{peak[kind]['median'] / 1e6:.0f} MB at the peak"
+            f"{kind} {1e3 * seconds[kind]['median']:.2f} ms per step, "
+            f"{peak[kind]['median'] / 1e6:.0f} MB peak"
             for kind in seconds
         ]
         print(f"{name}: {'; '.join(parts)}; {found['ratio']['median']:.3f} x the time")

@@ -1,13 +1,13 @@
-"""Images a core loads: qsr's DALI pipelines beside what is usual.
+"""Loading speed per core: qsr's DALI pipelines compared with common alternatives.
 
     python scripts/bench.py loaders
 
-The same JPEGs become the same batches of float32 at 224 pixels, by qsr's loader (one DALI thread),
-by torchvision's v2 transforms on Pillow's images and on the uint8 tensors of torchvision.io, and by
-timm's create_transform: for training (crop, flip), with RandAugment of two operations at a third of
-their range, and for validation (256, crop 224). Beside them decoding alone. Images for each second
-of CPU time, all threads together; every ratio is of the same round. What differs: the warps of
-RandAugment take the nearest pixel here and in torchvision, and interpolate in timm.
+The same JPEGs become the same float32 batches at 224 pixels, with qsr's loader (one DALI thread),
+torchvision's v2 transforms on Pillow images and on uint8 tensors from torchvision.io, and timm's
+create_transform: for training (crop, flip), with RandAugment of two operations at a third of their
+range, and for validation (256, crop 224); also decoding alone. Images per second of CPU time, over
+all threads; ratios are within the same round. One difference: RandAugment's warps use the nearest
+pixel in qsr and torchvision, and interpolate in timm.
 """
 
 import sys
@@ -37,7 +37,7 @@ from qsr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Read = Callable[[str], Any]
 Load = Callable[[int], object]
-"""Loads as many images, from the first on."""
+"""Loads the given number of images, starting with the first."""
 
 PIXELS = 224
 BATCH = 64
@@ -63,7 +63,7 @@ def read_all(photos: ImageFolder, read: Read, images: int) -> None:
 
 
 def load_one_by_one(photos: ImageFolder, read: Read, transform: Any, images: int) -> None:
-    """As a DataLoader of torch does: each image alone, then into a batch."""
+    """As torch's DataLoader does: transform each image, then stack a batch."""
     for first in range(0, images, BATCH):
         batch = [transform(read(photos.path(i))) for i in range(first, min(first + BATCH, images))]
         torch.stack(batch)
@@ -154,7 +154,7 @@ def images_per_cpu_second(load: Load, images: int) -> float:
 
 
 def measure(photos: ImageFolder, images: int, repetitions: int) -> dict[str, Any]:
-    """`images` are loaded each time."""
+    """Measure all loaders, with `images` images in each repetition."""
     parts = {
         "training: crop, flip": training(photos, randaugment=False),
         "training: crop, flip, RandAugment": training(photos, randaugment=True),

@@ -1,4 +1,4 @@
-"""How all benchmarks measure: the alternatives in turn, again and again, and the median of each."""
+"""Measuring for all benchmarks: repeat the alternatives in turn and report medians."""
 
 import os
 import re
@@ -21,8 +21,8 @@ Key = TypeVar("Key", bound=Hashable)
 def alternate(
     contenders: Mapping[Key, Callable[[], float]], repetitions: int
 ) -> dict[Key, list[float]]:
-    """A B C A B C ...: what each returned, one unmeasured time first. What changes on the machine
-    meanwhile, changes for all."""
+    """Call the contenders in turn (A B C A B C ...) after one warm-up call each, and return their
+    results. Slow changes of the machine then affect all of them equally."""
     for measure in contenders.values():
         measure()
     values: dict[Key, list[float]] = {name: [] for name in contenders}
@@ -33,26 +33,26 @@ def alternate(
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Median, the middle half's limits, and how many."""
+    """Median, quartiles and number of values."""
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "quartiles": [first, third], "repetitions": len(values)}
 
 
 def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """Of the same repetition, so that what slows both down cancels."""
+    """Summary of the ratios within each repetition, so that common slowdowns cancel."""
     return summary([a / b for a, b in zip(values, reference, strict=True)])
 
 
 def device_slug() -> str:
-    """The GPU's name as part of a file's name."""
+    """The GPU's name in a form for file names."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
 def record(name: str, results: Mapping[str, Any], ranks: int = 1, folder: Path = RESULTS) -> Path:
-    """Write NAME.json, with versions and hardware."""
+    """Write the results with versions and hardware to NAME.json; returns its path."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = environment(Topology(0, ranks, 0, ranks), device)
-    del about["host"]  # nobody else's concern
+    del about["host"]  # private
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"environment": about, **results})
@@ -60,9 +60,9 @@ def record(name: str, results: Mapping[str, Any], ranks: int = 1, folder: Path =
 
 
 def peak_memory_bytes(action: Callable[[], object]) -> int:
-    """What `action` took of this process's memory above what it had before. Linux."""
+    """Peak memory of this process during `action` above the memory before, in bytes. Linux only."""
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     action()
     return max(0, _resident("VmHWM") - before)
 
@@ -71,4 +71,4 @@ def _resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
-    raise RuntimeError(f"no {field} of process {os.getpid()}")
+    raise RuntimeError(f"/proc/self/status of process {os.getpid()} has no {field}")

@@ -1,8 +1,8 @@
-"""Two machines in one: network namespaces that a link of a chosen rate joins, and ranks in them.
+"""Two machines simulated on one: ranks in network namespaces, joined by a link with a given rate.
 
-The link is a pair of virtual Ethernet devices; at both ends tc's token bucket filter lets no more
-than the rate out. Needs Linux, root, ip and tc. The namespaces have no names: each lives as long as
-a process that waits for the end of its input, and so is gone with this process, however it ends.
+The link is a pair of virtual Ethernet devices; at both ends tc's token bucket filter limits the
+rate. Needs Linux, root, ip and tc. The namespaces are unnamed: each exists as long as a process
+that waits for the end of its input, so they disappear with this process, however it ends.
 """
 
 import os
@@ -26,24 +26,24 @@ MACHINES = 2
 DEVICE = "veth0"
 _PROGRAMS = ("ip", "tc", "taskset", "unshare", "nsenter")
 _MTU_BYTES = 9000
-"""Of a packet without its Ethernet header: "jumbo frames", as clusters have them. Each packet costs
-the processor an interrupt, while the ranks compute on it."""
+"""Packet size without the Ethernet header: jumbo frames, as in clusters. Every packet costs an
+interrupt of the processor on which the ranks compute."""
 PACKET_BYTES, PAYLOAD_BYTES = _MTU_BYTES + 14, _MTU_BYTES - 52
-"""What a full packet of TCP counts on the link, and what it carries."""
+"""Size of a full TCP packet on the link, and of its payload."""
 _BURST_SECONDS = 250e-6
-"""What may pass at once after a silence, in seconds of the link: as little as the clock that lets
-bytes out allows."""
+"""Size of a burst after idle time, in seconds of the link: the minimum that the kernel's timer
+allows."""
 _QUEUE_BYTES = 64 * 2**20
-"""More than the ranks ever have on their way, so that nothing is lost and sent again."""
+"""More than the ranks ever have in flight, so that nothing is dropped and retransmitted."""
 
 
 def missing_reason() -> str | None:
-    """Why there can be no such link here; None if there can."""
+    """Why such a link is not possible here; None if it is."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for program in _PROGRAMS:
         if shutil.which(program) is None:
-            return f"there is no {program} here: install iproute2 and util-linux"
+            return f"{program} is not installed: install iproute2 and util-linux"
     try:
         with Network() as network:
             network.limit(1e9)
@@ -53,17 +53,17 @@ def missing_reason() -> str | None:
     try:
         _schedule(0, os.SCHED_FIFO, 1)
     except PermissionError:
-        return "no thread may have real-time priority here (CAP_SYS_NICE)"
+        return "real-time priority needs CAP_SYS_NICE"
     _schedule(0, before, 0)
     return None
 
 
 class NetworkError(Exception):
-    """One line: what of the namespaces or the link the kernel would not do."""
+    """The kernel rejected a namespace or link operation; the message is one line."""
 
 
 class Network:
-    """Two machines and the link between them, not limited at first; `with Network() as network`."""
+    """Two machines and the link between them, at first without a rate limit; a context manager."""
 
     def __init__(self) -> None:
         self._machines: list[subprocess.Popen[bytes]] = []
@@ -81,13 +81,13 @@ class Network:
 
     def _make(self) -> None:
         for _ in range(MACHINES):
-            # cat, in a namespace of its own: it says what it is told, which tells that it is there
+            # cat in its own namespace: when it echoes a line, the namespace exists
             machine = subprocess.Popen(
                 ["unshare", "--net", "cat"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for this process, which then removes it
+                start_new_session=True,  # Ctrl-C goes to this process only, which then removes it
             )
             self._machines.append(machine)
             assert machine.stdin is not None
@@ -105,14 +105,14 @@ class Network:
             self._run_in(number, "ip", "link", "set", DEVICE, "mtu", str(_MTU_BYTES))
             for device in ("lo", DEVICE):
                 self._run_in(number, "ip", "link", "set", device, "up")
-            # whatever this machine's default is: bbr takes pauses of a training for a slower link
+            # always cubic: bbr would mistake pauses in training for a slower link
             self._run_in(
                 number, *("ip", "route", "replace", "10.0.0.0/24", "dev", DEVICE),
                 *("src", address(number), "congctl", "cubic"),
             )  # fmt: skip
 
     def limit(self, bits_per_second: float) -> None:
-        """Let so much pass in each direction, headers of the packets included."""
+        """Limit the rate in each direction, packet headers included."""
         burst = max(PACKET_BYTES, round(bits_per_second / 8 * _BURST_SECONDS))
         for number in range(MACHINES):
             self._run_in(
@@ -122,9 +122,9 @@ class Network:
             )  # fmt: skip
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call `function(*arguments)`, a function of a module, in a rank on each machine, and
-        return what that on the first returned. Raises NetworkError if one fails; no process is left
-        then."""
+        """Call `function(*arguments)` in a rank on each machine, and return the result from the
+        first. `function` must be importable. Raises NetworkError if a rank fails, after ending
+        all ranks."""
         ranks: list[subprocess.Popen[bytes]] = []
         with tempfile.TemporaryDirectory(prefix="qsr-network-") as folder:
             Path(folder, "call").write_bytes(pickle.dumps((function, arguments)))
@@ -141,12 +141,12 @@ class Network:
             return returned
 
     def _start_rank(self, number: int, folder: str) -> subprocess.Popen[bytes]:
-        # what torchrun would tell
+        # the variables that torchrun would set
         environment = {"RANK": str(number), "WORLD_SIZE": str(MACHINES)}
         environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": address(0), "MASTER_PORT": "29500"}
         environment |= {"GLOO_SOCKET_IFNAME": DEVICE}
-        # no warning that the addresses have no names
+        # suppresses the warning that the addresses have no host names
         environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         return subprocess.Popen(
             self.command(number, sys.executable, "-m", "benchmarks.network", folder),
@@ -156,7 +156,7 @@ class Network:
         )
 
     def command(self, number: int, *command: str) -> list[str]:
-        """`command`, on one of the machines, which have no core in common if there are enough."""
+        """`command` prefixed to run on a machine. Machines share no cores if there are enough."""
         cores = sorted(os.sched_getaffinity(0))
         own = ",".join(map(str, cores[number::MACHINES] or cores))
         namespace = f"--net=/proc/{self._machines[number].pid}/ns/net"
@@ -166,7 +166,7 @@ class Network:
         _run(self.command(number, *command))
 
     def remove(self) -> None:
-        """Machines and link; no process may be on them."""
+        """Remove the machines and the link. No process may be running on them."""
         for machine in self._machines:
             machine.kill()
             machine.communicate()
@@ -174,12 +174,12 @@ class Network:
 
 
 def put_network_first() -> None:
-    """In a rank: let the threads that serve the network, once they are there, interrupt the one
-    that computes. They share a core here, and would wait for up to 4 ms each time, until the
-    kernel's clock ticks; a network card, and NCCL on a GPU, wait for nobody."""
+    """In a rank, after its network threads have started: let them preempt the compute thread. They
+    share a core here and would otherwise wait up to 4 ms each time, until the next kernel tick.
+    Network cards, and NCCL on a GPU, do not wait."""
     for entry in Path("/proc/self/task").iterdir():
         thread = int(entry.name)
-        if thread != os.getpid():  # the main one
+        if thread != os.getpid():  # the main thread
             _schedule(thread, os.SCHED_FIFO, 1)
 
 
@@ -188,7 +188,7 @@ def _schedule(thread: int, policy: int, priority: int) -> None:
 
 
 def address(number: int) -> str:
-    """Of a machine, on the link."""
+    """IP address of a machine on the link."""
     return f"10.0.0.{number + 1}"
 
 
@@ -199,7 +199,7 @@ def _run(command: list[str]) -> None:
 
 
 def _any_runs(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
-    """Raises NetworkError if one has failed."""
+    """Whether a rank is still running. Raises NetworkError if one has failed."""
     states = [rank.poll() for rank in ranks]
     for number, status in enumerate(states):
         if status:
@@ -208,7 +208,7 @@ def _any_runs(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
 
 
 def main() -> None:
-    """A rank."""
+    """Run as a rank."""
     folder = Path(sys.argv[1])
     function, arguments = pickle.loads((folder / "call").read_bytes())
     returned = start_ranks(function, MACHINES, *arguments)

@@ -1,4 +1,4 @@
-"""JPEGs that take as long to decode as photographs do: 500 x 375 pixels and about 68 kB."""
+"""Synthetic JPEGs that take as long to decode as photographs: 500 x 375 pixels, about 68 kB."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from PIL import Image
 from qsr.data import ImageFolder, open_image_folders
 
 SIZE = (500, 375)
-"""Width and height; every fourth image is upright."""
+"""Width and height; every fourth image is in portrait format."""
 
 
 def write_photos(
     root: Path, count: int, size: tuple[int, int] = SIZE
 ) -> tuple[ImageFolder, ImageFolder]:
-    """A tree of two classes whose validation split shows the same images as the training split."""
+    """Write a tree with two classes; the validation split has the same images as training."""
     for number in range(count):
         folder = root / "train" / f"class_{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def write_photos(
 
 
 def photo(width: int, height: int, seed: int) -> Image.Image:
-    """Smooth noise on three scales, the finer the weaker, and a little grain."""
+    """Smooth noise on three scales, weaker at finer scales, with a little grain."""
     random = np.random.default_rng(seed)
     pixels = 128 + random.normal(0, 4.3, (height, width, 1))
     for cells, strength in ((6, 60), (24, 37), (96, 23)):

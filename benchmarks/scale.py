@@ -49,8 +49,8 @@ LINKS = {
     "100 Gbit/s, 10 us": (100.0, 10e-6),
     "400 Gbit/s, 5 us": (400.0, 5e-6),
 }
-"""Of a machine: Gbit/s per direction, None for those of the paper's profile, and the seconds of one
-message without its bytes."""
+"""Link of a machine -> Gbit/s per direction (None: as in the paper's profile), and the latency of a
+message in seconds."""
 RUNS = {
     "ViT-B/16": "vit_b16_b4096/quadratic_h4",
     "ResNet-152": "resnet152_b4096/quadratic_h4",
@@ -58,7 +58,7 @@ RUNS = {
 
 
 def measure_rank(ranks: int) -> dict[int, list[float]]:
-    """Collective: by size, the seconds of all-reduces on the rank that took longest."""
+    """Collective: size -> seconds of each all-reduce on the slowest rank."""
     torch.set_num_threads(1)
     place = find_place()
     here = Topology(place.rank, ranks, place.local_rank, ranks)
@@ -78,8 +78,8 @@ def measure_rank(ranks: int) -> dict[int, list[float]]:
 
 
 def fit_together(medians: dict[int, dict[int, float]], ranks: tuple[int, ...]) -> Link:
-    """One latency and bandwidth for several numbers of ranks, as fit_link for one: by least squares
-    on the relative error. `ranks` of the link are the largest of them."""
+    """Fit one latency and bandwidth to several numbers of ranks, by least squares on the relative
+    error as in fit_link. The returned link has the largest number of ranks."""
     rows = [
         (Link(n, 1, math.inf, 1.0).seconds(0) / seconds, ring_bytes(n, size) / seconds)
         for n in ranks
@@ -90,7 +90,7 @@ def fit_together(medians: dict[int, dict[int, float]], ranks: tuple[int, ...]) -
 
 
 def measured() -> dict[str, Any]:
-    """All-reduces here, and the formula beside them."""
+    """Measured all-reduces on this machine, and the fitted formula."""
     found = {ranks: start_ranks(measure_rank, ranks, ranks) for ranks in RANKS}
     seconds = {
         n: {size: summary(values) for size, values in by_size.items()}
@@ -121,7 +121,7 @@ def measured() -> dict[str, Any]:
 
 
 def constants(link: Link) -> dict[str, float]:
-    """Of the formula."""
+    """The constants of the formula."""
     return {
         "latency_seconds": link.latency_seconds,
         "gbit_per_second": 8 * link.bytes_per_second / 1e9,
@@ -129,7 +129,7 @@ def constants(link: Link) -> dict[str, float]:
 
 
 def modelled() -> Iterator[dict[str, Any]]:
-    """A row for each network, link and number of workers."""
+    """One row per network, link and number of workers."""
     for network, experiment in RUNS.items():
         config = load_config([f"experiment={experiment}", "cluster=paper_2x8"])
         speed, run = config.cluster.speed, forecast(config)
@@ -168,15 +168,16 @@ def main() -> int:
         fit = here["fits"][ranks]
         print(
             f"{ranks} ranks, ms: {times}   fit {1e6 * fit['latency_seconds']:.0f} us, "
-            f"{fit['gbit_per_second']:.1f} Gbit/s, to within {100 * fit['relative_error']:.0f} %"
+            f"{fit['gbit_per_second']:.1f} Gbit/s, error {100 * fit['relative_error']:.0f} %"
         )
     deviations = "  ".join(f"{100 * d:+7.0f}%" for d in here["extrapolated"]["deviation"])
-    print(f"{RANKS[-1]} ranks, beside the formula fitted to fewer: {deviations}")
+    print(f"{RANKS[-1]} ranks, relative to the formula fitted to fewer: {deviations}")
     for row in rows:
         print(
-            f"{row['network']:10} {row['link']:28} {row['workers']:5} workers: an average "
-            f"{1e3 * row['average_seconds']:6.1f} ms, QSR loses {row['steps_lost']:6.0f} of "
-            f"{row['steps']:,} steps, {row['steps_lost_per_1000']:5.1f} in 1,000"
+            f"{row['network']:10} {row['link']:28} {row['workers']:5} workers: "
+            f"{1e3 * row['average_seconds']:6.1f} ms per average, QSR loses "
+            f"{row['steps_lost']:6.0f} of {row['steps']:,} steps, "
+            f"{row['steps_lost_per_1000']:5.1f} in 1,000"
         )
     results = {"about": __doc__, "measured": here, "modelled": rows}
     print(record("scale", results, max(RANKS)))
@@ -184,6 +185,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from benchmarks import scale  # by its name, by which the ranks find its functions
+    from benchmarks import scale  # not __main__, so that ranks can import its functions
 
     sys.exit(scale.main())

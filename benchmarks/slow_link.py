@@ -1,22 +1,22 @@
-"""The paper's headline on a slow link: what does QSR save where all-reduces take their share?
+"""The paper's headline on a slow link: what does QSR save when all-reduces take a given share?
 
     python scripts/bench.py slow_link
 
-Two machines of one rank each, in network namespaces on this one, joined by a link whose rate is
-set so that blocking data parallel training spends a given share of its time in all-reduces: 27 %
-and 43 % are those of the paper's clusters of 2 x 8 and 8 x 8 GPUs. Part of that time a rank waits
-for the other, whose step took longer: without any limit it is what is left. On each link one launch
-trains by each method, through the trainer, and all that again. Beside each measured time stands the
-planner's. A machine that is shared takes a tenth longer for a step now than some seconds ago, so
-the calibration for a run, the one of scripts/plan.py, is of steps right before and after it, and
-what is reported is the median over the repetitions.
+Two machines with one rank each, simulated with network namespaces and joined by a link whose rate
+is set so that blocking data parallel training spends a given share of its time in all-reduces: 27 %
+and 43 % are those of the paper's clusters with 2 x 8 and 8 x 8 GPUs. Part of that time is spent
+waiting for the slower rank; this part remains without a rate limit. On each link one launch trains
+with every method through the trainer, repeatedly. Each measured time is reported with the planner's
+prediction. On a shared machine the time of a step can change by a tenth within seconds, so the
+calibration of a run (as in scripts/plan.py) uses steps right before and after it, and the results
+are medians over the repetitions.
 
-The network is a vision transformer like the paper's, but small, and DDP's buckets, of 25 MiB there,
-are made smaller by as much: with torch's own there were a single one, and nothing to overlap. The
-runs are short, so that QSR's volume is 13 % and not 10.4 %. Images were decoded before: a GPU's
-host does that beside it, and here it would take the cores that compute. What is not in proportion
-concerns overlapped data parallel training: all-reduces need the cores too, as they hardly do on a
-GPU, and slow down the backward pass. Needs root, ip and tc: elsewhere nothing is measured.
+The network is a small version of the paper's vision transformer, and DDP's buckets of 25 MiB are
+scaled down with it: with torch's default size there would be a single bucket and nothing to
+overlap. The runs are short, so QSR's volume is 13 % instead of 10.4 %. Images are decoded in
+advance: with a GPU the host does that in parallel, but here it would take cores from training. Only
+overlapped data parallel training is not to scale: its all-reduces need the cores too, unlike on a
+GPU, and slow down the backward pass. Needs root, ip and tc; otherwise nothing is measured.
 """
 
 import functools
@@ -63,18 +63,19 @@ METHODS = {
     "QSR": QSR,
     "QSR, 3 steps late": (*QSR, "sync.delay_steps=3"),
 }
-"""The settings of each; H_base, and alpha over the peak rate, are those of the paper's ViT-B."""
+"""Method -> settings; H_base and alpha / peak rate are those of the paper's ViT-B."""
 
 SHARES = (0.10, 0.27, 0.43, 0.70)
-"""Of the blocking method's time, in all-reduces. From a fast link to a slow one; before them comes
-the link as it is, with as little as can be had here."""
+"""Shares of the blocking method's time in all-reduces, from a fast link to a slow one. The link
+without a limit, which gives the smallest possible share, is measured first."""
 PUBLISHED = {0.27: 20.2 / 26.7, 0.43: 5.5 / 8.6}
-"""The paper's QSR over blocking data parallel (abstract): 2 x 8 and 8 x 8 GPUs."""
+"""The paper's time with QSR relative to blocking data parallel (abstract), on 2 x 8 and 8 x 8
+GPUs."""
 REPETITIONS = 3
-"""Of everything, on each link."""
+"""Repetitions of all methods on each link."""
 SOURCE = "bench.py slow_link"
 TRIES = 5
-"""At the most, until measured all-reduces make sense."""
+"""Maximum number of attempts to measure plausible all-reduce times."""
 
 SETTINGS = (
     f"workers={MACHINES}",
@@ -96,17 +97,17 @@ SETTINGS = (
 
 
 Found = dict[str, tuple[dict[str, Any], Measurement]]
-"""For each method the summary of its run, and the calibration around it."""
+"""Method -> the summary of its run, and the calibration around the run."""
 
 
 def bucket_mib(parameters: int) -> float:
-    """As large a part of a network of so many as torch's 25 MiB are of ViT-B/16."""
+    """Bucket size in MiB that is as large relative to this network as 25 MiB is to ViT-B/16."""
     vit = parameter_count(ModelConfig("vit_b16", None, channels_last=False), 1000)
     return 25 * parameters / vit
 
 
 class MemoryLoader:
-    """Images that were decoded before: the next ones after the first that a request names."""
+    """Serves images decoded in advance: consecutive ones, from a request's first index on."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self._images, self._labels = images, labels
@@ -136,17 +137,18 @@ def decoded(dataset: ImageFolder, transform: EvalTransform) -> MemoryLoader:
 
 
 def load_from_memory(config: Config) -> None:
-    """In the training of this process: nothing is decoded, on cores that compute."""
+    """Make training in this process use images decoded in advance, so that decoding takes no
+    cores."""
     _, transform = transforms(config.data)
     build.make_loader = lambda _kind, dataset, *_, **__: decoded(dataset, transform)  # type: ignore[attr-defined]
 
 
 def measure_rank(configs: Mapping[str, Config], repetitions: int) -> list[Found]:
-    """Collective: every method's run between two blocks of the calibration's steps, and all that
-    again."""
+    """Collective: repeatedly run every method, with a block of calibration steps before and after
+    each run."""
     load_from_memory(configs[BLOCKING])
     results = []
-    # the first steps of a process are slower: they count for nothing
+    # warm-up: the first steps of a process are slower
     first = configs[BLOCKING]
     build.run(replace(first, runs_dir=f"{first.runs_dir}/first", stop_after_steps=20))
     put_network_first()
@@ -155,7 +157,7 @@ def measure_rank(configs: Mapping[str, Config], repetitions: int) -> list[Found]
         calibration.time_steps()
         time_allreduces(calibration, first)
         found: Found = {}
-        # there and back: a machine that gets slower meanwhile does so for the first and the last
+        # alternate the order, so that a machine that slows down affects all methods equally
         order = list(configs.items())[:: -1 if number % 2 else 1]
         for name, config in order:
             outcome = build.run(replace(config, runs_dir=f"{config.runs_dir}/{number}/{name}"))
@@ -167,8 +169,8 @@ def measure_rank(configs: Mapping[str, Config], repetitions: int) -> list[Found]
 
 
 def time_allreduces(calibration: Calibration, config: Config) -> None:
-    """Collective. As a person would, again if they make no sense: where the link is not limited
-    their sizes can hardly be told apart."""
+    """Collective: measure all-reduces, and repeat if the result is implausible, because without a
+    rate limit the times of different sizes hardly differ."""
     for _ in range(TRIES):
         calibration.time_allreduces()
         try:
@@ -177,12 +179,12 @@ def time_allreduces(calibration: Calibration, config: Config) -> None:
         except ConfigError as error:  # on all ranks alike
             reason = str(error)
             print(f"rank 0: {reason}", file=sys.stderr)
-    raise RuntimeError(f"{TRIES} measurements of all-reduces made no sense: {reason}")
+    raise RuntimeError(f"{TRIES} measurements of all-reduces were implausible: {reason}")
 
 
 def rate_for(share: float, unlimited: Sequence[Found]) -> float | None:
-    """Bits per second that make all-reduces take the share; None: they take longer on the link as
-    it is, where `unlimited` was measured."""
+    """The rate in bits/s at which all-reduces take `share` of the time. None if they take longer
+    even without a limit, according to `unlimited`."""
     blocking = [found[BLOCKING][0] for found in unlimited]
     calibrations = [found[BLOCKING][1] for found in unlimited]
     steps = blocking[0]["averages"]
@@ -197,15 +199,15 @@ def rate_for(share: float, unlimited: Sequence[Found]) -> float | None:
 
 
 def predict(config: Config, found: Measurement) -> cost.RunCost:
-    """What the planner says of a run, after a calibration."""
+    """The planner's prediction for a run, from a calibration."""
     speed = updated_profile(config.cluster, None, found).speed
     predicted = forecast(replace(config, cluster=replace(config.cluster, speed=speed))).planned.cost
-    assert predicted is not None  # the profile tells
+    assert predicted is not None  # the profile has speeds
     return predicted
 
 
 def compare(configs: Mapping[str, Config], repetitions: Sequence[Found]) -> dict[str, Any]:
-    """Measured and predicted, by method."""
+    """Method -> measured and predicted times."""
     methods = {}
     runs = {name: [found[name][0] for found in repetitions] for name in configs}
     costs = {n: [predict(c, found[n][1]) for found in repetitions] for n, c in configs.items()}
@@ -213,14 +215,14 @@ def compare(configs: Mapping[str, Config], repetitions: Sequence[Found]) -> dict
     predicted = {name: [each.total_seconds for each in costs[name]] for name in configs}
     blocking = configs[BLOCKING]
     for name, config in configs.items():
-        # DDP's, which overlaps, cannot be told apart
+        # unknown for overlapped DDP
         own = [run.get("communication_seconds", math.nan) for run in runs[name]]
         methods[name] = {
             "seconds": summary(seconds[name]),
             "predicted_seconds": summary(predicted[name]),
             "ratio_to_prediction": ratio(seconds[name], predicted[name]),
             "relative": ratio(seconds[name], seconds[BLOCKING]),
-            "predicted_relative": ratio(  # by the same calibration
+            "predicted_relative": ratio(  # with the same calibration
                 predicted[name],
                 [predict(blocking, found[name][1]).total_seconds for found in repetitions],
             ),
@@ -261,7 +263,9 @@ def main() -> int:
         for share in SHARES:
             rate = rate_for(share, unlimited)
             if rate is None:
-                print(f"{100 * share:.0f} % wanted: all-reduces take longer without a limit")
+                print(
+                    f"{100 * share:.0f} % requested: all-reduces take longer even without a limit"
+                )
                 continue
             network.limit(rate)
             measure_here(share, rate)
@@ -284,7 +288,7 @@ def describe(
     configs: Mapping[str, Config],
     repetitions: Sequence[Found],
 ) -> dict[str, Any]:
-    """All that was found on one link."""
+    """The results on one link."""
     batch = configs[BLOCKING].local_batch
     blocking = [found[BLOCKING][0] for found in repetitions]
     calibrations = [calibration for found in repetitions for _, calibration in found.values()]
@@ -305,11 +309,11 @@ def print_row(row: Mapping[str, Any]) -> None:
     share, rate = row["share"], row["rate_mbit_per_second"]
     published = row["published_relative"]
     print(
-        f"{'as little as it is' if share is None else f'{100 * share:.0f} %'} wanted, "
+        f"{'minimum' if share is None else f'{100 * share:.0f} %'} requested, "
         f"{100 * row['measured_share']['median']:.1f} % measured: "
-        f"{'link not limited' if rate is None else f'{rate:.0f} Mbit/s'}, a step "
-        f"{1e3 * row['compute_seconds']['median']:.1f} ms, an all-reduce "
-        f"{1e3 * row['allreduce_seconds']['median']:.1f} ms"
+        f"{'no limit' if rate is None else f'{rate:.0f} Mbit/s'}, "
+        f"{1e3 * row['compute_seconds']['median']:.1f} ms per step, "
+        f"{1e3 * row['allreduce_seconds']['median']:.1f} ms per all-reduce"
         + (f"; the paper's QSR: {published:.3f}" if published else ""),
         flush=True,
     )
@@ -325,6 +329,6 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import slow_link  # by its name, by which the ranks find its functions
+    from benchmarks import slow_link  # not __main__, so that ranks can import its functions
 
     sys.exit(slow_link.main())

@@ -1,15 +1,15 @@
-"""The trainer beside the barest correct loop of PyTorch: what does a step cost beyond arithmetic?
+"""The trainer compared with a minimal PyTorch loop: what is the overhead per step?
 
     python scripts/bench.py trainer
 
-Both train the same network by the same optimizer on batches that already lie in memory; the trainer
-with its plan, averages of a single worker, fingerprints, counts and a log every 20 steps. They take
-turns of 20 steps in one process, the bare loop whenever the trainer asks for the next batch, so
-that whatever slows the machine down for a second slows both. The first 20 steps count for neither:
-memory is found and kernels are chosen in them. All that several times with new networks, because
-where a network's tensors lie changes its step a little. A step of one linear layer, which has next
-to no arithmetic, shows what the trainer's own work takes; a small step and a large one, whether
-anything comes to it where there is arithmetic.
+Both train the same network with the same optimizer on batches in memory; the trainer with its plan,
+averages of a single worker, fingerprints, counters and a log every 20 steps. They alternate every
+20 steps in one process (the minimal loop runs when the trainer asks for the next batch), so that
+temporary slowdowns of the machine affect both. The first 20 steps are not counted, because memory
+is allocated and kernels are selected in them. Everything is repeated with new networks, because the
+location of tensors in memory affects the time of a step slightly. A single linear layer, with
+almost no arithmetic, shows the trainer's own cost; a small and a large step show whether it grows
+with the arithmetic.
 """
 
 import dataclasses
@@ -53,19 +53,19 @@ ADAMW = AdamWConfig("adamw", 0.9, 0.999, 1e-8, 0.05, None)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step's size."""
+    """The size of a step."""
 
     model: Literal["linear", "small_resnet", "small_vit"]
     image_size: int
     batch: int
     turns: int
-    """Of each of the two."""
+    """Turns of each of the two loops."""
 
 
 TURN = 20
-"""Steps, at the end of which the trainer logs."""
+"""Steps per turn; the trainer logs at the end of each."""
 REPETITIONS = 5
-"""With networks made anew."""
+"""Repetitions, each with new networks."""
 
 CASES = {
     "next to no arithmetic": Case("linear", 8, 8, 100),
@@ -75,7 +75,7 @@ CASES = {
 
 
 def network(case: Case) -> nn.Module:
-    """With the same weights every time."""
+    """A network, with the same weights every time."""
     torch.manual_seed(0)
     if case.model == "linear":
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * case.image_size**2, 10))
@@ -84,7 +84,7 @@ def network(case: Case) -> nn.Module:
 
 
 def random_batches(case: Case) -> list[Batch]:
-    """A few, to be used again and again."""
+    """A few batches, used repeatedly."""
     generator = torch.Generator().manual_seed(1)
     size = (case.batch, 3, case.image_size, case.image_size)
     return [
@@ -97,7 +97,7 @@ def random_batches(case: Case) -> list[Batch]:
 
 
 class BareLoop:
-    """The shortest correct loop."""
+    """A minimal correct training loop."""
 
     def __init__(self, case: Case) -> None:
         self._batches = random_batches(case)
@@ -109,12 +109,12 @@ class BareLoop:
         self._step = 0
 
     def take(self, steps: int) -> None:
-        """Train so many steps more."""
+        """Train for `steps` more steps."""
         for step in range(self._step, self._step + steps):
             for group in self._optimizer.param_groups:
                 group["lr"] = self._schedule(step)
             images, labels = self._batches[step % 4]
-            # before the forward pass, as PyTorch's own loops do: activations reuse their memory
+            # before the forward pass, so that activations reuse the memory of gradients
             self._optimizer.zero_grad(set_to_none=True)
             loss: Tensor = self._loss_function(self._model(images), labels)
             loss.backward()
@@ -123,8 +123,7 @@ class BareLoop:
 
 
 class MemoryLoader:
-    """Batches in memory. Between turns of steps of the trainer, which asks for them, the bare loop
-    has its turn."""
+    """Batches in memory, for the trainer. Between its turns it runs the bare loop."""
 
     def __init__(self, case: Case) -> None:
         self._batches = random_batches(case)
@@ -149,16 +148,16 @@ class MemoryLoader:
 
 
 def total_steps(case: Case) -> int:
-    """Of the trainer's session: the last one asks for the batch after the last turn."""
+    """Steps of the trainer's session; the last one requests the batch after the last turn."""
     return TURN * (case.turns + 1) + 1
 
 
 def take_turns(case: Case) -> dict[str, list[float]]:
-    """Seconds for each step, turn by turn."""
+    """Loop -> seconds per step in each turn."""
     loader, steps = MemoryLoader(case), total_steps(case)
     communicator = Communicator(Topology(0, 1, 0, 1), CPU, timeout_seconds=60.0)
     precision = Precision("fp32", CPU)
-    # the session ends before the plan does: at its end there would be an evaluation
+    # the session stops before the end of the plan, where there would be an evaluation
     schedule = CosineSchedule(1e-3, 1e-6, 10, steps + 100)
     sampler = Sampler(case.batch * (steps + 100), case.batch, 1, seed=1)
     flat = FlatModule(network(case), FINGERPRINT_SIZE)
@@ -206,7 +205,7 @@ def take_turns(case: Case) -> dict[str, list[float]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """All turns of all repetitions; differences and ratios are of neighbours."""
+    """All turns of all repetitions; differences and ratios are between neighbouring turns."""
     seconds: dict[str, list[float]] = {BARE: [], TRAINER: []}
     for _ in range(REPETITIONS):
         for name, values in take_turns(case).items():
@@ -222,12 +221,12 @@ def measure(case: Case) -> dict[str, Any]:
 
 def main() -> int:
     torch.set_num_threads(1)
-    keep_freed_memory()  # as a run's ranks do on the CPU
+    keep_freed_memory()  # as in CPU ranks of a run
     results = {name: measure(case) for name, case in CASES.items()}
     for name, found in results.items():
         bare, ours = (1e3 * about["median"] for about in found["seconds_per_step"].values())
         print(
-            f"{name}: bare loop {bare:.2f} ms, trainer {ours:.2f} ms a step, "
+            f"{name}: bare loop {bare:.2f} ms, trainer {ours:.2f} ms per step, "
             f"{1e3 * found['overhead_seconds']['median']:+.3f} ms, "
             f"{found['ratio']['median']:.3f} x"
         )

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure how fast qsr is, beside named alternatives.
+"""Benchmark qsr against alternatives.
 
-    python scripts/bench.py              all but gpu, in under 20 minutes on 2 idle cores
-    python scripts/bench.py NAME...      the named ones
+    python scripts/bench.py              all except gpu, in under 20 minutes on 2 idle cores
+    python scripts/bench.py NAME...      only these
     python scripts/bench.py gpu          on a machine with a GPU
 
-Each writes results/bench/NAME.json, with versions and hardware; docs/performance.md shows them.
-Exit status: 0 done, 1 one of them failed.
+Each benchmark writes results/bench/NAME.json, with versions and hardware; docs/performance.md
+shows the results. Exit status: 0 done, 1 a benchmark failed, 2 unknown name.
 """
 
 import argparse
@@ -22,7 +22,7 @@ NAMES = (
     *("slow_link", "average", "trainer", "host_memory"),
     *("loaders", "delay", "scale", "checkpoint"),
 )
-"""Modules of benchmarks/, in the order in which they run."""
+"""Modules of benchmarks/, in the order they run."""
 
 
 def main(arguments: list[str]) -> int:
@@ -34,12 +34,12 @@ def main(arguments: list[str]) -> int:
     names = parser.parse_args(arguments).names or list(NAMES)
     for name in names:
         if name not in choices:
-            parser.error(f"there is no benchmark {name}; there are {', '.join(choices)}")
+            parser.error(f"no benchmark is named {name}: choose from {', '.join(choices)}")
     failed = []
     for name in names:
         print(f"== {name}", flush=True)
         started = time.monotonic()
-        # each in a process of its own: none inherits threads, memory or a process group
+        # each in its own process, so that none inherits threads, memory or a process group
         command = [sys.executable, "-m", f"benchmarks.{name}"]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(name)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Does the rule matter to small deep networks? A residual network and a vision transformer.
+"""Does the rule matter for small deep networks? A residual network and a vision transformer.
 
     python scripts/deep_evidence.py [SETTING=VALUE ...]        make evidence-deep
 
-Trains both on 200 digits under data parallel, constant H, beta / lr and QSR: first with two seeds
-at three peak rates, to choose each rule's own on images that are used for nothing else; then with
-eight seeds, tested on 1,001 other digits. Prints the table and writes it, and every value of every
-run, to results/evidence/. As many runs at a time as there are processors; runs that are finished
-are not trained again: remove runs/evidence to do so. Extra settings, for example epochs=5, go to
-every run. Exit status: 0 done, 1 failed, 2 refused, 130 interrupted.
+Trains both on 200 digits with data parallel, constant H, beta / lr and QSR: first with two seeds
+at three peak rates, to choose each rule's rate on separate tuning images; then with eight seeds,
+tested on 1,001 other digits. Prints the table, and writes it and all values of every run to
+results/evidence/. Runs one process per available core. Finished runs are not trained again; remove
+runs/evidence to repeat them. Extra settings, for example epochs=5, apply to every run. Exit status:
+0 done, 1 failed, 2 refused, 130 interrupted.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         probes=options.probes,
         settings=tuple(options.settings),
     )
-    os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
+    os.chdir(ROOT)  # data/ and runs/ are relative to the project, not to the caller's folder
     started = time.monotonic()
     record = _carry_out(study)
     tables = deep_report(record)
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
     parser.add_argument("--models", nargs="+", default=DeepStudy.models)
-    parser.add_argument("--rules", nargs="+", default=DeepStudy.rules, help="quadratic among them")
+    parser.add_argument("--rules", nargs="+", default=DeepStudy.rules, help="with quadratic")
     parser.add_argument("--tuning-seeds", type=int, default=len(DeepStudy.tuning_seeds))
     parser.add_argument("--seeds", type=int, default=len(DeepStudy.seeds))
     parser.add_argument("--probes", type=int, default=DeepStudy.probes)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The demo: digits under data parallel, constant H and QSR, three seeds each.
+"""The demo: digits with data parallel, constant H and QSR, three seeds each.
 
     python scripts/demo.py [SETTING=VALUE ...]
 
-Prepares the images, trains (4 workers, 4 processes, gloo, DALI on the CPU), prints one table and
-writes it and its pictures to results/demo/. Runs that are finished are not trained again; remove
-runs/demo to do so. Extra settings, for example tracking.wandb=offline, go to every run.
+Prepares the images, trains (4 workers, 4 processes, gloo, DALI on the CPU), prints a table and
+writes it and the figures to results/demo/. Finished runs are not trained again; remove runs/demo to
+repeat them. Extra settings, for example tracking.wandb=offline, apply to every run.
 """
 
 import os
@@ -32,7 +32,7 @@ RESULTS = ROOT / "results" / "demo"
 
 @showing_errors
 def main(settings: list[str]) -> int:
-    os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
+    os.chdir(ROOT)  # data/ and runs/ are relative to the project, not to the caller's folder
     started = time.perf_counter()
     configs = [
         load_config([f"experiment={name}", f"seed={seed}", "tracking=none", *settings])
@@ -43,14 +43,14 @@ def main(settings: list[str]) -> int:
     finished = sum((run_folder(c) / "summary.json").exists() for c in configs)
     print(
         f"{len(configs)} runs: {len(EXPERIMENTS)} rules x {len(SEEDS)} seeds, "
-        f"{configs[0].workers} workers each; {finished} finished before",
+        f"{configs[0].workers} workers each; {finished} already finished",
         flush=True,
     )
     outcomes = execute(configs)
     raise_failures(outcomes)
     stopped = stopped_by_signal(outcomes)
     if stopped:
-        warn("stopped, everything saved; run the same command to resume")
+        warn("stopped, everything is saved; run the same command to resume")
         return stopped
     groups = group_by_label([read_run(run_folder(config)) for config in configs])
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -61,9 +61,7 @@ def main(settings: list[str]) -> int:
     save(schedule_figure(groups), RESULTS / "schedule")
     save(accuracy_figure(groups), RESULTS / "accuracy")
     print(f"\n{markdown}")
-    print(
-        f"{time.perf_counter() - started:.0f} s; table and pictures: {RESULTS.relative_to(ROOT)}/"
-    )
+    print(f"{time.perf_counter() - started:.0f} s; table and figures: {RESULTS.relative_to(ROOT)}/")
     return 0
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Whether a run would start here: each thing that it needs is tried.
+"""Check whether a run would start here, by trying everything that it needs.
 
     python scripts/doctor.py experiment=demo/quadratic
     python scripts/doctor.py experiment=vit_b16_b4096/quadratic_h4 cluster=slurm cluster.nodes=2
     srun --nodes=2 --ntasks-per-node=8 python scripts/doctor.py experiment=...
 
-Settings are those of scripts/train.py; without any, those of experiment=demo/quadratic. Checks the
-device, the data, the network, the plan, the run folder, the free space for checkpoints, decoding, a
-training pass, wandb, and an all-reduce between the ranks: of a launcher, such as srun in an
-allocation, or else of processes that it starts here. With cluster=slurm on a login node: what can
-be checked there. Exit status: 0 all is well, 1 something is not, 2 wrong settings.
+Takes the settings of scripts/train.py; the default is experiment=demo/quadratic. Checks the device,
+the data, the network, the plan, the run folder, the free space for checkpoints, decoding, a
+training pass, wandb, and an all-reduce between the ranks: those of a launcher, such as srun in an
+allocation, or processes started here. With cluster=slurm on a login node, checks what is possible
+there. Exit status: 0 all checks passed, 1 a check failed, 2 wrong settings.
 """
 
 import shlex
@@ -36,7 +36,10 @@ def main(arguments: list[str]) -> int:
     try:
         if isinstance(config.cluster, SlurmCluster) and current_task() is None:
             well = examine_login_node(config)
-            print(f"the nodes, too: {_on_the_nodes(config.cluster)} {shlex.join(arguments)}")
+            print(
+                "to check the nodes as well: "
+                f"{_on_the_nodes(config.cluster)} {shlex.join(arguments)}"
+            )
             return 0 if well else 1
         return 0 if start_ranks(examine, number_of_ranks(config), config) else 1
     except (ClusterError, RunFailedError) as error:

@@ -8,12 +8,12 @@
     python scripts/evaluate.py weights=FILE model=timm model.timm_name=resnet50 data=imagenet \\
         data.root=PATH data.image_size=288 data.eval_crop_fraction=1.0
 
-The first argument is a run folder, which brings all its settings, or a model file, which brings
-those of its network. Published weights are a file on this machine: with a number that is known,
-they show that the data and the loader are right before a training is paid for. PATH/val/CLASS/*
-are the images. More settings: data.loader=dali|torchvision, evaluation.batch=N, precision=fp32,
-cluster.device=cpu|cuda; all are in configs/evaluate.yaml and qsr/config/evaluate.py. One process;
-nothing is written. Exit status: 0 done, 1 an image cannot be read, 2 refused, 130 interrupted.
+The first argument is a run folder, which provides all settings, or a model file, which provides
+those of its network. Published weights are a local file; if their accuracy is known, they verify
+the data and the loader before you pay for a training run. The images are PATH/val/CLASS/*. More
+settings: data.loader=dali|torchvision, evaluation.batch=N, precision=fp32, cluster.device=cpu|cuda;
+all are in configs/evaluate.yaml and qsr/config/evaluate.py. Uses one process and writes nothing.
+Exit status: 0 done, 1 an image cannot be read, 2 refused, 130 interrupted.
 """
 
 from pathlib import Path
@@ -26,11 +26,11 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     source, overrides = None, arguments
-    # a run's folder may have "=" in its name
+    # a run folder may have "=" in its name
     if Path(arguments[0]).exists() or "=" not in arguments[0].partition("/")[0]:
         source, *overrides = arguments
 
-    from qsr.train.validate import evaluate  # after the help: torch is slow
+    from qsr.train.validate import evaluate  # imports torch, which is slow
 
     try:
         return evaluate(source, overrides)

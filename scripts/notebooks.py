@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Execute the notebooks.
 
-    python scripts/notebooks.py [NOTEBOOK...]            write what they give into them
-    python scripts/notebooks.py --check [NOTEBOOK...]    write nothing; name what is not current
+    python scripts/notebooks.py [NOTEBOOK...]            store the new outputs
+    python scripts/notebooks.py --check [NOTEBOOK...]    write nothing; list outdated notebooks
 
-All of notebooks/ if none is named. A notebook is current if it gives the texts that it holds, to
-the letter, and its pictures: pixel by pixel where the same matplotlib, FreeType and kind of
-processor drew them, of the same size elsewhere.
-Exit status: 0 done, 1 a notebook is not current (--check) or fails.
+The default is all of notebooks/. A notebook is up to date if executing it reproduces the stored
+text exactly, and the stored pictures: every pixel if the same matplotlib, FreeType and processor
+architecture drew them, otherwise only their sizes.
+Exit status: 0 done, 1 a notebook is outdated (--check) or fails.
 """
 
 import argparse
@@ -41,18 +41,18 @@ METADATA = {
     "language_info": {"name": "python"},
     "pictures": DRAWN_BY,
 }
-"""Of every executed notebook. Nothing in it tells when it was executed, or by which Python."""
+"""Metadata of every executed notebook, without the date or the Python version."""
 
 
 class NotebookError(Exception):
-    """One line: what is wrong with a notebook."""
+    """A notebook fails; the message is one line that says why."""
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="name what is not current")
+    parser.add_argument("--check", action="store_true", help="list outdated notebooks")
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
     options = parser.parse_args(arguments)
     status = 0
@@ -70,21 +70,21 @@ def main(arguments: list[str]) -> int:
             print(f"executed: {name}")
         elif stale := differences(stored, executed):
             warn(
-                f"{name} is not current ({', '.join(stale)}): python scripts/notebooks.py {name}",
+                f"{name} is outdated ({', '.join(stale)}): run python scripts/notebooks.py {name}",
             )
             status = 1
     return status
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """The notebook as a kernel of its own, started in `folder`, leaves it.
+    """Execute a copy of the notebook in a new kernel, started in `folder`.
 
-    Raises NotebookError if a cell fails, kills the kernel, or warns: a warning names paths of this
-    machine.
+    Raises NotebookError if a cell fails, kills the kernel, or warns: a warning contains paths of
+    this machine.
     """
     done = copy.deepcopy(notebook)
     with TemporaryDirectory() as scratch, Path(scratch, "kernel.log").open("w") as log:
-        # sockets in a folder of its own: no port that another kernel takes at the same moment
+        # sockets in a private folder, because another kernel could take the same port
         sockets = {"transport": "ipc", "ip": f"{scratch}/kernel"}
         client = NotebookClient(
             done,
@@ -96,8 +96,8 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
             resources={"metadata": {"path": str(folder)}},
         )
         try:
-            # IPython's settings: none, not the user's. What the kernel says beside its cells is of
-            # use if it dies; while it is shut down it may complain of its own closed sockets.
+            # Ignore the user's IPython settings. The log of the kernel is only used if it dies:
+            # during shutdown it may complain about its closed sockets.
             client.execute(env=os.environ | {"IPYTHONDIR": f"{scratch}/ipython"}, stderr=log)
         except CellExecutionError as error:
             failed = next(cell.id for cell in done.cells if "error" in _kinds(cell))
@@ -113,12 +113,12 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def _kinds(cell: NotebookNode) -> set[str]:
-    """Of a cell's outputs; a stream's is its name."""
+    """The kinds of a cell's outputs; for a stream, its name."""
     return {output.get("name", output.output_type) for output in cell.get("outputs", [])}
 
 
 def differences(stored: NotebookNode, executed: NotebookNode) -> list[str]:
-    """The cells, by their names, that do not hold what execution gives."""
+    """The IDs of the cells whose stored outputs differ from the executed ones."""
     pixels = stored.metadata.get("pictures") == DRAWN_BY
     before, now = (_comparable(notebook, pixels=pixels) for notebook in (stored, executed))
     names = [one.id for one, other in zip(before.cells, now.cells, strict=True) if one != other]
@@ -129,7 +129,7 @@ def differences(stored: NotebookNode, executed: NotebookNode) -> list[str]:
 
 
 def _comparable(notebook: NotebookNode, *, pixels: bool) -> NotebookNode:
-    """With what is compared of pictures in their place."""
+    """A copy with pictures replaced by what is compared: size and, if `pixels`, pixels."""
     result = copy.deepcopy(notebook)
     for cell in result.cells:
         for output in cell.get("outputs", []):

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""What a run would take, before it starts.
+"""Predict the time and cost of a run before it starts.
 
     python scripts/plan.py experiment=vit_b16_b4096/quadratic_h4 cluster=paper_2x8
-    python scripts/plan.py experiment=... sync.alpha=0.01,0.0175,0.03      a row for each value
+    python scripts/plan.py experiment=... sync.alpha=0.01,0.0175,0.03      one row per value
     python scripts/plan.py calibrate experiment=... name=NAME              measure these machines
     python scripts/plan.py what-if                 where QSR pays, by link, workers and GPU
 
-Settings are those of scripts/train.py. --json prints one JSON object instead; --figure FILE draws
-FILE.png and FILE.svg. calibrate writes configs/cluster/NAME.yaml, for cluster=NAME; torchrun
-starts it on several machines. What is predicted, and from what: docs/planning.md.
+Takes the settings of scripts/train.py. --json prints one JSON object instead; --figure FILE draws
+FILE.png and FILE.svg. calibrate writes configs/cluster/NAME.yaml, for use as cluster=NAME; start it
+with torchrun on several machines. docs/planning.md explains the predictions.
 Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
 """
 
@@ -73,7 +73,7 @@ def what_if(arguments: list[str]) -> int:
     """Compare QSR with data parallel training over links, workers, GPUs and networks."""
     options = _options(arguments)
     if options.settings:
-        raise ConfigError(f"what-if takes no settings, got {options.settings[0]}")
+        raise ConfigError(f"what-if takes no settings: remove {options.settings[0]}")
     cases = list(all_cases())
     if options.json:
         _print_json(planner_json.what_if_record(cases))
@@ -87,7 +87,7 @@ def what_if(arguments: list[str]) -> int:
 
 
 def calibrate(arguments: list[str]) -> int:
-    """Measure these machines and write, or renew, a cluster's profile."""
+    """Measure these machines and write or update a cluster's profile."""
     names = [text.partition("=")[2] for text in arguments if text.startswith("name=")]
     if len(names) != 1:
         raise ConfigError("calibrate needs name=NAME: it writes configs/cluster/NAME.yaml")
@@ -111,12 +111,12 @@ def calibrate(arguments: list[str]) -> int:
         profile = profiles.updated_profile(cluster, stored, found)
         write_text(path, profiles.profile_text(profile))
         planner_text.print_calibration(profile, found)
-        print(f"wrote {path}: plan with cluster={names[0]}")
+        print(f"wrote {path}: use it with cluster={names[0]}")
     return 0
 
 
 def _swept_settings(settings: Sequence[str]) -> list[dict[str, str]]:
-    """For each run of a sweep what distinguishes it; one empty dictionary if nothing is swept."""
+    """For each run of a sweep its swept settings; one empty dictionary if nothing is swept."""
     return [
         dict(new.split("=", 1) for new, given in zip(choice, settings, strict=True) if new != given)
         for choice in expand_sweeps(settings)
@@ -124,7 +124,7 @@ def _swept_settings(settings: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _parameters(config: Config) -> int | None:
-    """Of timm's networks, which have to be built to be counted."""
+    """Number of parameters of a timm network, which must be built to count them; otherwise None."""
     if config.model.name != "timm":
         return None
 
@@ -135,12 +135,12 @@ def _parameters(config: Config) -> int | None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """`figure` is matplotlib's, which is not imported where nothing is drawn."""
+    """Save a matplotlib figure, untyped here because matplotlib is imported only if needed."""
     from qsr.report.style import save
 
     stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
     save(figure, stem)
-    warn(f"drew {stem}.png and {stem}.svg")
+    warn(f"wrote {stem}.png and {stem}.svg")
 
 
 def _print_json(record: Any) -> None:

@@ -1,14 +1,14 @@
-"""Make and check data sets; docs/data.md says more.
+"""Create and check data sets; see docs/data.md.
 
 python scripts/prepare.py digits                        write the small digits data set
-python scripts/prepare.py few_digits                    and two of few training images
+python scripts/prepare.py few_digits                    write two with few training images
 python scripts/prepare.py imagenet --root PATH ...      unpack ImageNet's archives
 python scripts/prepare.py check --root PATH             decode every image, write a manifest
-python scripts/prepare.py check --root PATH --imagenet    and expect ImageNet's counts
+python scripts/prepare.py check --root PATH --imagenet    also expect ImageNet's counts
 python scripts/prepare.py subset --root PATH --to PATH2 --classes 100    link some classes
 
-The same command goes on after a kill, and changes nothing where all is done. Exit status: 0 done,
-1 refused or a broken file found, 130 interrupted.
+If a command is killed, run it again to resume; if everything is done, it changes nothing. Exit
+status: 0 done, 1 refused or a broken file found, 130 interrupted.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
         warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        warn("interrupted; the same command goes on")
+        warn("interrupted; run the same command to resume")
         return 130
     return status
 
@@ -55,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     digits.set_defaults(run=_digits)
 
     few = commands.add_parser(
-        "few_digits", help="write digits with few training images: to test, and to tune"
+        "few_digits", help="write two digits data sets with few training images: test and tuning"
     )
-    few.add_argument("--to", type=Path, default=DATA, help="the folder of both data sets")
+    few.add_argument("--to", type=Path, default=DATA, help="the folder for both data sets")
     few.set_defaults(run=_few_digits)
 
     imagenet = commands.add_parser("imagenet", help="unpack ImageNet's archives")
@@ -65,15 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--train-tar", type=Path, required=True)
     imagenet.add_argument("--val-tar", type=Path, required=True)
     labels = imagenet.add_mutually_exclusive_group(required=True)
-    labels.add_argument("--devkit-tar", type=Path, help="has the labels of the val images")
-    labels.add_argument("--val-labels", type=Path, help="or: a text file of lines FILE WNID")
+    labels.add_argument("--devkit-tar", type=Path, help="with the labels of the val images")
+    labels.add_argument("--val-labels", type=Path, help="or: a text file with lines FILE WNID")
     imagenet.add_argument(
         "--counts",
         type=int,
         nargs=3,
         default=IMAGENET,
         metavar=("CLASSES", "TRAIN", "VAL"),
-        help="of archives of the same shape that hold something else (default: ImageNet's)",
+        help="expected counts, for other archives of the same form (default: ImageNet's)",
     )
     imagenet.add_argument("--threads", type=_positive, default=CORES)
     imagenet.set_defaults(run=_imagenet)
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="decode every image, write a manifest")
     check.add_argument("--root", type=Path, required=True)
     check.add_argument("--imagenet", action="store_true", help="expect ImageNet's counts")
-    check.add_argument("--manifest", type=Path, help="folder of the manifest (default: the root)")
+    check.add_argument("--manifest", type=Path, help="folder for the manifest (default: the root)")
     check.add_argument("--threads", type=_positive, default=CORES)
     check.set_defaults(run=_check)
 
@@ -89,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     subset.add_argument("--root", type=Path, required=True)
     subset.add_argument("--to", type=Path, required=True, help="the new data set")
     which = subset.add_mutually_exclusive_group(required=True)
-    which.add_argument("--classes", type=_positive, help="draw this many")
-    which.add_argument("--list", type=Path, help="or: a text file of classes, one a line")
-    subset.add_argument("--seed", type=int, default=1, help="of the draw (default: 1)")
+    which.add_argument("--classes", type=_positive, help="number of classes, chosen at random")
+    which.add_argument("--list", type=Path, help="or: a text file of classes, one per line")
+    subset.add_argument("--seed", type=int, default=1, help="seed of the choice (default: 1)")
     subset.set_defaults(run=_subset)
     return parser
 
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
 
 

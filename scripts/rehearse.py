@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The paper's main tables, rehearsed on digits: every row, three seeds.
+"""Rehearse the paper's main tables on digits: every row, three seeds.
 
     python scripts/rehearse.py [SETTING=VALUE ...]
 
 Trains every row of tables 1 and 2 with rehearsal=digits (docs/reproduction.md), prints the tables
-and writes them and a picture to results/rehearsal/. Runs that are finished are not trained again;
-remove runs/*_b4096 and runs/*_b16384 to do so. Extra settings, for example rehearsal.epochs=5, go
+and writes them and a figure to results/rehearsal/. Finished runs are not trained again; remove
+runs/*_b4096 and runs/*_b16384 to repeat them. Extra settings, for example rehearsal.epochs=5, apply
 to every run.
 """
 
@@ -35,7 +35,7 @@ RESULTS = ROOT / "results" / "rehearsal"
 
 @showing_errors
 def main(settings: list[str]) -> int:
-    os.chdir(ROOT)  # data/ and runs/ are the project's, wherever the command is given
+    os.chdir(ROOT)  # data/ and runs/ are relative to the project, not to the caller's folder
     started = time.perf_counter()
     rows = [
         row
@@ -49,12 +49,12 @@ def main(settings: list[str]) -> int:
     runs = [config for seeds in configs.values() for config in seeds]
     prepare_digits(Path(runs[0].data.root))
     finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
-    print(f"{len(runs)} runs of {len(rows)} rows; {finished} finished before", flush=True)
+    print(f"{len(runs)} runs of {len(rows)} rows; {finished} already finished", flush=True)
     outcomes = execute(runs)
     raise_failures(outcomes)
     stopped = stopped_by_signal(outcomes)
     if stopped:
-        warn("stopped, everything saved; run the same command to resume")
+        warn("stopped, everything is saved; run the same command to resume")
         return stopped
     summaries = {
         experiment: [read_run(run_folder(config)).summary for config in seeds]
@@ -72,7 +72,7 @@ def main(settings: list[str]) -> int:
     save(communication_figure(table, values="here", title=REHEARSAL), RESULTS / "communication")
     print(f"\n{markdown}")
     minutes = (time.perf_counter() - started) / 60
-    print(f"{minutes:.0f} min; tables and picture: {RESULTS.relative_to(ROOT)}/")
+    print(f"{minutes:.0f} min; tables and figure: {RESULTS.relative_to(ROOT)}/")
     return 0
 
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Small problems on which the effect of the rules on generalization can be seen, in minutes.
+"""Show the rules' effect on generalization on small problems, in minutes.
 
     python scripts/simulate.py                                     all studies: make evidence
     python scripts/simulate.py experiment=theory/digits_mlp        one, or several with commas
     python scripts/simulate.py experiment=theory/digits_mlp workers=32 seeds=4
     python scripts/simulate.py drift                               the drift along a valley
 
-Prints a table for each, and writes results/theory/NAME.json where no setting was changed, and all
-pictures after all studies; docs/evidence.md says what they show. Exit status: 0 done, 2 refused.
+Prints a table for each study, and writes results/theory/NAME.json if no setting was changed.
+Without arguments also draws all figures; docs/evidence.md explains them. Exit status: 0 done, 2
+refused.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _simulations(settings: list[str]) -> dict[str, SimulationConfig]:
-    """By their experiments' names. Raises ConfigError."""
+    """Simulations by experiment name and changed settings. Raises ConfigError."""
     if not settings:
         return {name: load_simulation([f"experiment={name}"]) for name in simulation_names()}
     simulations = {}
@@ -79,7 +80,7 @@ def _simulations(settings: list[str]) -> dict[str, SimulationConfig]:
         names = [o.partition("=")[2] for o in overrides if o.startswith("experiment=")]
         if not names:
             raise ConfigError(
-                f"no experiment: give experiment=NAME; there are {', '.join(simulation_names())}"
+                f"no experiment given: set experiment=NAME, one of {', '.join(simulation_names())}"
             )
         others = [o for o in overrides if not o.startswith("experiment=")]
         simulations[" ".join([names[-1], *others])] = load_simulation(overrides)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Where runs stand, a line for each.
+"""Show the status of runs, one line each.
 
     python scripts/status.py runs
     python scripts/status.py runs/vit_b16_b4096 runs/demo/quadratic/seed_1
 
-From the run folders at and below these paths, and from squeue if runs were submitted. Exit status:
-0, or 2 if there are no runs.
+Reads the run folders at and below these paths, and squeue for submitted runs. Exit status: 0, or 2
+if there are no runs.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     try:
         jobs = query(sorted(numbers))
     except SlurmError as error:
-        warn(f"Slurm does not answer: {error}")
+        warn(f"cannot query Slurm: {error}")
         jobs = None
     print(status_table([read_status(folder, jobs) for folder in folders]))
     return 0

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Submit runs to a Slurm cluster: one job for each.
+"""Submit runs to a Slurm cluster, one job per run.
 
     python scripts/submit.py experiment=vit_b16_b4096/quadratic_h4 seed=1,2,3 cluster=slurm \\
         cluster.nodes=2 cluster.gpus_per_node=8 cluster.partition=gpu
     python scripts/submit.py --dry-run ...        print the batch files, submit nothing
 
-Settings are those of scripts/train.py; what sites differ in is in configs/cluster/slurm.yaml. The
-jobs run a copy of the code as it is now. With cluster=local the same runs are carried out here, one
-after the other. Exit status: 0 submitted, 1 Slurm refused, 2 wrong settings.
+Takes the settings of scripts/train.py; site-specific settings are in configs/cluster/slurm.yaml.
+The jobs run a copy of the current code. With cluster=local the runs are executed here, one after
+another. Exit status: 0 submitted, 1 Slurm refused, 2 wrong settings.
 """
 
 import os
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     if unknown:
-        warn(f"refused: {min(unknown)} is no option; there is --dry-run")
+        warn(f"refused: unknown option {min(unknown)}: the only option is --dry-run")
         return 2
     try:
         configs = load_configs(settings)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         if kinds == {SlurmCluster}:
             return _submit(configs, dry_run="--dry-run" in options)
         if SlurmCluster in kinds:
-            raise ConfigError("give one cluster for all of these runs")
+            raise ConfigError("these runs have different clusters: use one for all of them")
         return _run_here(configs, settings, dry_run="--dry-run" in options)
     except OSError as error:
         warn(f"refused: {error}")
@@ -54,21 +54,23 @@ def main(arguments: list[str]) -> int:
 
 def _submit(configs: list[Config], *, dry_run: bool) -> int:
     from qsr.errors import SlurmError
-    from qsr.ops.jobs import check_submission  # torch: after the settings are known to be right
+    from qsr.ops.jobs import check_submission  # imports torch, which is slow
     from qsr.run.identity import make_run_folder
     from qsr.run.snapshot import snapshot_folder
 
     try:
         from qsr.ops.submission import batch_script, submit
     except ImportError as error:  # an optional dependency
-        raise ConfigError(f"{error}: pip install submitit, or sbatch slurm/train.sbatch") from None
+        raise ConfigError(
+            f"{error}: pip install submitit, or use sbatch slurm/train.sbatch"
+        ) from None
 
     _refuse_equal(configs)
     folders = [check_submission(config) for config in configs]
     for config, folder in zip(configs, folders, strict=True):
         steps = _print_plan(config)
         if folder.summary_if_finished() is not None:
-            print("  finished before")
+            print("  already finished")
         elif dry_run:
             print(batch_script(config, snapshot_folder(Path(config.runs_dir))))
         else:
@@ -101,8 +103,8 @@ def _run_here(configs: list[Config], settings: list[str], *, dry_run: bool) -> i
 
 
 def _prepare_job(configs: list[Config]) -> int:
-    """For slurm/train.sbatch, at the first start of its job: check, and copy the code. Where the
-    copy is: RUNS_DIR/.snapshots/job_CLUSTER_NUMBER."""
+    """Called by slurm/train.sbatch when its job first starts: check the runs and copy the code. The
+    link RUNS_DIR/.snapshots/job_CLUSTER_NUMBER points to the copy."""
     from qsr.cluster.slurm import own_job
     from qsr.ops.jobs import check_submission, write_job
     from qsr.run.identity import make_run_folder
@@ -110,7 +112,7 @@ def _prepare_job(configs: list[Config]) -> int:
 
     _refuse_equal(configs)
     if len({config.runs_dir for config in configs}) > 1:
-        raise ConfigError("the runs of one job share one runs_dir")
+        raise ConfigError("these runs have different runs_dir: all runs of a job must use the same")
     folders = [check_submission(config) for config in configs]
     runs_dir = Path(configs[0].runs_dir)
     code, title = take_snapshot(runs_dir), os.environ.get("SLURM_JOB_NAME", "")
@@ -120,18 +122,18 @@ def _prepare_job(configs: list[Config]) -> int:
         write_job(config, own_job(), title, code, _print_plan(config), log)
     cluster, number = os.environ.get("SLURM_CLUSTER_NAME", ""), os.environ["SLURM_JOB_ID"]
     link = runs_dir / ".snapshots" / f"job_{cluster}_{number}"
-    link.unlink(missing_ok=True)  # of an earlier job of that number: numbers come again
+    link.unlink(missing_ok=True)  # from an earlier job: Slurm reuses job numbers
     link.symlink_to(code.name)
     return 0
 
 
 def _refuse_equal(configs: list[Config]) -> None:
     if len({run_folder(config) for config in configs}) < len(configs):
-        raise ConfigError("two of these runs are the same run: list other values")
+        raise ConfigError("two of these runs are the same: list each value once")
 
 
 def _print_plan(config: Config) -> int | None:
-    """Print the run's folder and plan; return the plan's steps, if they are known here."""
+    """Print the run's folder and plan; return the number of steps, if it is known here."""
     from qsr.data import open_image_folders
     from qsr.errors import DataError
     from qsr.train.models import count_parameters
@@ -142,7 +144,7 @@ def _print_plan(config: Config) -> int | None:
         try:
             train, _ = open_image_folders(data.root)
         except DataError as error:
-            print(f"  no plan without the data, which the nodes must see: {error}")
+            print(f"  no plan, because the data is not here (the nodes must see it): {error}")
             return None
         data = replace(data, train_images=len(train), classes=len(train.classes))
     elif not Path(data.root).is_dir():

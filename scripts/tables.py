@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The paper's tables beside what was reproduced here.
+"""Compare the paper's tables with the results reproduced here.
 
     python scripts/tables.py                     write results/tables/ and the generated blocks in
                                                  README.md and docs/
-    python scripts/tables.py --check             write nothing; name what is not current
+    python scripts/tables.py --check             write nothing; list outdated files
     python scripts/tables.py add RUN_FOLDER...   record finished runs in results/runs/
 
-Exit status: 0 done, 1 something is not current (--check), 2 refused.
+Exit status: 0 done, 1 a file is outdated (--check), 2 refused.
 """
 
 import argparse
@@ -34,13 +34,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="name what is not current")
+    parser.add_argument("--check", action="store_true", help="list outdated files")
     commands = parser.add_subparsers(dest="command")
     add = commands.add_parser("add", help="record finished runs")
     add.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     options = parser.parse_args(arguments)
     if options.check and options.command:
-        parser.error("--check goes alone")
+        parser.error("--check cannot be combined with add")
     if options.command == "add":
         for folder in options.folders:
             print(f"{folder} -> {add_record(folder, RECORDS).relative_to(ROOT)}")
@@ -63,9 +63,9 @@ def _tables(*, check: bool) -> int:
     for path in paths:
         name = path.relative_to(ROOT)
         if check:
-            warn(f"{name} is not current: python scripts/tables.py")
+            warn(f"{name} is outdated: run python scripts/tables.py")
         else:
-            print(f"written: {name}")
+            print(f"wrote {name}")
     return 1 if check and paths else 0
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Train one run, or several one after the other, or go on with them.
+"""Train or resume one run, or several one after another.
 
     python scripts/train.py experiment=demo/quadratic seed=2 sync.alpha=0.02
     python scripts/train.py experiment=demo/quadratic seed=1,2,3
     torchrun --nproc-per-node 2 scripts/train.py experiment=demo/quadratic seed=2
 
-Settings are those of configs/, described in qsr/config/schema.py; several values give a run each.
-Without a launcher the ranks are started here. A run lives in runs/EXPERIMENT/seed_SEED; the same
-command goes on with it from its newest checkpoint. Exit status: 0 done, 1 failed (of several runs
-the others are carried out all the same), 2 wrong settings, 75 stopped by a signal (SIGTERM,
-SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130 interrupted: the first Ctrl-C saves
-everything, the second ends at once.
+The settings are those in configs/, described in qsr/config/schema.py; a list of values makes one
+run per value. Without a launcher the ranks are started here. A run is stored in
+runs/EXPERIMENT/seed_SEED; run the same command to resume it from its newest checkpoint. Exit
+status: 0 done, 1 failed (if one of several runs fails, the others still run), 2 wrong settings, 75
+stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130 interrupted: the
+first Ctrl-C saves everything, the second exits immediately.
 """
 
 from qsr.cluster.slurm import leave_when_signalled
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     leave_when_signalled()
     configs = load_configs(arguments)
 
-    from qsr.session import carry_out  # after the settings are known to be right: torch is slow
+    from qsr.session import carry_out  # imports torch, which is slow
 
     return carry_out(configs)
 

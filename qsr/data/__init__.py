@@ -1,4 +1,4 @@
-"""Loading images: requests of indices and seeds go in, batches come out."""
+"""Loading images: a loader turns requests (indices and a seed) into batches."""
 
 from typing import Literal
 
@@ -42,17 +42,17 @@ def make_loader(
     prefetch: int = 2,
     decode: Literal["auto", "cpu", "gpu"] = "auto",
 ) -> Loader:
-    """The loader named by `kind`; "auto" is DALI where it is installed, else torchvision.
+    """The loader named by `kind`; "auto" is DALI if it is installed, otherwise torchvision.
 
     Args:
         batch_size: the largest batch that will be requested.
-        device: where the batches shall be.
+        device: the device that batches are put on.
         threads: decoding threads of this process.
-        prefetch: batches in work while the caller uses the last one.
-        decode: where DALI decodes, "auto": on `device`; torchvision decodes on the CPU.
+        prefetch: batches in flight while the caller uses the last one.
+        decode: where DALI decodes; "auto" is `device`. torchvision always decodes on the CPU.
 
     Raises:
-        DataError: DALI is asked for and not installed, or decode="gpu" cannot be had.
+        DataError: DALI is requested but not installed, or decode="gpu" is not possible.
     """
     if uses_dali(kind):
         from qsr.data.dali import DaliLoader  # an optional dependency
@@ -69,7 +69,7 @@ def make_loader(
             decode=decode,
         )
     if decode == "gpu":
-        raise DataError("decode=gpu needs loader=dali with NVIDIA DALI installed: take decode=cpu")
+        raise DataError("decode=gpu needs loader=dali with NVIDIA DALI installed: use decode=cpu")
     return TorchvisionLoader(
         dataset,
         transform,
@@ -81,7 +81,7 @@ def make_loader(
 
 
 def uses_dali(kind: Literal["auto", "dali", "torchvision"]) -> bool:
-    """Whether `make_loader` will take DALI. Raises DataError if it is asked for and cannot be
+    """Whether `make_loader` will use DALI. Raises DataError if it is requested and cannot be
     imported."""
     if kind == "torchvision":
         return False
@@ -91,7 +91,7 @@ def uses_dali(kind: Literal["auto", "dali", "torchvision"]) -> bool:
         if kind == "dali":
             raise DataError(
                 f"data.loader=dali needs NVIDIA DALI ({error}): "
-                "pip install nvidia-dali-cuda130, or take data.loader=torchvision"
+                "pip install nvidia-dali-cuda130, or use data.loader=torchvision"
             ) from error
         return False
     return True

@@ -1,4 +1,4 @@
-"""What a loader promises: requests go in, batches come out, in the same order."""
+"""The interface of loaders: requests in, batches out, in the same order."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -12,7 +12,7 @@ class Request(NamedTuple):
     indices: Sequence[int]
     """Positions in the data set's file list, one per sample; at least one."""
     seed: int
-    """Draws every augmentation of this batch (0 <= seed < 2**64). Validation ignores it."""
+    """Seed of all augmentations of this batch (0 <= seed < 2**64). Validation ignores it."""
 
 
 class Batch(NamedTuple):
@@ -25,18 +25,18 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """Loads batches on request and holds no random state.
+    """Loads batches on request; it has no random state.
 
-    A batch is a function of its request alone: never of earlier requests, of the number of
-    threads or of how often the process was restarted. Resuming a run therefore needs nothing
-    from its loader, only the requests that are still to come.
+    A batch depends only on its request, not on earlier requests, the number of threads or
+    restarts of the process. Resuming a run therefore needs no loader state, only the remaining
+    requests.
     """
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """Yield one batch per request, in order.
 
         `requests` may be infinite: it is read only as far ahead as the loader prefetches.
-        The number of indices may change from request to request, up to the loader's batch size.
+        The number of indices may vary between requests, up to the loader's batch size.
         A new call ends the stream of the previous one, which need not be exhausted.
 
         Raises:

@@ -26,9 +26,9 @@ class DaliLoader:
 
     Args:
         threads: CPU threads of the pipeline; at least one is used.
-        prefetch: batches in work while the caller uses the last one.
-        decode: "gpu" decodes JPEGs on the GPU. Its pixels differ a little from the CPU's, so a
-            run must not change it on the way.
+        prefetch: batches in flight while the caller uses the last one.
+        decode: "gpu" decodes JPEGs on the GPU. Its pixels differ slightly from the CPU's, so this
+            must not change in the middle of a run.
 
     Raises:
         DataError: `decode` is "gpu" without a CUDA device.
@@ -46,7 +46,7 @@ class DaliLoader:
         decode: Decode = "cpu",
     ) -> None:
         if decode == "gpu" and device.type != "cuda":
-            raise DataError(f"decode=gpu needs a CUDA device, not {device}: take decode=cpu")
+            raise DataError(f"decode=gpu needs a CUDA device, not {device}: use decode=cpu")
         self._dataset = dataset
         self._transform = transform
         self._batch_size = batch_size
@@ -63,7 +63,7 @@ class DaliLoader:
         self._resizer = None if self._gpu else Resizer(transform.size, self._crew, self._fill)
         self._pipeline = self._build(batch_size)
         self._in_work: deque[_InWork] = deque()  # in the order of the pipeline's outputs
-        self._stream: object = None  # the newest stream; older ones end
+        self._stream: object = None  # the newest stream; older ones stop
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """See `Loader.batches`."""
@@ -83,7 +83,7 @@ class DaliLoader:
     def close(self) -> None:
         """See `Loader.close`."""
         self._in_work.clear()
-        self._pipeline = None  # its destructor ends the threads
+        self._pipeline = None  # its destructor stops the threads
         self._crew.close()
 
     def _build(self, batch_size: int) -> Any:
@@ -98,8 +98,8 @@ class DaliLoader:
             batch_size=batch_size,
             num_threads=max(1, self._threads),
             device_id=self._device_id(),
-            # Runs are scheduled ahead by hand: a queue of DALI's own could not be started for
-            # fewer requests than it is deep.
+            # Runs are scheduled ahead by hand, because DALI's own queue cannot start with fewer
+            # requests than its depth.
             prefetch_queue_depth=1,
             exec_dynamic=True,
         )
@@ -131,17 +131,17 @@ class DaliLoader:
 
     def _schedule(self, request: Request) -> None:
         if self._pipeline is None:
-            raise RuntimeError("the loader is closed: make a new one")
+            raise RuntimeError("the loader is closed: create a new one")
         check_request(request, self._batch_size, len(self._dataset))
         draws = self._draw(request)
         _start(self._pipeline, self._inputs(request, draws))
         self._in_work.append(_InWork(request, draws))
 
     def _collect(self) -> Batch:
-        """The oldest batch in work."""
-        # Bound to torch's stream, results need no host synchronisation. The dynamic executor
-        # gives each batch memory of its own and reuses it, in the order of that stream, only
-        # after the last tensor on it is gone: no copy is needed.
+        """The oldest batch in flight."""
+        # Outputs on torch's current stream need no host synchronisation. They need no copy either:
+        # the dynamic executor gives each batch its own memory, and reuses it in stream order only
+        # after the last tensor that refers to it is freed.
         stream = torch.cuda.current_stream(self._device) if self._gpu else None
         try:
             images, labels = self._pipeline.outputs(stream)
@@ -157,7 +157,7 @@ class DaliLoader:
         return Batch(pixels, from_dlpack(labels.as_tensor()))
 
     def _discard(self) -> None:
-        """Drop what an abandoned stream left in work; a failure there concerns nobody."""
+        """Drop the batches that an abandoned stream left in flight; their errors are ignored."""
         while self._in_work:
             self._in_work.popleft()
             try:
@@ -167,15 +167,17 @@ class DaliLoader:
                 self._pipeline = self._build(self._batch_size)
 
     def _explain(self, error: RuntimeError) -> DataError:
-        """DALI seldom names the file that stopped it: find it among the batches in work."""
+        """Find the failing file among the batches in flight: DALI seldom names it."""
         for request, _ in self._in_work:
             if reasons := self._unreadable(request):
                 return unreadable_files(self._dataset, reasons)
-        return DataError(f"DALI failed on a batch whose files load one by one: {_reason(error)}")
+        return DataError(
+            f"DALI failed on a batch, although each of its files loads alone: {_reason(error)}"
+        )
 
     def _unreadable(self, request: Request) -> dict[int, str]:
-        """Run each sample alone with the same draws; the reason of each failure, by index: that of
-        the other readers, if they refuse the file too."""
+        """Run each sample alone with the same draws; return index -> reason for each failure. The
+        reason is Pillow's if it rejects the file too."""
         inputs = self._inputs(request, self._draw(request))
         reasons = {}
         pipeline = self._build(1)
@@ -202,7 +204,7 @@ def _start(pipeline: Any, inputs: Mapping[str, Any]) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The one informative line of DALI's message."""
+    """The informative part of DALI's message, on one line."""
     message = str(error).partition("encountered:")[2] or str(error)
     for boilerplate in ("C++ context", "Current pipeline object"):
         message = message.partition(boilerplate)[0]

@@ -1,11 +1,11 @@
-"""The DALI pipelines: from file names and drawn numbers to normalised images.
+"""The DALI pipelines: from file names and random draws to normalised images.
 
-Nothing here draws random numbers: `transforms.draw` did, and the pipelines receive its arrays.
-DALI decodes JPEGs in colour or grey, as Pillow does. `decoding` decodes whatever else there is, so
-that a file shows one image whoever reads it.
+Nothing here draws random numbers: the pipelines receive the arrays of `transforms.draw`. DALI
+decodes colour and grey JPEGs, with the same result as Pillow. `decoding` decodes everything else,
+so that both loaders read the same image from a file.
 """
 
-# DALI makes its operators and types at import; its stubs do not know them all.
+# DALI creates its operators and types at import; its stubs do not list them all.
 # mypy: disable-error-code="attr-defined, no-any-return, no-untyped-call, untyped-decorator"
 
 from functools import partial
@@ -24,17 +24,17 @@ from qsr.data.transforms import CROP_ATTEMPTS, EvalTransform, TrainTransform
 Decode = Literal["cpu", "gpu"]
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""Pillow refuses larger images."""
+"""Pillow rejects larger images."""
 
 
 @pipeline_def(enable_conditionals=True)
 def train_pipeline(
     transform: TrainTransform, resizer: Resizer | None, decode: Decode, crew: Crew
 ) -> Any:
-    """Outputs images [3, size, size] and labels []; inputs are named as the fields of
-    `TrainDraws` and of `RandAugmentDraws`, with `paths` and `labels`. What follows the decoder
-    happens on the GPU if there is no `resizer`; the `crew` and it must outlive the pipeline. On a
-    GPU, images that RandAugment is still to change leave as uint8 [size, size, 3]."""
+    """Outputs images [3, size, size] and labels []. Inputs are `paths`, `labels` and the fields of
+    `TrainDraws` and `RandAugmentDraws`. Without a `resizer`, everything after the decoder runs on
+    the GPU, and with RandAugment the images are uint8 [size, size, 3]: the caller augments and
+    normalises them. `resizer` and `crew` must outlive the pipeline."""
     gpu = resizer is None
     encoded, shape = as_decoded_alike(read_files(), crew)
     box = crop_box(transform, shape)
@@ -45,7 +45,7 @@ def train_pipeline(
         shape=box[2:4],
         axes=(0, 1),
         adjust_orientation=False,
-        jpeg_fancy_upsampling=True,  # on the GPU too, as CPU decoders do
+        jpeg_fancy_upsampling=True,  # as CPU decoders do
     )
     flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
     if transform.randaugment is not None and resizer is not None:
@@ -55,7 +55,7 @@ def train_pipeline(
         images = _resize_on_gpu(images.gpu(), transform.size)
     else:
         images = _with_python(resizer.whole, images)
-    if transform.randaugment is not None:  # the caller goes on from here
+    if transform.randaugment is not None:  # the caller does the rest
         return fn.flip(images, horizontal=flips), _labels(gpu)
     return _normalise(images, transform, mirror=flips), _labels(gpu)
 
@@ -65,10 +65,10 @@ def eval_pipeline(
     transform: EvalTransform, resizer: Resizer | None, decode: Decode, crew: Crew
 ) -> Any:
     """Outputs images [3, size, size] and labels []; inputs are `paths` and `labels`. `resizer` and
-    `crew` as above."""
+    `crew` as in `train_pipeline`."""
     gpu = resizer is None
     encoded, shape = as_decoded_alike(read_files(), crew)
-    # torchvision's Resize: int(resize * long / short) for the long side, in whole numbers.
+    # torchvision's Resize: int(resize * long / short) for the long side, in integers.
     resized = transform.resize * shape[0:2] // fn.reductions.min(shape[0:2])
     # torchvision's CenterCrop: Python's round, which rounds halves to even.
     margin = resized - transform.size
@@ -80,7 +80,7 @@ def eval_pipeline(
         jpeg_fancy_upsampling=True,
     )
     if resizer is None:
-        # of the resized image nothing but the crop is computed
+        # only the crop of the resized image is computed
         scale = fn.cast(shape[0:2], dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
         start, end = corner * scale, (corner + transform.size) * scale
         images = _resize_on_gpu(images.gpu(), transform.size, roi_start=start, roi_end=end)
@@ -91,17 +91,17 @@ def eval_pipeline(
 
 def read_files() -> DataNode:
     paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
-    # A mapped file that is cut short while it is read kills the process.
+    # With mmap, a file that is truncated while it is read would kill the process.
     return fn.io.file.read(paths, dont_use_mmap=True)
 
 
 def as_decoded_alike(encoded: DataNode, crew: Crew) -> tuple[DataNode, DataNode]:
-    """The files' contents, those that DALI would decode in another way than Pillow as PPMs; and
-    height, width and channels of each."""
-    # ordinary JPEGs are neither copied nor shown to Python by these two conditions
+    """The files' contents, and the shape of each image (height, width, channels). Files that DALI
+    would decode differently from Pillow are converted to PPM."""
+    # with these two conditions ordinary JPEGs are neither copied nor passed to Python
     if (encoded[0] != 0xFF) | (encoded[1] != 0xD8):
         encoded = _by_pillow(encoded, crew)
-    # any data: a CMYK image shall count as one of four channels
+    # ANY_DATA: a CMYK image then has four channels
     shape = fn.peek_image_shape(encoded, adjust_orientation=False, image_type=types.ANY_DATA)
     if (shape[2] == 4) | (shape[0] * shape[1] > MAX_PIXELS):
         encoded = _by_pillow(encoded, crew)
@@ -132,14 +132,15 @@ def _resize_on_gpu(images: DataNode, side: int, **region: Any) -> Any:
 
 
 def _with_python(function: Any, *inputs: DataNode) -> Any:
-    # given as it is: what is defined in a pipeline, DALI translates, with all that it calls
+    # `function` must be defined outside the pipeline: DALI rewrites functions defined inside one,
+    # and everything that they call
     return fn.python_function(
         *inputs, function=function, batch_processing=True, output_layouts="HWC"
     )
 
 
 def crop_box(transform: TrainTransform, shape: DataNode) -> DataNode:
-    """`transforms.crop_box` [4], operation by operation, on the shapes in the files' headers."""
+    """`transforms.crop_box` [4], operation by operation, for the shapes in the file headers."""
     # float64 throughout, as in numpy: float32 would round some windows to other pixels.
     shape = fn.cast(shape, dtype=types.FLOAT64)
     height, width = shape[0], shape[1]
@@ -169,7 +170,7 @@ def crop_box(transform: TrainTransform, shape: DataNode) -> DataNode:
 def _normalise(
     images: DataNode, transform: TrainTransform | EvalTransform, mirror: DataNode | int = 0
 ) -> DataNode:
-    """float32, channels first; DALI wants mean and deviation on the scale of the pixels."""
+    """float32, channels first. DALI expects mean and standard deviation on the pixels' scale."""
     return fn.crop_mirror_normalize(
         images,
         mirror=mirror,

@@ -1,7 +1,7 @@
-"""Image folders on disk, checked before a run trusts them.
+"""Image folders on disk, validated before a run uses them.
 
 A data set is a tree `root/{train,val}/CLASS/IMAGE`; the classes in alphabetical order are the
-labels 0, 1, ... A tree that would shift labels is refused by name; what is left out is noted.
+labels 0, 1, ... A tree that would shift labels raises an error; skipped files are noted.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from qsr.data.names import appearance, how_they_differ
 from qsr.errors import DataError
 
 FILES_TRIED = 16
-"""So many files of a split are decoded at the start of a run."""
+"""Number of files of each split that are decoded at the start of a run."""
 
 
 class Counts(NamedTuple):
@@ -35,7 +35,7 @@ IMAGENET = Counts(classes=1000, train=1_281_167, val=50_000)
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """One split of a data set: which files there are and what they show."""
+    """One split of a data set: its files and their labels."""
 
     root: Path
     split: str
@@ -47,18 +47,18 @@ class ImageFolder:
     labels: tuple[int, ...]
     """One per file."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What its user should know: what was left out and why, in lines without line breaks."""
+    """Notes for the user: which files were skipped and why, each on one line."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def path(self, index: int) -> str:
-        """Path of a file, to open."""
+        """Full path of the file at `index`."""
         return f"{self.root}/{self.files[index]}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when a file or class is added, lost or renamed."""
+        """16 hexadecimal digits that change when a file or class is added, removed or renamed."""
         return hashlib.sha256(os.fsencode("\n".join(self.files))).hexdigest()[:16]
 
 
@@ -69,18 +69,18 @@ def open_image_folders(
     expected_val: int | None = None,
     expected_classes: int | None = None,
 ) -> tuple[ImageFolder, ImageFolder]:
-    """List the training and validation split of the data set at `root`.
+    """List the training and validation splits of the data set at `root`.
 
     Raises:
         DataError: `root`, `train` or `val` is missing or unreadable, a class folder is empty or
-            holds a folder, a link points nowhere or makes two classes of one, something is neither
-            file nor folder, the splits have different classes, or a count is not the expected one.
+            contains a folder, a link is broken or makes one class appear twice, an entry is neither
+            a file nor a folder, the splits have different classes, or a count is not as expected.
     """
     root = Path(root).absolute()
     for folder in (root, root / "train", root / "val"):
         if not folder.is_dir():
             raise DataError(
-                f"no folder {folder}: the data root must hold train/CLASS/* and val/CLASS/*"
+                f"no folder {folder}: the data root must contain train/CLASS/* and val/CLASS/*"
             )
     listings = {split: Listing(root / split) for split in ("train", "val")}
     classes = listings["train"].classes
@@ -98,11 +98,11 @@ def open_validation_folder(
     expected_images: int | None = None,
     expected_classes: int | None = None,
 ) -> ImageFolder:
-    """List the validation split alone; root/train need not be there. Raises DataError, as
-    `open_image_folders`."""
+    """List the validation split only; `root/train` need not exist. Raises DataError as
+    `open_image_folders` does."""
     root = Path(root).absolute()
     if not (root / "val").is_dir():
-        raise DataError(f"no folder {root / 'val'}: the data root must hold val/CLASS/*")
+        raise DataError(f"no folder {root / 'val'}: the data root must contain val/CLASS/*")
     listing = Listing(root / "val")
     _check_count(root / "val", "classes", len(listing.classes), expected_classes)
     val = _list_images(root, "val", listing)
@@ -111,8 +111,8 @@ def open_validation_folder(
 
 
 def try_some(*splits: ImageFolder) -> None:
-    """Decode a few files of each split, spread over its classes: data of a kind that is not read
-    are refused before a run starts, without the time to read them all. Raises DataError."""
+    """Decode a few files of each split, spread over its classes. Raises DataError: data in an
+    unsupported format is rejected before a run starts, without reading every file."""
     for split in splits:
         spread = range(0, len(split), max(1, len(split) // FILES_TRIED))[:FILES_TRIED]
         reasons = {index: defect(split.path(index)) for index in spread}
@@ -121,7 +121,7 @@ def try_some(*splits: ImageFolder) -> None:
 
 
 def unreadable_files(dataset: ImageFolder, reasons: dict[int, str]) -> DataError:
-    """The error that names the files at the indices in `reasons`, and why each was refused."""
+    """An error that names the files at the indices in `reasons` and why each was rejected."""
     named = [
         f"{dataset.path(index)} (index {index} of {dataset.split}: {reasons[index]})"
         for index in sorted(reasons)[:MAX_NAMED_FILES]
@@ -129,8 +129,8 @@ def unreadable_files(dataset: ImageFolder, reasons: dict[int, str]) -> DataError
     if len(reasons) > MAX_NAMED_FILES:
         named.append(f"{len(reasons) - MAX_NAMED_FILES} more")
     return DataError(
-        f"cannot read {', '.join(named)}; restore or remove what is broken "
-        "(`python scripts/prepare.py check` finds every such file)"
+        f"cannot read {', '.join(named)}; restore or remove the broken files "
+        "(`python scripts/prepare.py check` finds all of them)"
     )
 
 
@@ -156,12 +156,13 @@ def _check_same_classes(root: Path, train: tuple[str, ...], val: tuple[str, ...]
             hint = f"; {twins[0]}: rename one" if twins else ""
             raise DataError(
                 f"train and val of {root} have different classes ({len(train)} and {len(val)}); "
-                f"the first that differ are train/{in_train} and val/{in_val}{hint}"
+                f"the first difference is train/{in_train} and val/{in_val}{hint}"
             )
 
 
 def _check_count(folder: Path, what: str, found: int, expected: int | None) -> None:
     if expected is not None and found != expected:
         raise DataError(
-            f"{folder} has {found:,} {what}, not {expected:,}: complete it or correct the config"
+            f"{folder} has {found:,} {what}, not {expected:,}: complete the data set or correct "
+            "the config"
         )

@@ -1,4 +1,4 @@
-"""What a tree of images is taken for: which folders are classes, and which files are images."""
+"""Listing an image tree: which folders are classes, and which files are images."""
 
 import os
 import stat
@@ -14,21 +14,21 @@ IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
     ".jpe", ".jfif", ".gif", ".avif", ".jp2", ".j2k", ".pbm", ".pnm",
 )  # fmt: skip
-"""Lower-case endings of image files, torchvision's first. A file with another ending, or none, is
-opened to see whether it is an image."""
+"""Lower-case extensions of image files, torchvision's first. Files with any other extension, or
+none, are opened to see whether they are images."""
 
 MAX_NAMED_FILES = 3
-"""An error or a note names this many and counts the rest."""
+"""Errors and notes name this many files and count the rest."""
 
 
 class Listing:
-    """The classes and images of one split, and what was passed over to find them.
+    """The classes and images of one split, and what was skipped.
 
     Args:
-        folder: of the split.
+        folder: the split's folder.
 
     Raises:
-        DataError: it cannot be listed, has no class, or the same one twice.
+        DataError: the folder cannot be listed, or has no classes or the same class twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,8 +41,8 @@ class Listing:
         """Names in alphabetical order."""
 
     def images(self, name: str) -> list[str]:
-        """The names of a class's images, sorted. Raises DataError if there are none, or what is no
-        file."""
+        """The names of a class's images, sorted. Raises DataError if there are none, or if the
+        folder contains anything but files."""
         folder = self._folder / name
         found, others = [], []
         for entry in _scan(folder):
@@ -55,7 +55,7 @@ class Listing:
             else:
                 others.append(f"{name}/{entry.name}")
         if not found:
-            # Skipping it would shift the labels of all classes behind it.
+            # Skipping it would shift the labels of all later classes.
             what = f", but {len(others):,} other files" if others else ""
             raise DataError(
                 f"no images in class folder {folder}{what}: restore them or remove the folder"
@@ -64,19 +64,19 @@ class Listing:
         return sorted(found)
 
     def notes(self) -> tuple[str, ...]:
-        """What was passed over so far, by count and name, and which classes look alike."""
-        passed_over = {
-            "hidden, or left by other programs": self._service,
-            "no images of a known format": self._no_images,
-            "in no class folder": self._strays,
+        """What has been skipped so far, with counts and names, and which classes look alike."""
+        skipped = {
+            "hidden, or created by other programs": self._service,
+            "not images of a supported format": self._no_images,
+            "outside the class folders": self._strays,
         }
         notes = [
-            f"left out of {self._folder}, {why}: {_some(names)}"
-            for why, names in passed_over.items()
+            f"skipped in {self._folder}, {why}: {_some(names)}"
+            for why, names in skipped.items()
             if names
         ]
         if self._alike:
-            notes.append(f"classes of {self._folder} that look alike: {_some(self._alike)}")
+            notes.append(f"similar class names in {self._folder}: {_some(self._alike)}")
         return tuple(map(printable, notes))
 
     def _list_classes(self) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ class Listing:
 
 
 def _some(names: list[str]) -> str:
-    """How many there are, and the first by name."""
+    """The number of names, and the first few of them."""
     named = ", ".join(sorted(names)[:MAX_NAMED_FILES])
     return f"{len(names):,} ({named}{', ...' if len(names) > MAX_NAMED_FILES else ''})"
 
@@ -123,15 +123,17 @@ def _scan(folder: Path) -> Iterator["os.DirEntry[str]"]:
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether it is a folder and not a file. Raises DataError if it is neither."""
+    """Whether it is a folder, not a file. Raises DataError if it is neither."""
     try:
-        if entry.is_file(follow_symlinks=False):  # asks the disk nothing
+        if entry.is_file(follow_symlinks=False):  # no system call
             return False
-        mode = entry.stat().st_mode  # raises if a symbolic link leads to itself, or to nothing
+        mode = entry.stat().st_mode  # raises if a symbolic link is broken or circular
     except OSError as error:
         raise DataError(f"cannot follow {entry.path}: {error.strerror}") from error
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        raise DataError(f"{entry.path} is neither a file nor a folder but a pipe, socket or device")
+        raise DataError(
+            f"{entry.path} is a pipe, socket or device, not a file or folder: remove it"
+        )
     return stat.S_ISDIR(mode)
 
 
@@ -143,7 +145,7 @@ def _shows_image(path: str) -> bool:
 
 
 def _check_links(classes: dict[str, "os.DirEntry[str]"]) -> None:
-    """Raises DataError if a symbolic link makes two classes of one folder."""
+    """Raise DataError if a symbolic link makes one folder two classes."""
     links = {name for name, entry in classes.items() if entry.is_symlink()}
     if not links:
         return

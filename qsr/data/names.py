@@ -1,4 +1,4 @@
-"""Names on disk: which are nobody's data, which look alike, and how to tell them apart."""
+"""File names: which are not data, which look alike, and how two of them differ."""
 
 import unicodedata
 
@@ -9,27 +9,27 @@ SERVICE_NAMES = frozenset(
         "Thumbs.db", "desktop.ini", "__pycache__",
     }
 )  # fmt: skip
-"""What archivers, file servers and desktops leave in folders, beside what begins with a dot."""
+"""Files and folders that archivers, file servers and desktops create. Names that start with a dot
+are hidden as well."""
 
 
 def is_service(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or was left by a program for itself."""
+    """Whether a file or folder with this name is hidden, or a program's own."""
     return name[0] == "." or name in SERVICE_NAMES
 
 
 def same_letters(name: str) -> str:
-    """What names have in common that differ only in how Unicode composes their letters."""
+    """The name in Unicode's composed form (NFC): a key for names that differ only in it."""
     return unicodedata.normalize("NFC", name)
 
 
 def appearance(name: str) -> str:
-    """What names have in common that a reader takes for one: composition, case and blanks do not
-    count."""
+    """A key for names that look alike: Unicode form, case and whitespace do not count."""
     return same_letters(" ".join(same_letters(name).casefold().split()))
 
 
 def how_they_differ(one: str, other: str) -> str:
-    """Two names that look alike, written so that they can be told apart."""
+    """Two similar names in ASCII, and what distinguishes them."""
     same = same_letters(one) == same_letters(other)
-    kind = "in their Unicode form" if same else "in case or blanks"
+    kind = "in their Unicode form" if same else "in case or whitespace"
     return f"{one!a} and {other!a} differ only {kind}"

@@ -1,8 +1,8 @@
-"""RandAugment: which operations an image gets, and how strong, as three libraries draw them.
+"""RandAugment: random choice of operations and strengths, as in three libraries.
 
-The paper uses composer's. The others are here because other papers use them, and because their
-"severity 9" are three different things. All draws are numpy's, from the caller's generator;
-`randaugment_pillow` and `randaugment_torch` carry them out.
+The paper uses composer's. The others are here because other papers use them, and because
+"severity 9" means something different in each. The caller's numpy generator makes all draws;
+`randaugment_pillow` and `randaugment_torch` apply them.
 """
 
 from dataclasses import dataclass
@@ -33,45 +33,45 @@ identity."""
 TORCHVISION_OPS = ("identity", *COMPOSER_OPS)
 
 TIMM_OPS = ("invert", "solarize_add", *COMPOSER_OPS)
-"""timm's increasing set. Each operation is left out half of the time."""
+"""timm's "increasing" set. Each operation is skipped half of the time."""
 
 OPS = ("identity", *TIMM_OPS)
 """All operations; `RandAugmentDraws.ops` holds positions in this tuple."""
 
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-"""The operations that move pixels, and so have a filter and leave corners to fill."""
+"""The operations that move pixels; they need a resampling filter and a fill colour."""
 
 NEAREST, BILINEAR, BICUBIC = 0, 2, 3
-"""Filters of the geometric operations, under Pillow's numbers."""
+"""Resampling filters of the geometric operations, with Pillow's numbers."""
 
 Fill = tuple[int, int, int]
-"""Colour that geometric operations move in from outside the image."""
+"""RGB colour of pixels from outside the image."""
 
 
 class RandAugmentDraws(NamedTuple):
-    """What happens to each image of a batch, in order. All fields are [b, depth]."""
+    """The operations on each image of a batch, in order. All fields are [b, depth]."""
 
     ops: NDArray[np.int32]
     """Positions in `OPS`."""
     values: NDArray[np.float64]
-    """What the operation is told: degrees (rotate), input columns per row or rows per column
+    """Each operation's argument: degrees (rotate), input columns per row or rows per column
     (shear), pixels (translate), a factor (color, contrast, brightness, sharpness), bits kept
-    (posterize), a threshold (solarize), what is added below 128 (solarize_add); else 0."""
+    (posterize), a threshold (solarize), what is added below 128 (solarize_add); otherwise 0."""
     filters: NDArray[np.int32]
     """NEAREST, BILINEAR or BICUBIC, for geometric operations."""
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`depth` operations per image, in one library's way. `severity` is in that library's unit, and
-    within its range.
+    """`depth` operations per image, as in one of the libraries. `severity` has that library's unit
+    and range.
 
     composer: version 0.15.1, severity 0 to 10 (the paper: depth 2, severity 10). Each strength is
-        drawn uniformly from 0.1 to `severity`. Bilinear, black corners.
-    torchvision: `transforms.v2.RandAugment(depth, severity)`, severity 0 to 30, a whole number.
-        Nearest pixel, black corners.
-    timm: "rand-m{severity}-n{depth}-mstd0.5-inc1", severity 0 to 10. Bilinear or bicubic by a coin,
-        corners in the colour of the data set's mean.
+        drawn uniformly from 0.1 to `severity`. Bilinear, black fill.
+    torchvision: `transforms.v2.RandAugment(depth, severity)`, severity an integer from 0 to 30.
+        Nearest pixel, black fill.
+    timm: "rand-m{severity}-n{depth}-mstd0.5-inc1", severity 0 to 10. Bilinear or bicubic at
+        random, filled with the data set's mean colour.
     """
 
     kind: Literal["composer", "torchvision", "timm"]
@@ -79,14 +79,14 @@ class RandAugment:
     severity: float
 
     def fill(self, mean: tuple[float, float, float]) -> Fill:
-        """Colour of the corners; `mean` is the data set's, on the scale 0 to 1."""
+        """The fill colour; `mean` is the data set's, on the scale 0 to 1."""
         if self.kind != "timm":
             return (0, 0, 0)
         red, green, blue = (min(255, round(255 * value)) for value in mean)
         return (red, green, blue)
 
     def draw(self, random: np.random.Generator, batch: int, size: int) -> RandAugmentDraws:
-        """Draw for `batch` square images of `size` pixels."""
+        """Draw operations for `batch` square images with sides of `size` pixels."""
         shape = (batch, self.depth)
         names = {"composer": COMPOSER_OPS, "torchvision": TORCHVISION_OPS, "timm": TIMM_OPS}
         table = np.array([OPS.index(name) for name in names[self.kind]], dtype=np.int32)
@@ -109,14 +109,15 @@ class RandAugment:
 
 
 _Values = dict[str, NDArray[np.float64]]
-"""By operation, [b, depth]: what it is told if it was drawn there."""
+"""Operation -> its argument wherever it is drawn, [b, depth]."""
 
 
 def _composer_values(
     uniform: NDArray[np.float64], sign: NDArray[np.float64], severity: float, size: int
 ) -> _Values:
-    """composer.algorithms.utils.augmentation_primitives: strength u ~ U(0.1, severity), whole
-    numbers by cutting off. Factors go up to `severity` and down to 1 - 0.09 severity by a coin."""
+    """composer.algorithms.utils.augmentation_primitives: strength u ~ U(0.1, severity), truncated
+    to integers. A factor is at random above 1, up to `severity`, or below, down to
+    1 - 0.09 severity."""
     u = 0.1 + (severity - 0.1) * uniform
     factor = np.where(sign > 0, 1 + (severity - 1) * uniform, 1 - 0.09 * severity * (1 - uniform))
     translate = sign * np.trunc(u * (size / 3) / 10)
@@ -136,7 +137,7 @@ def _composer_values(
 
 
 def _torchvision_values(sign: NDArray[np.float64], severity: int, size: int) -> _Values:
-    """torchvision.transforms.v2.RandAugment with its 31 magnitudes, of single precision."""
+    """torchvision.transforms.v2.RandAugment with its 31 magnitudes, in single precision."""
 
     def signed(highest: float) -> NDArray[np.float64]:
         return sign * float(torch.linspace(0.0, highest, 31)[severity])
@@ -187,8 +188,8 @@ def _pick(ops: NDArray[np.int32], by_name: _Values) -> NDArray[np.float64]:
 
 
 def affine_coefficients(name: str, values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """[n, 6]: (a, b, c, d, e, f) of `Image.transform(..., AFFINE, ...)`: the output pixel (x, y) is
-    taken from (a x + b y + c, d x + e y + f). Rotations are about the centre."""
+    """[n, 6]: (a, b, c, d, e, f) of `Image.transform(..., AFFINE, ...)`: output pixel (x, y) comes
+    from (a x + b y + c, d x + e y + f). Rotations are about the centre."""
     one, zero = np.ones_like(values), np.zeros_like(values)
     rows: list[NDArray[Any]]
     match name:
@@ -207,5 +208,5 @@ def affine_coefficients(name: str, values: NDArray[np.float64], size: int) -> ND
             c, f = centre * (1 - cos - sin), centre * (1 + sin - cos)
             rows = [cos, sin, c, -sin, cos, f]
         case _:
-            raise ValueError(f"{name} moves no pixels")
+            raise ValueError(f"{name} is not a geometric operation")
     return np.stack(rows, axis=-1)

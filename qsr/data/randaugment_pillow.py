@@ -1,4 +1,4 @@
-"""RandAugment of one image on the CPU, with Pillow: what all three libraries compute with."""
+"""RandAugment of one image on the CPU with Pillow, which all three libraries use."""
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -7,7 +7,7 @@ from qsr.data.randaugment import GEOMETRIC, OPS, Fill, RandAugmentDraws, affine_
 
 
 def augment_image(image: Image.Image, draws: RandAugmentDraws, row: int, fill: Fill) -> Image.Image:
-    """The operations in row `row` of `draws`, on a square RGB image."""
+    """Apply the operations in row `row` of `draws` to a square RGB image."""
     for op, value, resample in zip(
         draws.ops[row], draws.values[row], draws.filters[row], strict=True
     ):
@@ -16,7 +16,7 @@ def augment_image(image: Image.Image, draws: RandAugmentDraws, row: int, fill: F
 
 
 def apply_op(image: Image.Image, name: str, value: float, resample: int, fill: Fill) -> Image.Image:
-    """One operation; `value` as in `RandAugmentDraws.values`."""
+    """Apply one operation; `value` as in `RandAugmentDraws.values`."""
     match name:
         case "identity":
             return image
@@ -27,10 +27,10 @@ def apply_op(image: Image.Image, name: str, value: float, resample: int, fill: F
         case "invert":
             return ImageOps.invert(image)
         case "posterize":
-            mask = 256 - 2 ** (8 - int(value))  # ImageOps.posterize refuses to keep no bit at all
+            mask = 256 - 2 ** (8 - int(value))  # ImageOps.posterize does not accept 0 bits
             return image.point([level & mask for level in range(256)] * 3)
         case "solarize":
-            return ImageOps.solarize(image, value)  # type: ignore[arg-type]  # compares, no more
+            return ImageOps.solarize(image, value)  # type: ignore[arg-type]  # only compared
         case "solarize_add":
             table = [level + int(value) * (level < 128) for level in range(256)]
             return image.point(table * 3)
@@ -45,7 +45,7 @@ def apply_op(image: Image.Image, name: str, value: float, resample: int, fill: F
         case "rotate":
             return image.rotate(value, Image.Resampling(resample), fillcolor=fill)
     if name not in GEOMETRIC:
-        raise ValueError(f"no RandAugment operation {name}")
+        raise ValueError(f"{name} is not a RandAugment operation")
     coefficients = affine_coefficients(name, np.array([value]), image.width)[0].tolist()
     return image.transform(
         image.size,

@@ -1,6 +1,6 @@
-"""RandAugment of a batch with torch, on any device: Pillow's arithmetic, pixel by pixel.
+"""RandAugment of a batch with torch on any device, with Pillow's arithmetic for every pixel.
 
-Images of the batch that drew the same operation go through it together.
+Images that drew the same operation are processed together.
 """
 
 import itertools
@@ -23,8 +23,8 @@ from qsr.data.randaugment import (
 
 
 def augment_batch(images: Tensor, draws: RandAugmentDraws, fill: Fill) -> Tensor:
-    """The drawn operations on square `images`, uint8 [b, size, size, 3]; a new tensor. The host
-    does not wait for the device."""
+    """Apply the drawn operations to square `images`, uint8 [b, size, size, 3]; returns a new
+    tensor. The host does not wait for the device."""
     for k in range(draws.ops.shape[1]):
         ops, filters, values = draws.ops[:, k], draws.filters[:, k], draws.values[:, k]
         order = np.lexsort((filters, ops))
@@ -39,7 +39,7 @@ def augment_batch(images: Tensor, draws: RandAugmentDraws, fill: Fill) -> Tensor
 
 
 def _equal_runs(*keys: NDArray[np.int32]) -> Iterator[slice]:
-    """Slices over which all of the sorted keys stay the same."""
+    """Slices over which all of the sorted keys are constant."""
     changes = np.any([np.diff(key) != 0 for key in keys], axis=0)
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(keys[0])]
     for start, end in itertools.pairwise(edges):
@@ -54,7 +54,7 @@ def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 def apply_op(
     images: Tensor, name: str, values: NDArray[np.float64], resample: int, fill: Fill
 ) -> Tensor:
-    """One operation on all `images`, uint8 [n, size, size, 3]; `values` [n] as in
+    """Apply one operation to all `images`, uint8 [n, size, size, 3]; `values` [n] as in
     `RandAugmentDraws.values`."""
     if name in GEOMETRIC:
         coefficients = affine_coefficients(name, values, images.shape[1])
@@ -86,35 +86,35 @@ def apply_op(
             return _blend((mean + 0.5).floor(), images, value)
         case "sharpness":
             return _blend(_smooth(images), images, value)
-    raise ValueError(f"no RandAugment operation {name}")
+    raise ValueError(f"{name} is not a RandAugment operation")
 
 
 def _blend(plain: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Image.blend: plain + factor (image - plain), cut off to whole levels."""
+    """Image.blend: plain + factor (image - plain), truncated to integers."""
     plain = plain.float()
     mixed = plain + factor.float() * (images.float() - plain)
     return mixed.clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """[n, h, w, 1], int32: convert("L"), ITU-R 601-2 luma in whole numbers."""
+    """convert("L"), int32 [n, h, w, 1]: ITU-R 601-2 luma in integers."""
     red, green, blue = images.int().split(1, dim=-1)
     grey: Tensor = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
     return grey
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """ImageFilter.SMOOTH: 3 x 3, the centre five times; the border stays as it is."""
+    """ImageFilter.SMOOTH: 3 x 3 with weight 5 at the centre; the border is unchanged."""
     wide = images.int()
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
     smooth = wide.clone()
-    smooth[:, 1:-1, 1:-1] = (2 * total + 13) // 26  # total / 13 to the nearest; there are no ties
+    smooth[:, 1:-1, 1:-1] = (2 * total + 13) // 26  # total / 13, rounded; there are no ties
     return smooth
 
 
 def _histogram(images: Tensor) -> Tensor:
-    """[n, 3, 256], int64: how many pixels of each channel have each level."""
+    """Number of pixels with each level in each channel, int64 [n, 3, 256]."""
     n = len(images)
     channel = torch.arange(3 * n, device=images.device).view(n, 1, 1, 3)
     flat = (channel * 256 + images).flatten()
@@ -123,7 +123,7 @@ def _histogram(images: Tensor) -> Tensor:
 
 
 def _look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Replace each level by that of its image's and channel's `table` [n, 3, 256]."""
+    """Map each level through `table` [n, 3, 256], which has a row per image and channel."""
     n, height, width, _ = images.shape
     levels = images.permute(0, 3, 1, 2).reshape(n, 3, -1).long()
     found = table.gather(2, levels).view(n, 3, height, width)
@@ -131,7 +131,7 @@ def _look_up(images: Tensor, table: Tensor) -> Tensor:
 
 
 def _autocontrast_table(histogram: Tensor) -> Tensor:
-    """ImageOps.autocontrast: stretch what is there to 0 ... 255."""
+    """ImageOps.autocontrast: stretch the occurring levels to 0 ... 255."""
     levels = torch.arange(256, device=histogram.device)
     there = histogram > 0
     low = torch.where(there, levels, 255).amin(dim=2, keepdim=True)
@@ -143,7 +143,7 @@ def _autocontrast_table(histogram: Tensor) -> Tensor:
 
 
 def _equalize_table(histogram: Tensor) -> Tensor:
-    """ImageOps.equalize: levels by the number of pixels below them."""
+    """ImageOps.equalize: map each level by the number of pixels below it."""
     levels = torch.arange(256, device=histogram.device).expand_as(histogram)
     there = histogram > 0
     last = torch.where(there, levels, 0).amax(dim=2, keepdim=True)
@@ -154,8 +154,8 @@ def _equalize_table(histogram: Tensor) -> Tensor:
 
 
 def _warp(images: Tensor, coefficients: Tensor, resample: int, fill: Fill) -> Tensor:
-    """Image.transform(AFFINE); `coefficients` [n, 6]. In double precision, because levels are cut
-    off: a last bit would be a whole level."""
+    """Image.transform(AFFINE); `coefficients` [n, 6]. In double precision, because results are
+    truncated: an error in the last bit could change a level by one."""
     n, size = len(images), images.shape[1]
     pixels = images.view(n, -1, 3)
 
@@ -167,7 +167,7 @@ def _warp(images: Tensor, coefficients: Tensor, resample: int, fill: Fill) -> Te
     places = torch.arange(size, device=images.device)
     y, x = places[:, None], places[None, :]
     a, b, c, d, e, f = coefficients.view(n, 6, 1, 1).unbind(dim=1)
-    if resample == NEAREST:  # in whole 65,536ths of a pixel
+    if resample == NEAREST:  # fixed point, in 65,536ths of a pixel
         a, b, c, d, e, f = (
             (value * 65536 + 0.5).floor().long()
             for value in (a, b, c + 0.5 * a + 0.5 * b, d, e, f + 0.5 * d + 0.5 * e)
@@ -197,6 +197,6 @@ def _line(at: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
 
 
 def _cubic(at: Tensor, v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor) -> Tensor:
-    """Pillow's cubic through four neighbours, at a place between the second and the third."""
+    """Pillow's cubic through four neighbours; `at` is the position between the second and third."""
     third, fourth = 2 * (v1 - v2) + v3 - v4, -v1 + v2 - v3 + v4
     return v2 + at * (-v1 + v3 + at * (third + at * fourth))

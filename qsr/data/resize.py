@@ -1,5 +1,5 @@
-"""What a DALI pipeline leaves to others on the CPU: torch resizes, in a fraction of DALI's time,
-and Pillow carries out RandAugment, whose operations are defined by it."""
+"""Steps that DALI pipelines on the CPU leave to Python: torch resizes, because it takes a fraction
+of DALI's time, and Pillow applies RandAugment, because it defines the operations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +19,9 @@ Pixels = NDArray[np.uint8]
 
 
 class Resizer:
-    """Resizes batches of images with antialiased linear filtering, as Pillow does (to within one
-    level), and cuts out squares of `side` pixels. The `crew` works on a batch. `fill` is what
-    RandAugment moves in from outside."""
+    """Resizes and crops images to squares of `side` pixels, with antialiased linear filtering that
+    agrees with Pillow's to within one level. `crew` shares the work on a batch. `fill` is
+    RandAugment's fill colour."""
 
     def __init__(self, side: int, crew: Crew, fill: Fill = (0, 0, 0)) -> None:
         self._side = side
@@ -29,14 +29,14 @@ class Resizer:
         self._crew = crew
 
     def whole(self, images: Sequence[Pixels]) -> list[Pixels]:
-        """Each image as a square."""
+        """Resize each image to the square."""
         return self._crew.each(lambda image: _resize(image, (self._side, self._side)), images)
 
     def augmented(
         self, images: Sequence[Pixels], flips: Sequence[Any], *draws: Sequence[Any]
     ) -> list[Pixels]:
-        """Each image as a square, mirrored where `flips` says so, and changed as `draws` say: the
-        fields of `RandAugmentDraws`, each a row for an image."""
+        """Resize each image to the square, mirror it if its flip is set, and apply RandAugment.
+        `draws` are the fields of `RandAugmentDraws`, with one row per image."""
 
         def augment(image: Pixels, flip: Any, *row: Any) -> Pixels:
             square = _resize(image, (self._side, self._side))
@@ -50,7 +50,7 @@ class Resizer:
     def cut(
         self, images: Sequence[Pixels], sizes: Sequence[Any], corners: Sequence[Any]
     ) -> list[Pixels]:
-        """A square of each image at its size [2], from the given corner [2] on."""
+        """Resize each image to its size [2], then crop the square at its top left corner [2]."""
 
         def resize_and_cut(image: Pixels, size: Any, corner: Any) -> Pixels:
             top, left = corner.tolist()
@@ -61,6 +61,6 @@ class Resizer:
 
 
 def _resize(image: Pixels, size: tuple[int, int]) -> Pixels:
-    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, the fast kernel's
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels_last: the fast kernel
     resized = functional.interpolate(pixels, size, mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()

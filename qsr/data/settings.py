@@ -1,4 +1,4 @@
-"""From the settings of a run to what happens to its images."""
+"""The image transforms of a run, from its settings."""
 
 from qsr.config.schema import AugmentationConfig, DataConfig
 from qsr.data.randaugment import RandAugment
@@ -6,7 +6,7 @@ from qsr.data.transforms import EvalTransform, TrainTransform
 
 
 def transforms(data: DataConfig) -> tuple[TrainTransform, EvalTransform]:
-    """What happens to training and to validation images."""
+    """The transforms of training and validation images."""
     change = data.augmentation
     train = TrainTransform(
         size=data.image_size,

@@ -1,4 +1,4 @@
-"""Loading with Pillow and torchvision: the fallback where DALI is not installed."""
+"""Loading with Pillow and torchvision: the fallback if DALI is not installed."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,13 +22,12 @@ from qsr.data.transforms import EvalTransform, TrainDraws, TrainTransform, crop_
 class TorchvisionLoader:
     """A `Loader` that decodes with Pillow and transforms with torchvision.
 
-    Samples are decoded by threads, not by processes: Pillow holds Python's lock for little of
-    its work, each thread writes its pixels straight into the batch, and no worker process can
-    outlive a run that was killed.
+    Threads, not processes, decode the samples: Pillow mostly runs without the GIL, each thread
+    writes its pixels straight into the batch, and no worker process can outlive a killed run.
 
     Args:
         threads: decoding threads; at least one is used.
-        prefetch: batches in work while the caller uses the last one.
+        prefetch: batches in flight while the caller uses the last one.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class TorchvisionLoader:
 
 
 class Normalisation:
-    """uint8 [..., 3, h, w] -> float32 of the same shape, contiguous."""
+    """Normalises uint8 [..., 3, h, w] to contiguous float32 of the same shape."""
 
     def __init__(self, transform: TrainTransform | EvalTransform, device: torch.device) -> None:
         self._mean = 255 * torch.tensor(transform.mean, device=device).view(3, 1, 1)
@@ -124,7 +123,7 @@ class Normalisation:
 
 def validation_input(image: Image.Image, transform: EvalTransform) -> Tensor:
     """One image of any size as validation sees it: float32 [3, size, size]. Raises ValueError if
-    its pixels have no scale of their own (floating point, 32 bits)."""
+    its pixels have no defined range (floating point, 32 bits)."""
     pixels = np.array(_transform_eval(to_rgb(image), transform))
     normalise = Normalisation(transform, torch.device("cpu"))
     return normalise(torch.from_numpy(pixels).permute(2, 0, 1))

@@ -1,8 +1,7 @@
-"""What happens to the pixels, and the random numbers that decide it.
+"""Image transforms and their random draws.
 
-Every random choice of a batch is drawn here, by numpy, from one integer seed. The loaders only
-carry the choices out, so all of them make the same crops, flips and RandAugment operations, and
-none has random state of its own.
+numpy draws all random choices of a batch here, from one integer seed. The loaders only apply them,
+so all loaders make the same crops, flips and RandAugment operations, and none has random state.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_ATTEMPTS = 10
-"""Random windows tried per sample before the central one is taken, as torchvision does."""
+"""Random windows tried per sample before falling back to the central one, as in torchvision."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class TrainTransform:
     """Random resized crop, horizontal flip, RandAugment, normalisation.
 
     The crop is torchvision's `RandomResizedCrop`, resized with antialiased linear filtering.
-
-    RandAugment, if there is one, changes the flipped crop as uint8.
+    RandAugment, if enabled, is applied to the flipped crop as uint8.
     """
 
     size: int
@@ -66,8 +64,7 @@ class TrainTransform:
 class EvalTransform:
     """Resize the short side to `resize`, crop the centre, normalise.
 
-    Geometry and antialiased linear filter are those of torchvision's `Resize` and
-    `CenterCrop`.
+    Geometry and antialiased linear filter are those of torchvision's `Resize` and `CenterCrop`.
     """
 
     size: int
@@ -92,12 +89,12 @@ class TrainDraws(NamedTuple):
     """The random choices for a batch of b samples."""
 
     windows: NDArray[np.float64]
-    """[b, CROP_ATTEMPTS, 4]: height and width in units of sqrt(image area), then the top and
-    left position among the possible ones, in [0, 1)."""
+    """[b, CROP_ATTEMPTS, 4]: height and width in units of sqrt(image area), then the top and left
+    position as a fraction of the possible range, in [0, 1)."""
     flips: NDArray[np.int32]
     """[b], 1 where the sample is mirrored."""
     randaugment: RandAugmentDraws | None
-    """What RandAugment does, if there is one."""
+    """None without RandAugment."""
 
 
 def _require(condition: bool, message: str, value: object) -> None:
@@ -109,7 +106,7 @@ def draw(transform: TrainTransform, seed: int, batch: int) -> TrainDraws:
     """Draw every random choice for `batch` samples; equal arguments give equal draws."""
     random = np.random.Generator(np.random.Philox(key=seed))
     area = random.uniform(transform.min_area, transform.max_area, (batch, CROP_ATTEMPTS))
-    # Uniform in the logarithm: an aspect and its inverse are equally likely.
+    # Log-uniform: an aspect and its inverse are equally likely.
     aspect = np.exp(
         random.uniform(
             np.log(transform.min_aspect), np.log(transform.max_aspect), (batch, CROP_ATTEMPTS)
@@ -128,10 +125,10 @@ def draw(transform: TrainTransform, seed: int, batch: int) -> TrainDraws:
 def crop_box(
     transform: TrainTransform, windows: NDArray[np.float64], height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels of one sample's crop.
+    """The crop of one sample: (top, left, height, width) in pixels.
 
-    `windows` is one row of `TrainDraws.windows`. The first window that fits into the image is
-    taken; if none does, the largest central one whose aspect is in range.
+    `windows` is one row of `TrainDraws.windows`. The first window that fits into the image is used;
+    if none fits, the largest central one whose aspect is in range.
     """
     side = np.sqrt(np.float64(height * width))
     heights = np.floor(side * windows[:, 0] + 0.5)

@@ -43,7 +43,7 @@ def test_a_benchmark_that_there_is_not_is_refused() -> None:
     refused = call([*BENCH, "nonsense"])
     assert refused.returncode == 2
     error = refused.stderr.splitlines()[-1]
-    assert "there is no benchmark nonsense; there are slow_link, average, trainer, " in error
+    assert "no benchmark is named nonsense: choose from slow_link, average, trainer, " in error
     assert error.endswith(", gpu")
 
 
@@ -52,7 +52,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert refused.stdout == ""
     assert refused.stderr == (
-        "needs a GPU; torch sees none: `--rehearsal` tries the program on the CPU\n"
+        "this benchmark needs a GPU, and torch sees none: use --rehearsal to test on the CPU\n"
     )
     assert not list(tmp_path.iterdir())
 

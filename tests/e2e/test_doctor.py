@@ -83,7 +83,7 @@ def test_data_that_are_not_there(one: list[str], tmp_path: Path) -> None:
         failed = failures(ask([*one, f"data.root={root}"]))
         assert list(failed) == ["data"]
         assert str(root) in failed["data"]
-        assert failed["data"].endswith("the data root must hold train/CLASS/* and val/CLASS/*")
+        assert failed["data"].endswith("the data root must contain train/CLASS/* and val/CLASS/*")
 
 
 def test_an_image_that_cannot_be_decoded(digits: Path, one: list[str], tmp_path: Path) -> None:
@@ -238,7 +238,8 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert status == 1
     assert "FAIL  Slurm       sinfo is not installed here" in checks
     assert last.startswith(
-        "the nodes, too: srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=4 --partition=gpu "
-        "--account=lab python scripts/doctor.py experiment=demo/quadratic workers=2 "
+        "to check the nodes as well: srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=4 "
+        "--partition=gpu --account=lab python scripts/doctor.py experiment=demo/quadratic "
+        "workers=2 "
     )
     assert last.endswith("'cluster.setup=[module load cuda]'")

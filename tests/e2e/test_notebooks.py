@@ -75,11 +75,11 @@ def test_execution_repeats_byte_for_byte_and_the_check_names_what_is_stale(tmp_p
     path = write(tmp_path / "a.ipynb", draw=DRAW, show="figure", add="1 + 1")
     (tmp_path / "data.txt").write_text("3")
 
-    # what was never executed is not current
-    mend = f"python scripts/notebooks.py {path}"
+    # what was never executed is outdated
+    fix = f"run python scripts/notebooks.py {path}"
     done = run("--check", path)
     assert done.returncode == 1
-    assert done.stderr == f"{path} is not current (draw, show, add, metadata): {mend}\n"
+    assert done.stderr == f"{path} is outdated (draw, show, add, metadata): {fix}\n"
 
     assert run(path).stdout == f"executed: {path}\n"
     first = path.read_bytes()
@@ -94,7 +94,7 @@ def test_execution_repeats_byte_for_byte_and_the_check_names_what_is_stale(tmp_p
     # one more point on the axis: the size is the same, the pixels are not
     (tmp_path / "data.txt").write_text("4")
     done = run("--check", path)
-    assert (done.returncode, done.stderr) == (1, f"{path} is not current (show): {mend}\n")
+    assert (done.returncode, done.stderr) == (1, f"{path} is outdated (show): {fix}\n")
     assert path.read_bytes() == first
 
 

@@ -49,7 +49,7 @@ def script() -> ModuleType:
         ([DEMO, "cluster=paper_2x8", "workers=64", "cluster.ranks=64", "global_batch=128"],
          "cluster.ranks=64, but paper_2x8 has 2 x 8"),
         ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; near: resnet18"),
-        (["what-if", DEMO], "what-if takes no settings, got experiment=demo/quadratic"),
+        (["what-if", DEMO], "what-if takes no settings: remove experiment=demo/quadratic"),
         (["calibrate", DEMO], "calibrate needs name=NAME"),
         (["calibrate", DEMO, "name=local"], "local.yaml was not written by a calibration"),
         (["calibrate", DEMO, "name=a/b"], "name=a/b: letters, digits and underscores only"),

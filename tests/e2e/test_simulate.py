@@ -33,7 +33,7 @@ def test_settings_of_the_command_line_print_a_table_and_write_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["workers=2"], "no experiment: give experiment=NAME; there are theory/diagonal, "),
+        (["workers=2"], "no experiment given: set experiment=NAME, one of theory/diagonal, "),
         (["experiment=theory/diagonl"], "did you mean theory/diagonal"),
         ([*SMALL, "local_bach=2"], "did you mean local_batch"),
         (["drift", "workers=2"], "drift"),

@@ -49,7 +49,7 @@ sys.exit(status)
         ("submit", (*SLURM, "sync.alpha=-1"), "sync.alpha=-1: input should be greater than 0"),
         ("submit", (*SLURM, "cluster.nodes=3"), "24 ranks do not divide workers=4"),
         ("submit", (DEMO, "cluster=slrum"), "no such file in configs; did you mean slurm?"),
-        ("submit", (*SLURM, "--dryrun"), "--dryrun is no option; there is --dry-run"),
+        ("submit", (*SLURM, "--dryrun"), "unknown option --dryrun: the only option is --dry-run"),
     ],
 )
 def test_wrong_settings_are_refused_before_torch_is_loaded(

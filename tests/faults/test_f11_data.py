@@ -107,7 +107,7 @@ def link_to_root(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (missing_root, "no folder .*/data: the data root must hold train/CLASS/"),
+        (missing_root, "no folder .*/data: the data root must contain train/CLASS/"),
         (empty_root, "no folder .*/data/train: "),
         (missing_val, "no folder .*/val: "),
         (no_classes, "no class folders in .*/train"),
@@ -177,7 +177,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["data.root=/nowhere"], "refused: no folder /nowhere: the data root must hold train/"),
+        (["data.root=/nowhere"], "refused: no folder /nowhere: the data root must contain train/"),
         (["data.train_images=1000"], "refused: DIGITS has 1,442 images, not 1,000: complete"),
     ],
 )

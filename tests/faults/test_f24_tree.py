@@ -57,8 +57,8 @@ def test_what_programs_leave_behind_is_no_class(tree: Path, name: str) -> None:
     assert after == before
     train, val = (split.notes for split in after)
     names = ", ".join(sorted((name, f"a/{name}")))
-    assert train == (f"left out of {tree}/train, hidden, or left by other programs: 2 ({names})",)
-    assert val == (f"left out of {tree}/val, hidden, or left by other programs: 1 ({name})",)
+    assert train == (f"skipped in {tree}/train, hidden, or created by other programs: 2 ({names})",)
+    assert val == (f"skipped in {tree}/val, hidden, or created by other programs: 1 ({name})",)
 
 
 @pytest.mark.parametrize("file", ["._1.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", ".x.png.Q1"])
@@ -107,9 +107,9 @@ def test_what_is_no_image_is_named_with_a_count(
     assert prepare("check", "--root", str(tree)) == 0
     assert open_image_folders(tree)[0] == before
     assert capsys.readouterr().err.splitlines() == [
-        f"note: left out of {tree}/train, no images of a known format: 4 (a/list.csv, a/notes.txt, "
-        "b/x.heic, ...)",
-        f"note: left out of {tree}/train, in no class folder: 2 (0.jpg, README)",
+        f"note: skipped in {tree}/train, not images of a supported format: 4 (a/list.csv, "
+        "a/notes.txt, b/x.heic, ...)",
+        f"note: skipped in {tree}/train, outside the class folders: 2 (0.jpg, README)",
     ]
 
 
@@ -245,8 +245,8 @@ def test_classes_that_look_alike_are_told_apart(tree: Path, other: str) -> None:
     assert len(train.classes) == 3
     first, second = sorted(("a", other))
     assert train.notes == (
-        f"classes of {tree}/train that look alike: 1 ({first!a} and {second!a} differ only in case "
-        "or blanks)",
+        f"similar class names in {tree}/train: 1 ({first!a} and {second!a} differ only in case "
+        "or whitespace)",
     )
     assert len(val.notes) == 1
 
@@ -266,7 +266,7 @@ def test_a_class_that_the_model_spells_otherwise_is_named(tree: Path) -> None:
     for name in ("B", "b "):
         with pytest.raises(DataError) as caught:
             _check_classes("model.safetensors", ("a", name), val)
-        assert str(caught.value).endswith(f"; {name!a} and 'b' differ only in case or blanks")
+        assert str(caught.value).endswith(f"; {name!a} and 'b' differ only in case or whitespace")
 
 
 def test_a_class_folder_may_be_a_link(tree: Path) -> None:

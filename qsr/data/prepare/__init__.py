@@ -1,4 +1,4 @@
-"""Makes image folders: digits, ImageNet from its archives, subsets; checks and locks them.
+"""Creating and checking image folders: digits, ImageNet from its archives, subsets.
 
 May import: data and core.
 """

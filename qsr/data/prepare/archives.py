@@ -1,4 +1,4 @@
-"""Reading tar archives that others made: all of it, or an error; nothing outside the folder."""
+"""Safe extraction of tar archives: the complete archive or an error, and only into the folder."""
 
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -9,17 +9,17 @@ from qsr.errors import DataError
 
 
 def list_files(archive: Path) -> list[tarfile.TarInfo]:
-    """All members of `archive`, in its order. Reads their headers only.
+    """All members of `archive`, in order. Reads only their headers.
 
     Raises:
-        DataError: it cannot be read, was cut, or has a member that is no plain file.
+        DataError: it cannot be read, is truncated, or has a member that is not a plain file.
     """
     with _open(archive, f"read {archive}") as tar:
         return list(_plain_files(tar))
 
 
 def extract_files(archive: Path, members: Iterable[tarfile.TarInfo], folder: Path) -> None:
-    """Write some of what `list_files` returned for `archive` into `folder`.
+    """Extract `members`, as returned by `list_files(archive)`, into `folder`.
 
     Raises:
         DataError: a member cannot be read, or a file cannot be written.
@@ -29,13 +29,13 @@ def extract_files(archive: Path, members: Iterable[tarfile.TarInfo], folder: Pat
 
 
 def extract_inner_archive(archive: Path, member: tarfile.TarInfo, folder: Path) -> None:
-    """Write the files of the tar that is `member` of `archive` into `folder`.
+    """Extract the tar that is `member` of `archive` into `folder`.
 
-    It is read where it lies in `archive`, so threads may do so side by side.
+    It is read in place, without a temporary copy. Threads may call this concurrently.
 
     Raises:
-        DataError: it cannot be read, was cut, or has a member that is no plain file; or a file
-            cannot be written.
+        DataError: it cannot be read, is truncated, or has a member that is not a plain file; or a
+            file cannot be written.
     """
     with _open(archive, f"unpack {archive} into {folder}") as tar:
         stream = tar.extractfile(member)
@@ -50,16 +50,16 @@ def _plain_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     names = set()
     for member in tar:
         if not member.isreg() or "/" in member.name or member.name.startswith("."):
-            raise tarfile.ReadError(f"member {member.name!r} is not a file without a folder")
+            raise tarfile.ReadError(f"member {member.name!r} is not a plain file at the top level")
         if member.name in names:
-            raise tarfile.ReadError(f"member {member.name!r} is there twice")
+            raise tarfile.ReadError(f"member {member.name!r} appears twice")
         names.add(member.name)
         yield member
-    # tarfile takes a damaged header for the end, and a cut between two members too
+    # tarfile takes a damaged header, or truncation between two members, for the end
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"cut or damaged after {len(names):,} members")
+        raise tarfile.ReadError(f"truncated or damaged after {len(names):,} members")
 
 
 @contextmanager
@@ -68,6 +68,8 @@ def _open(archive: Path, doing: str) -> Iterator[tarfile.TarFile]:
         with tarfile.open(archive, "r:") as tar:
             yield tar
     except tarfile.TarError as error:
-        raise DataError(f"{archive} is damaged or another file ({error}): fetch it anew") from error
+        raise DataError(
+            f"{archive} is damaged or not the expected file ({error}): download it again"
+        ) from error
     except OSError as error:
         raise DataError(f"cannot {doing}: {error.strerror or error}") from error

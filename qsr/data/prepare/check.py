@@ -1,4 +1,4 @@
-"""Finding broken image files before a run meets them, and recording what the sound ones are."""
+"""Finding broken image files before a run does, and writing a manifest of the good ones."""
 
 import hashlib
 import os
@@ -14,19 +14,18 @@ from qsr.errors import DataError
 from qsr.output import printable
 
 FILES_PER_TASK = 64
-"""Fewer would fill the memory with a million waiting tasks."""
+"""With smaller tasks, a large data set would fill the memory with a million queued tasks."""
 
 
 def check_images(splits: Sequence[ImageFolder], folder: Path, threads: int) -> Iterator[str]:
-    """Read, hash and decode every file; yield a line for each broken one, in order.
+    """Read, hash and decode every file; yield one line per broken file, in order.
 
-    At the end, if no file was broken, `folder` holds the manifest (see `Manifest`). Until then
-    `folder/check.jsonl` records what has been found sound, and a check that was killed, or that
-    found something broken, goes on from there: a file of the same path, size and time of change is
-    not read again.
+    If no file is broken, the manifest is written to `folder` at the end (see `Manifest`). Until
+    then `folder/check.jsonl` records the good files. A check that was killed or found broken files
+    resumes from it: files with the same path, size and modification time are not read again.
 
     Raises:
-        DataError: `folder` cannot be written, or another process checks into it.
+        DataError: `folder` cannot be written, or another process is writing a check to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +57,7 @@ def _check_split(
         return [_check_file(split.root, file, record) for file in files]
 
     done = 0
-    # Threads suffice: neither hashing nor Pillow's decoding holds Python's lock.
+    # Threads suffice: neither hashing nor Pillow's decoding holds the GIL.
     with (
         show_progress(split.split, len(split), "images") as show,
         ThreadPoolExecutor(threads) as pool,
@@ -73,7 +72,7 @@ def _check_split(
 
 
 def _check_file(root: Path, file: str, record: CheckRecord) -> SoundFile | str:
-    """The file, or what is wrong with it."""
+    """The record of a good file, or a line that says what is wrong with it."""
     path = f"{root}/{file}"
     try:
         with open_plain(path) as stream:

@@ -1,7 +1,7 @@
 """A small real data set: handwritten digits, written as a tree of JPEG files.
 
-It exercises every part of the data path (files, JPEG decoding, crops, loaders) in seconds on a
-CPU and needs no download: the images come with scikit-learn.
+It exercises the whole data path (files, JPEG decoding, crops, loaders) in seconds on a CPU and
+needs no download: the images come with scikit-learn.
 """
 
 import os
@@ -18,7 +18,7 @@ from qsr.data.datasets import Counts, open_image_folders
 from qsr.errors import DataError
 
 DIGITS = Counts(classes=10, train=1442, val=355)
-"""What `prepare_digits` writes."""
+"""The data set written by `prepare_digits`."""
 
 HeldOut = Literal["test", "tuning"]
 
@@ -26,7 +26,7 @@ FEW_DIGITS: dict[HeldOut, Counts] = {
     "test": Counts(classes=10, train=200, val=1001),
     "tuning": Counts(classes=10, train=200, val=596),
 }
-"""What `prepare_few_digits` writes, by what `val` holds."""
+"""The data sets written by `prepare_few_digits`, by what `val` contains."""
 
 VAL_EVERY = 5
 FEW_EVERY = 9
@@ -48,30 +48,31 @@ Changes: rescaled from 0-16 to 0-255, upscaled 4 times (bicubic), split into tra
 def prepare_digits(root: str | os.PathLike[str]) -> None:
     """Write the digits to `root` as `train/DIGIT/*.jpg` and `val/DIGIT/*.jpg`.
 
-    The split is by position: of each digit's images, in scikit-learn's order, every fifth goes to
-    `val`. The tree is made beside `root` and renamed at the end, so what stands at `root` is
-    complete. If it already stands there, nothing is done.
+    The split is by position: every fifth image of each digit, in scikit-learn's order, goes to
+    `val`. The tree is built next to `root` and renamed at the end, so `root` is always complete.
+    If it already exists, nothing is done.
 
     Raises:
-        DataError: `root` holds something else, or scikit-learn is not installed.
+        DataError: `root` contains something else, or scikit-learn is not installed.
     """
     _prepare(Path(root), DIGITS, _folder)
 
 
 def prepare_few_digits(root: str | os.PathLike[str], val: HeldOut) -> None:
-    """Write digits as `prepare_digits` does, so few for training that networks err on the rest:
-    20 of each class. `val` holds the test part, or the part on which settings are chosen.
+    """Write digits as `prepare_digits` does, but with only 20 training images per class, so few
+    that networks make errors on the others. `val` is the test set or the tuning set.
 
-    The three parts have no image in common and are all 1,797 together. They are dealt by position:
-    of nine images of a digit, in scikit-learn's order, one goes to training until there are 20,
-    three to tuning, and the others to the test. Raises DataError as `prepare_digits` does.
+    Training, tuning and test sets are disjoint and together contain all 1,797 images. The split is
+    by position: of every nine images of a digit, in scikit-learn's order, one goes to training
+    until there are 20, three go to tuning, and the others to the test set. Raises DataError as
+    `prepare_digits` does.
     """
     folders = {"train": "train", val: "val"}
     _prepare(Path(root), FEW_DIGITS[val], lambda position: folders.get(_few_part(position)))
 
 
 def check_digits(root: Path, counts: Counts = DIGITS) -> None:
-    """Raise DataError unless `root` holds so many digits, by default the complete ones."""
+    """Raise DataError unless `root` contains the digits with these counts."""
     try:
         open_image_folders(
             root,
@@ -80,7 +81,9 @@ def check_digits(root: Path, counts: Counts = DIGITS) -> None:
             expected_val=counts.val,
         )
     except DataError as error:
-        raise DataError(f"{root} is not the digits data: {error}; remove it and retry") from error
+        raise DataError(
+            f"{root} is not the digits data set: {error}; remove it and retry"
+        ) from error
 
 
 def _prepare(root: Path, counts: Counts, folder_of: Callable[[int], str | None]) -> None:
@@ -91,7 +94,7 @@ def _prepare(root: Path, counts: Counts, folder_of: Callable[[int], str | None])
     scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:
         _write(scratch, folder_of)
-        scratch.chmod(0o755)  # mkdtemp makes it private
+        scratch.chmod(0o755)  # mkdtemp creates it with mode 700
         scratch.rename(root)
     except OSError:
         if not root.exists():
@@ -113,7 +116,8 @@ def _few_part(position: int) -> str:
 
 
 def _write(root: Path, folder_of: Callable[[int], str | None]) -> None:
-    """`folder_of` says where the image at a position among those of its digit goes, if anywhere."""
+    """`folder_of` maps an image's position among those of its digit to a split, or None to skip
+    the image."""
     (root / "SOURCE.txt").write_text(SOURCE)
     images, labels = _load()
     seen = dict.fromkeys(range(DIGITS.classes), 0)
@@ -131,10 +135,12 @@ def _write(root: Path, folder_of: Callable[[int], str | None]) -> None:
 
 
 def _load() -> tuple[Any, list[int]]:
-    """Images [1797, 8, 8] of floats 0 to 16, and their digits."""
+    """Images [1797, 8, 8], floats from 0 to 16, and their digits."""
     try:
         from sklearn.datasets import load_digits  # an optional dependency
     except ImportError as error:
-        raise DataError("the digits come with scikit-learn: pip install scikit-learn") from error
+        raise DataError(
+            "the digits data set needs scikit-learn: pip install scikit-learn"
+        ) from error
     digits = load_digits()
     return digits.images, digits.target.tolist()

@@ -1,10 +1,10 @@
-"""ImageNet (ILSVRC 2012) as an image folder, from the archives that image-net.org gives out.
+"""ImageNet (ILSVRC 2012) as an image folder, from image-net.org's archives.
 
-The training archive is a tar of one tar per class. The validation archive is flat; its labels come
-from the devkit. Both splits are built class by class in `root/.incomplete`: a class is unpacked
-into a folder of its own and renamed when it is complete, a split is renamed to its place when all
-its classes are. So a process that is killed at any moment leaves nothing half done under a name
-that counts, and the next one goes on with the classes that are missing.
+The training archive is a tar with one tar per class. The validation archive is flat; its labels
+come from the devkit. Both splits are built class by class in `root/.incomplete`: a class is
+unpacked into a scratch folder and renamed when it is complete; a split is moved into place when all
+its classes are complete. A process killed at any time therefore never leaves a partial class or
+split under its final name, and the next one resumes with the missing classes.
 """
 
 import os
@@ -30,11 +30,11 @@ WORKSHOP = ".incomplete"
 
 
 class _Split(NamedTuple):
-    """What a split is made of."""
+    """How to build and check a split."""
 
     name: str
     classes: Mapping[str, Callable[[Path], None]]
-    """Class -> what unpacks its images into a given folder."""
+    """Class -> a function that unpacks its images into a given folder."""
     check: Callable[[Path], None]
     """Raises DataError unless the split in a given folder is complete."""
 
@@ -48,17 +48,17 @@ def prepare_imagenet(
     threads: int,
     expected: Counts = IMAGENET,
 ) -> tuple[ImageFolder, ImageFolder]:
-    """Build `root/{train,val}/WNID/*.JPEG`, or what is missing of it.
+    """Build `root/{train,val}/WNID/*.JPEG`, or the missing parts of it.
 
     Args:
         val_labels: file name -> wnid of the validation images.
-        threads: classes that are unpacked at once.
-        expected: what the archives must hold.
+        threads: number of classes that are unpacked at once.
+        expected: what the archives must contain.
 
     Raises:
-        DataError: an archive is damaged or is not what is expected, the labels do not fit, a split
-            at `root` is incomplete, a file cannot be written, or another process does the same.
-            What is known from the archives' headers is refused before anything is written.
+        DataError: an archive is damaged or not the expected one, the labels do not match, a split
+            at `root` is incomplete, a file cannot be written, or another process is building in
+            `root`. Errors in the archives' headers are raised before anything is written.
     """
     root = Path(root).absolute()
     train, val = _train_split(train_tar, expected), _val_split(val_tar, val_labels, expected)
@@ -66,7 +66,7 @@ def prepare_imagenet(
         odd = min(train.classes.keys() ^ val.classes.keys())
         raise DataError(
             f"{train_tar} and the labels of {val_tar} have different classes, for example {odd}: "
-            "one of them is not ImageNet's"
+            "one of them is not from ImageNet"
         )
     missing = []
     for split in (train, val):
@@ -89,10 +89,16 @@ def _train_split(archive: Path, expected: Counts) -> _Split:
     for member in list_files(archive):
         wnid = member.name.removesuffix(".tar")
         if member.name == wnid or not WNID.fullmatch(wnid):
-            raise DataError(f"{archive} holds {member.name}, not one WNID.tar per class")
+            raise DataError(
+                f"{archive} contains {member.name}, not one WNID.tar per class: use ImageNet's "
+                "training archive"
+            )
         members[wnid] = member
     if len(members) != expected.classes:
-        raise DataError(f"{archive} holds {len(members):,} classes, not {expected.classes:,}")
+        raise DataError(
+            f"{archive} contains {len(members):,} classes, not {expected.classes:,}: download it "
+            "again, or set --counts"
+        )
     return _Split(
         "train",
         {wnid: partial(extract_inner_archive, archive, member) for wnid, member in members.items()},
@@ -103,18 +109,24 @@ def _train_split(archive: Path, expected: Counts) -> _Split:
 def _val_split(archive: Path, labels: Mapping[str, str], expected: Counts) -> _Split:
     members = list_files(archive)
     if len(members) != expected.val:
-        raise DataError(f"{archive} holds {len(members):,} images, not {expected.val:,}")
+        raise DataError(
+            f"{archive} contains {len(members):,} images, not {expected.val:,}: download it again, "
+            "or set --counts"
+        )
     of_class: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
     for member in members:
         if member.name not in labels:
             raise DataError(
-                f"the ground truth ({len(labels):,} labels) has none for {member.name}, one of "
-                f"{len(members):,} images in {archive}"
+                f"the ground truth ({len(labels):,} labels) has no label for {member.name}, one of "
+                f"{len(members):,} images in {archive}: use the labels of this archive"
             )
         of_class[labels[member.name]].append(member)
     if len(labels) != len(members):
         odd = min(labels.keys() - {member.name for member in members})
-        raise DataError(f"{archive} holds no {odd}, which the ground truth has")
+        raise DataError(
+            f"{archive} does not contain {odd}, which the ground truth lists: use the labels of "
+            "this archive"
+        )
     return _Split(
         "val",
         {wnid: partial(extract_files, archive, found) for wnid, found in of_class.items()},
@@ -141,7 +153,7 @@ def _unpack(split: _Split, work: Path, threads: int) -> None:
     """Unpack the classes that `work/SPLIT` does not have yet."""
     complete, scratch = work / split.name, work / f"{split.name}.partial"
     if scratch.exists():
-        shutil.rmtree(scratch)  # what a process was at when it was killed
+        shutil.rmtree(scratch)  # left by a process that was killed
     complete.mkdir(exist_ok=True)
     scratch.mkdir()
 
@@ -152,7 +164,7 @@ def _unpack(split: _Split, work: Path, threads: int) -> None:
 
     missing = sorted(split.classes.keys() - {folder.name for folder in complete.iterdir()})
     done_before = len(split.classes) - len(missing)
-    # Threads suffice: most of the time goes into system calls.
+    # Threads suffice: most of the time is spent in system calls.
     with (
         show_progress(split.name, len(split.classes), "classes") as show,
         ThreadPoolExecutor(threads) as pool,
@@ -176,12 +188,12 @@ def _check_val(folder: Path, *, files: Set[str]) -> None:
     found = {f"{wnid}/{name}" for wnid, names in _files(folder).items() for name in names}
     odd = min(found ^ files, default=None)
     if odd is not None:
-        what = "lacks" if odd in files else "has, against the ground truth,"
-        raise DataError(f"{folder} {what} {odd}: remove {folder} and retry")
+        what = "is missing" if odd in files else "is not listed in the ground truth"
+        raise DataError(f"{folder}/{odd} {what}: remove {folder} and retry")
 
 
 def _files(folder: Path) -> dict[str, list[str]]:
-    """The names of the files of each class of a split."""
+    """Class -> the names of its files."""
     try:
         return {
             wnid.name: [file.name for file in os.scandir(wnid) if not is_service(file.name)]

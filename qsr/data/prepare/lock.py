@@ -1,4 +1,4 @@
-"""One process at a time."""
+"""A lock that lets one process at a time build or check a data set."""
 
 import fcntl
 from pathlib import Path
@@ -8,14 +8,16 @@ from qsr.errors import DataError
 
 
 def lock(file: IO[Any], what: Path) -> None:
-    """Keep `file` locked until it is closed or the process ends, however that happens.
+    """Lock `file` until it is closed or the process ends, even if it is killed.
 
     Raises:
-        DataError: another process keeps it locked; the message says that it works on `what`.
+        DataError: another process holds the lock; the message names `what` as in use.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"another process works on {what}: wait for it, or end it") from None
+        raise DataError(
+            f"{what} is in use by another process: wait for it to finish, or stop it"
+        ) from None
     except OSError:
-        pass  # some network file systems have no locks
+        pass  # some network file systems do not support locks

@@ -1,4 +1,4 @@
-"""What a checked data set consists of, and how far a check has come."""
+"""The manifest of a checked data set, and the record from which a check resumes."""
 
 import csv
 import hashlib
@@ -15,18 +15,18 @@ from qsr.data.prepare.lock import lock
 
 
 class SoundFile(NamedTuple):
-    """A file that could be decoded."""
+    """A file that was decoded without error."""
 
     file: str
     """Path relative to the data root."""
     bytes: int
     mtime_ns: int
-    """Time of its last change."""
+    """Modification time."""
     sha256: str
 
 
 class CheckRecord:
-    """The files that have been found sound, in a file that a kill does not spoil.
+    """The files found good so far, in a file that stays readable if the process is killed.
 
     Raises:
         DataError: another process has it open.
@@ -48,21 +48,21 @@ class CheckRecord:
         self._file.truncate(end)
 
     def find(self, file: str, status: os.stat_result) -> SoundFile | None:
-        """`file`, if it is recorded with this size and time of change."""
+        """The record of `file`, if its size and modification time still match."""
         known = self._known.get(file)
         if known is None or (known.bytes, known.mtime_ns) != (status.st_size, status.st_mtime_ns):
             return None
         return known
 
     def add(self, files: Iterable[SoundFile]) -> None:
-        """Record files. Those that were found in the record are not written again."""
+        """Record files, except those that `find` returned."""
         for found in files:
             if self._known.get(found.file) is not found:
                 self._file.write(json.dumps(found._asdict()) + "\n")
         self._file.flush()
 
     def remove(self) -> None:
-        """Remove the record: the check is complete."""
+        """Remove the record after a complete check."""
         self._path.unlink()
 
     def __enter__(self) -> Self:
@@ -88,11 +88,11 @@ def _parse(line: str) -> SoundFile | None:
 
 
 class Manifest:
-    """The contents of a data set: the same bytes give the same manifest, anywhere and at any time.
+    """The contents of a data set. The same bytes always give the same manifest.
 
-    manifest.csv has a line per file: path, bytes and SHA-256. manifest.json has the totals, the
-    number of images per class, what a run's data.json says of the files' names, and the SHA-256 of
-    manifest.csv: two copies of a data set are equal if their manifest.json are.
+    manifest.csv has one line per file: path, bytes and SHA-256. manifest.json has the totals, the
+    number of images per class, the fingerprints of file names as in a run's data.json, and the
+    SHA-256 of manifest.csv: two copies of a data set are equal if their manifest.json files are.
     """
 
     def __init__(self, folder: Path, splits: Sequence[ImageFolder]) -> None:
@@ -101,19 +101,19 @@ class Manifest:
         self._csv_path = folder / "manifest.csv"
         self._json_path = folder / "manifest.json"
         self._partial = folder / "manifest.csv.partial"
-        # names as they are on disk, whatever their bytes
+        # write file names exactly as on disk, even if they are not valid UTF-8
         self._file = self._partial.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._csv.writerow(("file", "bytes", "sha256"))
 
     def add(self, files: Iterable[SoundFile]) -> None:
-        """Add files; they must come in the order of the splits."""
+        """Add files, in the order of the splits."""
         for found in files:
             self._csv.writerow((found.file, found.bytes, found.sha256))
             self._bytes[found.file.partition("/")[0]] += found.bytes
 
     def complete(self) -> None:
-        """Put the manifest in its place: every file has been added."""
+        """Move the manifest into place after all files have been added."""
         self._file.close()
         self._partial.replace(self._csv_path)
         counts = {split.split: Counter(split.labels) for split in self._splits}

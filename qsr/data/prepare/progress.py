@@ -1,4 +1,4 @@
-"""How far a long piece of work on a data set is, on standard error."""
+"""Progress of long operations on a data set, on standard error."""
 
 import sys
 import time
@@ -11,13 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qsr.output import warn
 
 QUIET_SECONDS = 30.0
-"""Where there is no terminal, at most one line in this time."""
+"""Without a terminal, at most one line is printed in this time."""
 
 
 @contextmanager
 def show_progress(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a live bar on a terminal, elsewhere sparse lines; yields what is to be called with the
-    number done so far."""
+    """Show a progress bar on a terminal, or occasional lines elsewhere. Yields a function to call
+    with the number done so far."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(name, total, unit)
@@ -29,7 +29,7 @@ def show_progress(name: str, total: int, unit: str) -> Iterator[Callable[[int], 
         TextColumn(unit),
         TimeRemainingColumn(),
         console=console,
-        # prints go above the bar, unless they go to a file
+        # prints appear above the bar, unless they go to a file
         redirect_stdout=sys.stdout.isatty(),
     )
     task = bar.add_task(name, total=total)

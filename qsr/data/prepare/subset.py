@@ -1,4 +1,4 @@
-"""A data set of some classes of another one, for cheaper studies. No image is copied."""
+"""A data set with a subset of another one's classes, for cheaper studies. No images are copied."""
 
 import json
 import os
@@ -14,24 +14,26 @@ from qsr.errors import DataError
 
 
 def choose_classes(classes: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` of `classes`, drawn with `seed`; sorted.
+    """Choose `count` of `classes` at random with `seed`; returns them sorted.
 
-    Every class has its own draw, so the choice of 10 is part of the choice of 100 with the same
-    seed, and it depends on no generator's algorithm.
+    Every class has its own draw, so with the same seed 10 classes are a subset of 100, and the
+    choice does not depend on a random generator's algorithm.
 
     Raises:
         DataError: there are fewer than `count` classes.
     """
     if not 1 <= count <= len(classes):
-        raise DataError(f"cannot choose {count:,} of {len(classes):,} classes")
+        raise DataError(
+            f"cannot choose {count:,} of {len(classes):,} classes: use 1 to {len(classes):,}"
+        )
     return sorted(sorted(classes, key=lambda name: seed_for(seed, f"subset/{name}"))[:count])
 
 
 def read_classes(path: Path) -> list[str]:
-    """The classes that a text file names, one a line; sorted.
+    """The classes listed in a text file, one per line; returns them sorted.
 
     Raises:
-        DataError: it cannot be read, names none, or one twice.
+        DataError: it cannot be read, is empty, or lists a class twice.
     """
     try:
         names = path.read_text("utf-8", "surrogateescape").split("\n")
@@ -39,28 +41,28 @@ def read_classes(path: Path) -> list[str]:
         raise DataError(f"cannot read {path}: {error}") from error
     classes = sorted(name.strip() for name in names if name.strip())
     if not classes:
-        raise DataError(f"{path} names no class: write one a line")
+        raise DataError(f"{path} lists no classes: write one per line")
     for name, following in pairwise(classes):
         if name == following:
-            raise DataError(f"{path} names {name} twice: remove one line")
+            raise DataError(f"{path} lists {name} twice: remove one of the lines")
     return classes
 
 
 def link_subset(
     train: ImageFolder, to: str | os.PathLike[str], classes: Sequence[str], seed: int | None
 ) -> tuple[ImageFolder, ImageFolder]:
-    """Make the data set `to` of some classes of the one that `train` belongs to.
+    """Create the data set `to` from some classes of the data set that `train` belongs to.
 
-    `to/{train,val}/CLASS` are symbolic links to that data set's class folders, with its absolute
-    path: they work across file systems, take no space, and break when it is moved. subset.json
-    says what was chosen from where. The tree is made beside `to` and renamed at the end. If it
-    already stands there, nothing is done.
+    `to/{train,val}/CLASS` are symbolic links to the absolute paths of that data set's class
+    folders: they work across file systems, take no space, and break when it is moved. subset.json
+    records the source and the classes. The tree is built next to `to` and renamed at the end. If it
+    already exists, nothing is done.
 
     Args:
-        seed: what `classes` were drawn with, for the record.
+        seed: the seed that `classes` were drawn with, for subset.json.
 
     Raises:
-        DataError: a class does not exist, `to` holds something else, or cannot be written.
+        DataError: a class does not exist, `to` contains something else, or it cannot be written.
     """
     for name in classes:
         if name not in train.classes:
@@ -76,7 +78,7 @@ def link_subset(
     try:
         if to.exists():
             if not (to / "subset.json").exists() or (to / "subset.json").read_text() != text:
-                raise DataError(f"{to} holds something else: remove it, or choose another --to")
+                raise DataError(f"{to} contains something else: remove it, or choose another --to")
         else:
             _link(train.root, to, classes, text)
     except OSError as error:
@@ -93,7 +95,7 @@ def _link(root: Path, to: Path, classes: Sequence[str], record: str) -> None:
             for name in classes:
                 (scratch / split / name).symlink_to(root / split / name, target_is_directory=True)
         (scratch / "subset.json").write_text(record)
-        scratch.chmod(0o755)  # mkdtemp makes it private
+        scratch.chmod(0o755)  # mkdtemp creates it with mode 700
         scratch.rename(to)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

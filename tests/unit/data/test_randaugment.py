@@ -337,7 +337,7 @@ def test_images_change_as_much_as_composers() -> None:
 
 
 def test_an_unknown_operation_is_an_error(pictures: Pixels) -> None:
-    with pytest.raises(ValueError, match="no RandAugment operation blur"):
+    with pytest.raises(ValueError, match="blur is not a RandAugment operation"):
         randaugment_pillow.apply_op(Image.fromarray(pictures[0]), "blur", 1.0, BILINEAR, BLACK)
-    with pytest.raises(ValueError, match="no RandAugment operation blur"):
+    with pytest.raises(ValueError, match="blur is not a RandAugment operation"):
         randaugment_torch.apply_op(torch.from_numpy(pictures), "blur", np.ones(6), BILINEAR, BLACK)

@@ -117,13 +117,13 @@ def test_everything_is_made_checked_and_made_anew(
     stale = tables("--check")
     assert stale.returncode == 1
     assert stale.stderr.splitlines() == [
-        f"{name} is not current: python scripts/tables.py" for name in generated
+        f"{name} is outdated: run python scripts/tables.py" for name in generated
     ]
     assert files_of(project) == untouched
 
     made = tables()
     assert (made.returncode, made.stderr) == (0, "")
-    assert made.stdout.splitlines() == [f"written: {name}" for name in generated]
+    assert made.stdout.splitlines() == [f"wrote {name}" for name in generated]
     changed = {name for name, data in files_of(project).items() if untouched.get(name) != data}
     assert changed == set(generated)
     check = tables("--check")
@@ -141,13 +141,13 @@ def test_everything_is_made_checked_and_made_anew(
 
     # a number typed by hand, and a run that no table knows yet
     (project / "README.md").write_text((project / "README.md").read_text().replace("79.86", "80"))
-    assert tables("--check").stderr == "README.md is not current: python scripts/tables.py\n"
+    assert tables("--check").stderr == "README.md is outdated: run python scripts/tables.py\n"
     added = tables("add", *three_seeds)
     assert (added.returncode, added.stderr) == (0, "")
     assert added.stdout.splitlines()[2] == (
         f"{three_seeds[2]} -> results/runs/demo/quadratic/seed_10"
     )
-    assert tables("--check").stderr.count("is not current") == 5
+    assert tables("--check").stderr.count("is outdated") == 5
     assert tables().returncode == 0
     assert tables("--check").returncode == 0
     assert (project / "results/tables/table_1b.csv").read_text() == (

@@ -227,7 +227,7 @@ def test_one_check_at_a_time(
         fcntl.flock(file, fcntl.LOCK_EX)
         assert prepare("check", "--root", str(tree)) == 1
     assert capsys.readouterr().err == (
-        f"error: another process works on {tree}: wait for it, or end it\n"
+        f"error: {tree} is in use by another process: wait for it to finish, or stop it\n"
     )
 
 

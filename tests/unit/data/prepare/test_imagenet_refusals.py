@@ -163,31 +163,34 @@ DEVKIT = "/ILSVRC2012_devkit_t12.tar.gz"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_train, f"{TRAIN} is damaged or another file .unexpected end of data.: fetch it anew"),
-        (cut_train_between_classes, f"{TRAIN} is damaged .*cut or damaged after 2 members"),
+        (
+            cut_train,
+            f"{TRAIN} is damaged or not .* file .unexpected end of data.: download it again",
+        ),
+        (cut_train_between_classes, f"{TRAIN} is damaged .*truncated or damaged after 2 members"),
         (cut_val, f"{VAL} is damaged .*unexpected end of data"),
-        (cut_val_between_images, f"{VAL} is damaged .*cut or damaged after 4 members"),
-        (lose_class, f"{TRAIN} holds 2 classes, not 3"),
-        (lose_val_image, f"{VAL} holds 5 images, not 6"),
+        (cut_val_between_images, f"{VAL} is damaged .*truncated or damaged after 4 members"),
+        (lose_class, f"{TRAIN} contains 2 classes, not 3"),
+        (lose_val_image, f"{VAL} contains 5 images, not 6"),
         (other_class, "different classes, for example n01000000"),
-        (class_with_another_name, f"{TRAIN} holds fish.tar, not one WNID.tar per class"),
-        (lose_ground_truth_line, r"\(5 labels\) has none for ILSVRC2012_val_00000006.JPEG"),
-        (extra_ground_truth_line, f"{VAL} holds no ILSVRC2012_val_00000007.JPEG, which the gr"),
+        (class_with_another_name, f"{TRAIN} contains fish.tar, not one WNID.tar per class"),
+        (lose_ground_truth_line, r"\(5 labels\) has no label for ILSVRC2012_val_00000006.JPEG"),
+        (extra_ground_truth_line, f"{VAL} does not contain ILSVRC2012_val_00000007.JPEG, which"),
         (ground_truth(""), f"{DEVKIT}: line 4 of .*ground_truth.txt is '', not the ILSVRC2012_ID"),
         (ground_truth("9"), f"{DEVKIT}: line 4 of .*ground_truth.txt is '9', not the"),
         (ground_truth("4"), "different classes, for example n00000004"),
-        (val_member("../x"), f"{VAL} is damaged .*member '../x' is not a file without a folder"),
-        (val_member("/tmp/x"), f"{VAL} .*member '/tmp/x' is not a file"),
-        (val_member("x.JPEG"), f"has none for x.JPEG, one of 6 images in .*{VAL}"),
-        (link_in_val, f"{VAL} .*member 'ILSVRC2012_val_00000001.JPEG' is not a file"),
-        (write(TRAIN[1:], b"sorry, no tar"), f"{TRAIN} is damaged or another file"),
-        (write(TRAIN[1:], b""), f"{TRAIN} is damaged or another file .empty file"),
+        (val_member("../x"), f"{VAL} is damaged .*member '../x' is not a plain file at the top"),
+        (val_member("/tmp/x"), f"{VAL} .*member '/tmp/x' is not a plain file"),
+        (val_member("x.JPEG"), f"has no label for x.JPEG, one of 6 images in .*{VAL}"),
+        (link_in_val, f"{VAL} .*member 'ILSVRC2012_val_00000001.JPEG' is not a plain file"),
+        (write(TRAIN[1:], b"sorry, no tar"), f"{TRAIN} is damaged or not the expected file"),
+        (write(TRAIN[1:], b""), f"{TRAIN} is damaged or not the expected file .empty file"),
         (remove(TRAIN[1:]), f"cannot read .*{TRAIN}: No such file"),
         (remove(DEVKIT[1:]), f"no file .*{DEVKIT}"),
-        (write(DEVKIT[1:], b"no archive"), f"{DEVKIT} is damaged or another file"),
-        (cut_devkit, f"{DEVKIT} is damaged or another file"),
-        (devkit_without_synsets, f"{DEVKIT} holds no data/meta.mat"),
-        (devkit_with_broken_synsets, f"{DEVKIT}: data/meta.mat cannot be read"),
+        (write(DEVKIT[1:], b"no archive"), f"{DEVKIT} is damaged or not the expected file"),
+        (cut_devkit, f"{DEVKIT} is damaged or not the expected file: download it again"),
+        (devkit_without_synsets, f"{DEVKIT} does not contain data/meta.mat"),
+        (devkit_with_broken_synsets, f"{DEVKIT}: cannot read data/meta.mat"),
     ],
 )
 def test_bad_archives_are_refused_before_anything_is_written(
@@ -208,12 +211,12 @@ def test_bad_archives_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_inner_header, f"{TRAIN} .*n01000000.tar: cut or damaged after 2 members"),
-        (train_member("../x"), f"{TRAIN} .*n01000000.tar: member '../x' is not a file without"),
-        (train_member("/tmp/x"), f"{TRAIN} .*n01000000.tar: member '/tmp/x' is not a file"),
-        (train_member("sub/x"), f"{TRAIN} .*n01000000.tar: member 'sub/x' is not a file"),
-        (train_member(".."), f"{TRAIN} .*n01000000.tar: member '..' is not a file"),
-        (repeat_train_image, f"{TRAIN} .*n01000000.tar: member 'n01000000_7.JPEG' is there twice"),
+        (damage_inner_header, f"{TRAIN} .*n01000000.tar: truncated or damaged after 2 members"),
+        (train_member("../x"), f"{TRAIN} .*n01000000.tar: member '../x' is not a plain file at"),
+        (train_member("/tmp/x"), f"{TRAIN} .*n01000000.tar: member '/tmp/x' is not a plain file"),
+        (train_member("sub/x"), f"{TRAIN} .*n01000000.tar: member 'sub/x' is not a plain file"),
+        (train_member(".."), f"{TRAIN} .*n01000000.tar: member '..' is not a plain file"),
+        (repeat_train_image, f"{TRAIN} .*n01000000.tar: member 'n01000000_7.JPEG' appears twice"),
         (lose_train_image, "/train has 11 images in 3 classes, not 12 in 3: check the training"),
     ],
 )
@@ -237,7 +240,7 @@ def test_a_mended_archive_is_gone_on_with(
     prepare: Prepare, archives: Archives, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage_inner_header(archives)
-    refused(prepare, capsys, archives.command(), "cut or damaged")
+    refused(prepare, capsys, archives.command(), "truncated or damaged")
     archives.write()
     assert prepare(*archives.command()) == 0
     assert content(archives.root) == wanted(archives)
@@ -255,9 +258,10 @@ def test_a_split_that_is_there_is_checked(
     (val / "n01000000/ILSVRC2012_val_00000001.JPEG").rename(
         val / "n02000000/ILSVRC2012_val_00000001.JPEG"
     )
-    refused(prepare, capsys, archives.command(), f"{val} lacks n01000000/ILSVRC2012_val_00000001")
+    missing = f"{val}/n01000000/ILSVRC2012_val_00000001.JPEG is missing: remove {val}"
+    refused(prepare, capsys, archives.command(), missing)
     shutil.rmtree(val / "n01000000")
-    refused(prepare, capsys, archives.command(), f"{val} lacks n01000000/ILSVRC2012_val_00000001")
+    refused(prepare, capsys, archives.command(), missing)
     assert not train.exists()
     shutil.rmtree(val)
     assert prepare(*archives.command()) == 0
@@ -270,7 +274,7 @@ def test_only_one_process_works_on_a_root(
     (archives.root / ".incomplete").mkdir(parents=True)
     with (archives.root / ".incomplete" / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        message = f"another process works on {archives.root}"
+        message = f"{archives.root} is in use by another process: wait for it"
         refused(prepare, capsys, archives.command(), message)
     assert prepare(*archives.command()) == 0
 
@@ -292,7 +296,10 @@ def test_what_cannot_be_written_is_one_line(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.JPEG n01000000\na.JPEG n02000000\n", "line 2 is 'a.JPEG n02000000', not a new file"),
+        (
+            "a.JPEG n01000000\na.JPEG n02000000\n",
+            "line 2 is 'a.JPEG n02000000': write FILE WNID, each",
+        ),
         ("a.JPEG n01000000\n\n", "line 2 is ''"),
         ("a.JPEG 17\n", "line 1 is 'a.JPEG 17'"),
     ],

@@ -159,12 +159,12 @@ def test_only_the_same_subset_may_stand_there(
     made = (tmp_path / "two").stat().st_mtime_ns
     assert prepare(*command, "2") == 0
     assert (tmp_path / "two").stat().st_mtime_ns == made
-    refused(prepare, capsys, [*command, "1"], "two holds something else: remove it, or choose")
-    refused(prepare, capsys, [*command, "2", "--seed", "9"], "two holds something else")
+    refused(prepare, capsys, [*command, "1"], "two contains something else: remove it, or choose")
+    refused(prepare, capsys, [*command, "2", "--seed", "9"], "two contains something else")
     (own_root / "train/c0/new.jpg").write_bytes(b"")
-    refused(prepare, capsys, [*command, "2"], "two holds something else")
+    refused(prepare, capsys, [*command, "2"], "two contains something else")
     command[command.index(str(tmp_path / "two"))] = str(own_root)
-    refused(prepare, capsys, [*command, "2"], "photos holds something else")
+    refused(prepare, capsys, [*command, "2"], "photos contains something else")
 
 
 def test_bad_choices_are_refused(
@@ -179,7 +179,7 @@ def test_bad_choices_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "names no class"), ("b\na\nb\n", "names b twice: remove one line")]
+    ("text", "message"), [("", "lists no classes"), ("b\na\nb\n", "lists b twice: remove one of")]
 )
 def test_bad_lists_are_refused(tmp_path: Path, text: str, message: str) -> None:
     names = tmp_path / "names.txt"
