@@ -1,4 +1,4 @@
-"""Config -> parts -> trainer: the one factory, and the life of a run in one rank."""
+"""Builds all parts of a run from its Config, and executes the run in one rank."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -46,20 +46,20 @@ from qsr.train.worker import make_workers
 
 
 class Prepared(NamedTuple):
-    """What a run finds on this machine, checked."""
+    """What a run needs on this machine, already checked."""
 
     train: ImageFolder
     val: ImageFolder
     data: dict[str, Any]
-    """What makes the data what they are, for data.json."""
+    """The facts that identify the data set, for data.json."""
     folder: RunFolder
     summary: dict[str, Any] | None
-    """Of a run that has come to its end before."""
+    """The summary if the run is already finished."""
 
 
 def prepare(config: Config) -> Prepared:
-    """Check everything that can be wrong with the settings on this machine, and make the run's
-    folder. Raises DataError, ConfigError; nothing of an earlier run is touched."""
+    """Check the settings and data on this machine, and create the run folder. Raises DataError or
+    ConfigError; files of an earlier run are not changed."""
     data = config.data
     check_network(config)
     loader = "dali" if uses_dali(data.loader) else "torchvision"
@@ -75,11 +75,11 @@ def prepare(config: Config) -> Prepared:
         "val_images": len(val),
         "train_files": train.fingerprint,
         "val_files": val.fingerprint,
-        "loader": loader,  # DALI's and torchvision's training pixels differ a little
+        "loader": loader,  # training pixels of DALI and torchvision differ slightly
     }
     folder = check_run_folder(config, record)
     summary = folder.summary_if_finished()
-    if summary is None:  # a finished run is not written to: its disk may be full, or read-only
+    if summary is None:  # do not write to a finished run: its disk may be full or read-only
         try_some(train, val)
         make_run_folder(folder)
         check_free(folder.path)
@@ -88,23 +88,23 @@ def prepare(config: Config) -> Prepared:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A session that ended before its run did, everything saved."""
+    """A session that stopped before the end of the run, after saving everything."""
 
     step: int
-    """Steps of the run that are done."""
+    """Number of completed steps of the run."""
     reason: str
-    """A signal's name, or stop_after_steps."""
+    """The name of a signal, or stop_after_steps."""
     by_signal: bool
-    """Whether no other run should be started either."""
+    """Whether a signal stopped it: then no further run should be started."""
 
 
 def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stopped:
-    """Collective: carry out the run, or what is left of it, as one rank of a launch.
+    """Collective: start or resume the run as one rank of a launch.
 
-    Returns the summary, or where the session stopped before the end: because it was to, or because
-    some rank's `flag` asked for it. Whatever is wrong with the settings, the data, the folder or
-    the devices raises before a process group exists. Raises CheckpointError at the end, on every
-    rank, if the session's last checkpoint, or the results, could not be written.
+    Returns the summary, or a Stopped if the session stopped before the end because of
+    stop_after_steps or the `flag` of some rank. Errors in the settings, the data, the folder or the
+    devices raise before a process group exists. Raises CheckpointError at the end, on every rank,
+    if the session's last checkpoint or the results could not be written.
     """
     train, val, data, folder, finished = prepare(config)
     if finished is not None:
@@ -113,7 +113,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     communicator = join(config, f"{config.experiment}/seed_{config.seed}")
     place = communicator.topology
     _check_same_code_and_data(communicator, data)
-    communicator.barrier()  # every rank has looked at the folder; now it may be written
+    communicator.barrier()  # every rank has checked the folder; now it may be changed
     lock = claim(folder.path, communicator)
     tracker: Tracker = NullTracker()
     loaders: list[Loader] = []
@@ -157,7 +157,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         unsaved = trainer.checkpoint_failure
         if not trainer.finished:
             if unsaved is not None:
-                raise CheckpointError(f"{unsaved}; the same command goes on from there")
+                raise CheckpointError(f"{unsaved}; run the same command to resume from there")
             received = (flag and flag.reason) or "a signal to another rank"
             reason = received if trainer.stopping else "stop_after_steps"
             return Stopped(trainer.progress.step, reason, by_signal=trainer.stopping)
@@ -167,7 +167,9 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         final = description.metadata()
         _on_main(communicator, folder, lambda: write_results(folder, results, final, summary))
         if unsaved is not None:
-            raise CheckpointError(f"{unsaved}; but training is done, and the results are written")
+            raise CheckpointError(
+                f"{unsaved}; training is complete, however, and the results were written"
+            )
         return summary
     finally:
         for loader in loaders:
@@ -178,28 +180,28 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
 
 
 def _check_same_code_and_data(communicator: Communicator, data: dict[str, Any]) -> None:
-    """Collective: machines may have copies of their own. Raises ClusterError or DataError, on every
-    rank."""
+    """Collective: check that all ranks have the same code and data, because machines may have their
+    own copies. Raises ClusterError or DataError on every rank."""
     if differs := communicator.first_difference(code_that_runs()):
         raise ClusterError(
-            f"rank {differs.rank} runs other code than rank 0 ({differs.what}): give all machines "
-            f"the same qsr, Python and packages"
+            f"rank {differs.rank} runs different code than rank 0 ({differs.what}): install the "
+            f"same qsr, Python and packages on all machines"
         )
     if differs := communicator.first_difference(data):
         raise DataError(
-            f"rank {differs.rank} has other data than rank 0 ({differs.what}): give all machines "
-            f"the same files and packages"
+            f"rank {differs.rank} has different data than rank 0 ({differs.what}): use the same "
+            f"files and packages on all machines"
         )
 
 
 def _on_main(communicator: Communicator, folder: RunFolder, write: Callable[[], None]) -> None:
-    """Collective: let rank 0 write to the run folder. Raises CheckpointError on every rank."""
+    """Collective: call `write` on rank 0. Raises CheckpointError on every rank if it fails."""
     try:
         communicator.try_on_all(lambda: write() if communicator.topology.is_main else None)
     except OSError as error:
         raise CheckpointError(
-            f"{folder.path} could not be written ({error}); see to that, and the same command goes "
-            f"on from the newest checkpoint"
+            f"{folder.path} could not be written ({error}); fix this, then run the same command to "
+            f"resume from the newest checkpoint"
         ) from None
 
 
@@ -214,7 +216,7 @@ def _build(
     loaders: list[Loader],
     flag: StopFlag,
 ) -> tuple[Trainer, Evaluator]:
-    """All parts; opened loaders are appended to `loaders` for the caller to close."""
+    """Build all parts of the run; loaders are appended to `loaders` for the caller to close."""
     device = communicator.device
     precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
     num_classes = len(train.classes)
@@ -285,7 +287,7 @@ def _build(
 
 
 def sync_options(config: Config) -> SyncOptions:
-    """How the run's averages are made."""
+    """The options of the run's synchronizer."""
     cluster = config.cluster
     return SyncOptions(
         moments=averaged_state_keys(config.optimizer, config.sync),
@@ -297,8 +299,8 @@ def sync_options(config: Config) -> SyncOptions:
 def describe(
     config: Config, classes: Sequence[str], step: int, result: Evaluation | None = None
 ) -> Description:
-    """What the model file of a run says of itself after `step` steps. Runs that compute the same
-    give the same. Without a result it is what will be written but for some digits."""
+    """The metadata of a run's model file after `step` steps, equal for runs that compute the same.
+    Without a result it has the size of the final metadata except for a few digits."""
     _, transform = transforms(config.data)
     return Description(
         network=config.model.name,
@@ -321,7 +323,7 @@ def describe(
 def _summary(
     config: Config, plan: Plan, trainer: Trainer, place: Topology, train_images: int
 ) -> dict[str, Any]:
-    """What the run came to; what was not measured is absent."""
+    """The contents of summary.json; values that were not measured are absent."""
     progress, result = trainer.progress, trainer.evaluation
     assert result is not None  # the last step is always evaluated
     summary = {
@@ -359,7 +361,8 @@ def _summary(
 
 
 def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[str, Any]:
-    """What the plan said of what the summary measures; seconds if the cluster's profile tells."""
+    """The planned values of what the summary measures; seconds only if the cluster profile gives
+    them."""
     given = averaged_bytes(plan, parameter_bytes(parameters), moment_bytes(config.sync, parameters))
     planned: dict[str, Any] = {
         "averages": plan.num_rounds,
@@ -369,7 +372,7 @@ def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[st
     try:
         overlapped = ranks == config.workers and config.cluster.overlap_gradients
         cost = make_cost_model(here, parameters).run(plan, overlapped=overlapped)
-    except ConfigError:  # the profile is of other networks, or of a smaller cluster
+    except ConfigError:  # the profile does not cover this network or this many machines
         return planned
     planned["train_seconds"] = cost.total_seconds
     planned["communication_seconds"] = cost.communication_seconds
@@ -377,5 +380,5 @@ def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[st
 
 
 def _sent(config: Config, averaged: int) -> int:
-    """Bytes that a worker sends when it gives so many to averages, each worker a machine."""
+    """Bytes sent per worker to average so many bytes, if each worker is on its own machine."""
     return round(ring_bytes(config.workers, averaged))

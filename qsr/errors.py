@@ -1,6 +1,6 @@
-"""Every error whose message is for a user: one line that names the thing and says how to fix it.
+"""The errors that are shown to users as one line, which names the problem and says how to fix it.
 
-Whatever else is raised is a fault of this program, and is shown with its traceback.
+Any other exception is a bug in qsr, and is shown with its traceback.
 """
 
 from collections.abc import Callable
@@ -9,31 +9,32 @@ from functools import wraps
 from qsr.output import printable, warn
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
-"""Exit statuses: of what began and failed, of what was not begun, and of Ctrl-C."""
+"""Exit statuses: failed after it started, refused before it started, interrupted by Ctrl-C."""
 
 
 class QsrError(Exception):
-    """One line for the user. A program that does not catch it ends with `exit_status`."""
+    """Base class; the message is one line. A program that does not catch it exits with
+    `exit_status`."""
 
     exit_status = FAILED
 
     def line(self) -> str:
-        """What the user sees."""
+        """The line that is shown to the user."""
         return f"{'refused' if self.exit_status == REFUSED else 'failed'}: {self}"
 
 
 class ConfigError(QsrError):
-    """The setting, what is wrong with it, and what would be right."""
+    """A setting is wrong; the message names it and says what would be right."""
 
     exit_status = REFUSED
 
 
 class UnknownSpeedError(ConfigError):
-    """The cluster's profile does not say how fast it would be."""
+    """The cluster's profile does not give its speed for this run."""
 
 
 class FolderInUseError(ConfigError):
-    """Another session is at work in the run folder."""
+    """Another session is using the run folder."""
 
 
 class DataError(QsrError):
@@ -42,33 +43,33 @@ class DataError(QsrError):
     exit_status = REFUSED
 
     def __str__(self) -> str:
-        return printable(super().__str__())  # names of files may hold anything
+        return printable(super().__str__())  # file names may contain any bytes
 
 
 class ClusterError(QsrError):
-    """The machines, or what a launcher says of them, do not fit the run."""
+    """The machines, or the launcher's settings, do not fit the run."""
 
     exit_status = REFUSED
 
 
 class SlurmError(QsrError):
-    """Slurm does not answer, or refuses."""
+    """Slurm does not answer, or rejects a request."""
 
 
 class CheckError(QsrError):
-    """What a check of the doctor found wrong."""
+    """A check of the doctor failed."""
 
 
 class LostRankError(QsrError):
-    """Ranks do not answer; the message says which, and what the others waited for."""
+    """Ranks do not answer; the message says which, and what the others were waiting for."""
 
 
 class DisagreementError(QsrError):
-    """Ranks do not do the same: another step, round, H, learning rate, sampler or configuration."""
+    """Ranks differ in their step, round, H, learning rate, sampler or configuration."""
 
 
 class TrainingError(QsrError):
-    """Training cannot go on; every rank raises it in the same step."""
+    """Training cannot continue; every rank raises it in the same step."""
 
 
 class CheckpointError(QsrError):
@@ -76,25 +77,25 @@ class CheckpointError(QsrError):
 
 
 class FolderMovedError(QsrError):
-    """The run folder is no longer where it was; the message says what became of the run."""
+    """The run folder was moved or deleted; the message says what was saved."""
 
 
 class RunFailedError(QsrError):
-    """A rank failed; the message is that of the first failure, with its rank."""
+    """A rank failed; the message describes the first failure and names its rank."""
 
 
 class ReportError(QsrError):
-    """A run folder or a record cannot be reported."""
+    """A run folder or a record cannot be included in a report."""
 
     exit_status = REFUSED
 
 
 class ModelFileError(QsrError):
-    """A model file cannot be read, or is of another network."""
+    """A model file cannot be read, or belongs to another network."""
 
 
 def showing_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Around a script's `main`: an error for the user, or Ctrl-C, becomes a line and the exit
+    """Wrap a script's `main`: a QsrError, or Ctrl-C, becomes one line on stderr and the exit
     status."""
 
     @wraps(main)

@@ -1,7 +1,7 @@
-"""What is told to a person, and never decides: a program goes on and ends with its own status while
-its output is full, closed, slow or gone. Standard library only.
+"""Output for people, which never affects a run: a program keeps running, and exits with its own
+status, even if its output is full, closed, slow or gone. Standard library only.
 
-`program` and `printer` are how every script begins; ranks that are started otherwise call `guard`.
+Every script starts with `program` or `printer`; ranks that are started otherwise call `guard`.
 """
 
 import atexit
@@ -17,56 +17,56 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 STALL_SECONDS = 1.0
-"""An output that is behind for so long is not waited for any more, until it has caught up."""
+"""An output that blocks for this long has stalled: nothing waits for it until it catches up."""
 
 MOST_WAITING = 1024 * 1024
-"""Bytes that wait for such an output; what is said beyond is dropped."""
+"""Bytes that are buffered for a stalled output; the rest is dropped."""
 
 _PIECE = 4096
-"""Bytes that are written at once: a pipe takes so many whole, beside those of other ranks."""
+"""Bytes per write: a pipe takes this many atomically, so that lines of several ranks do not mix."""
 
 
 def say(text: str) -> None:
-    """Tell a person, on standard output, if it takes the text."""
+    """Print a line on standard output, ignoring errors."""
     _put(text, sys.stdout)
 
 
 def warn(text: str) -> None:
-    """The same on standard error."""
+    """Print a line on standard error, ignoring errors."""
     _put(text, sys.stderr)
 
 
 def printable(text: str) -> str:
-    """`text` as one line that every stream takes: line breaks, and bytes of a name that are no
-    UTF-8, are shown as escapes."""
+    """`text` as one line that every stream accepts: line breaks, and bytes of a name that are not
+    valid UTF-8, are shown as escapes."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
 
 
 def _escaped(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # how Python decodes a byte of a name that is no UTF-8
+    if "\udc80" <= char <= "\udcff":  # Python's surrogate escape of a byte that is not UTF-8
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()
 
 
 def _put(text: str, stream: TextIO | None) -> None:
-    if stream is not None:  # `print` would take standard output then
-        # ValueError: it was closed; RuntimeError: in a signal's handler, in the middle of a print
+    if stream is not None:  # with None, `print` would use standard output
+        # ValueError: the stream is closed; RuntimeError: a signal handler interrupted a print
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             print(text, file=stream, flush=True)
 
 
 def program(main: Callable[[list[str]], int]) -> NoReturn:
-    """For a script that does something: `main` gets the command line's words and returns the exit
-    status, which holds whatever becomes of the output."""
+    """Run a script that does some work: `main` gets the command-line arguments and returns the exit
+    status, which does not depend on whether output can be written."""
     guard()
     sys.exit(main(sys.argv[1:]))
 
 
 def printer(main: Callable[[list[str]], int]) -> NoReturn:
-    """For a script whose output is all that is wanted of it. Without a reader it ends as the
-    shell's tools do, by SIGPIPE; if the text cannot be written, with one line and status 1."""
+    """Run a script whose only purpose is its output. If the reader is gone it dies from SIGPIPE, as
+    shell tools do; if the output cannot be written it ends with one line and status 1."""
     guard("stderr")
     if sys.stdout is sys.__stdout__:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -77,18 +77,18 @@ def printer(main: Callable[[list[str]], int]) -> NoReturn:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        if error.filename is not None:  # not the output's
+        if error.filename is not None:  # not an error of the output
             raise
         warn(f"failed: the output cannot be written: {error.strerror}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes the rest again at exit
         status = 1
     sys.exit(status)
 
 
 def guard(*names: str) -> None:
-    """From now on standard output and standard error (or the one that is named) take everything:
-    neither raises, blocks, or spoils the exit status. Call it first in a process, in its main
-    thread; streams that somebody has replaced, as a notebook does, stay as they are."""
+    """Make standard output and standard error (or the named one) accept everything from now on:
+    writing neither raises, blocks, nor changes the exit status. Call it first in a process, in the
+    main thread; streams that were replaced, as in a notebook, are left alone."""
     _open_missing()
     for name, number in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
@@ -105,8 +105,8 @@ def guard(*names: str) -> None:
 
 
 def _open_missing() -> None:
-    """The next file that is opened would get the number of a standard stream that is closed, and
-    what libraries in other languages say would be written into it."""
+    """Open /dev/null for closed standard streams. Otherwise the next opened file would get such a
+    stream's descriptor, and output of C libraries would be written into it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -120,10 +120,10 @@ def _finish(stream: TextIO, outlet: "_Outlet") -> None:
 
 
 class _Outlet(io.BufferedIOBase):
-    """A standard stream that a thread writes, because only a thread may wait for ever.
+    """A standard stream written by a thread, because only a thread may block forever.
 
-    Libraries in other languages write to the stream's number themselves: while the output takes
-    nothing, that stands for /dev/null.
+    C libraries write directly to the stream's descriptor: while the output has stalled, it points
+    to /dev/null.
     """
 
     def __init__(self, number: int, name: str) -> None:
@@ -135,7 +135,7 @@ class _Outlet(io.BufferedIOBase):
         self._waiting = bytearray()
         self._stalled = False
         self._ended = False
-        self._changed = threading.Condition()  # reentrant: a signal's handler may write, too
+        self._changed = threading.Condition()  # reentrant, because signal handlers may write too
         self._thread = threading.Thread(target=self._pass_on, name=f"output {number}", daemon=True)
         self._thread.start()
 
@@ -160,7 +160,7 @@ class _Outlet(io.BufferedIOBase):
         return len(data)
 
     def flush(self) -> None:
-        """Wait until everything is written, if the output takes it."""
+        """Wait until everything is written, or until the output has stalled."""
         if self._ended or self._stalled:
             return
         with self._changed:
@@ -168,8 +168,8 @@ class _Outlet(io.BufferedIOBase):
                 self._set_stalled(True)
 
     def finish(self) -> None:
-        """Wait for a slow reader as long as it reads, and end the thread: a daemon thread that
-        the interpreter stops may hold a lock for ever."""
+        """Wait for a slow reader as long as it keeps reading, and end the thread, because a daemon
+        thread that the interpreter kills may hold a lock forever."""
         with self._changed:
             while self._waiting and self._changed.wait(STALL_SECONDS):
                 pass
@@ -181,7 +181,7 @@ class _Outlet(io.BufferedIOBase):
         poll = select.poll()
         poll.register(self._target, select.POLLOUT)
         while not self._ended:
-            with self._changed:  # without a text, too, it is seen that the output has stalled
+            with self._changed:  # times out, so that a stall is noticed without new text too
                 self._changed.wait_for(lambda: bool(self._waiting) or self._ended, STALL_SECONDS)
                 text = bytes(self._waiting[:_PIECE])
             if not poll.poll(1000 * STALL_SECONDS):
@@ -195,13 +195,13 @@ class _Outlet(io.BufferedIOBase):
                 self._changed.notify_all()
 
     def _write_now(self, text: bytes) -> int:
-        """Returns how many bytes are done with."""
+        """Returns how many bytes were written or given up."""
         try:
             return os.write(self._target, text)
-        except BlockingIOError:  # another program has made it one that does not wait
+        except BlockingIOError:  # another program has made it non-blocking
             time.sleep(0.01)
             return 0
-        except OSError:  # full, or nobody is there any more
+        except OSError:  # the disk is full, or the reader is gone
             return len(text)
 
     def _set_stalled(self, stalled: bool) -> None:

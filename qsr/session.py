@@ -1,8 +1,8 @@
-"""Carry out runs one after another: in this process, in ranks that are started here, or as told by
-a launcher; and say in a line what came of each, down to the exit status.
+"""Executes runs one after another (in this process, in ranks started here, or as a rank of a
+launcher), prints one line of outcome per run and returns the exit status.
 
-A run of a list that fails does not keep the others from running: each has a process group, and
-where the ranks are started here also processes, of its own.
+If a run of a list fails, the others still run: each has its own process group, and its own
+processes if the ranks are started here.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from qsr.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Failed:
-    """A run of a list that did not come to its end; the same command tries it again."""
+    """A failed run of a list; running the same command tries it again."""
 
     folder: str
     reason: str
@@ -48,19 +48,19 @@ Outcome = dict[str, Any] | Stopped | Failed
 
 
 def carry_out(configs: Sequence[Config]) -> int:
-    """Carry out the runs, as `execute` does, and return what this process is to exit with: 0
-    done, 1 failed, 2 refused, 130 interrupted; for a run that a signal stopped, see
-    `stopped_by_signal`. Of a list: 1 if one of them failed, or was refused when its turn came."""
+    """Execute the runs, report the outcomes and return the exit status of this process: 0 done,
+    1 failed, 2 refused, 130 interrupted; for a run stopped by a signal, see `stopped_by_signal`.
+    For a list: 1 if any run failed, or was refused when its turn came."""
     try:
-        find_place()  # what the launcher says must make sense before anything else does
+        find_place()  # check the launcher's variables first
         outcomes = execute(configs)
     except QsrError as error:
-        # what every process of a machine finds, one of them says
+        # an error that every process of a machine finds is printed once
         if not isinstance(error, ConfigError | DataError) or find_place().local_rank == 0:
             warn(error.line())
         return error.exit_status
     except KeyboardInterrupt:
-        again = "the same command goes on from the newest checkpoint"
+        again = "run the same command to resume from the newest checkpoint"
         folders = ", ".join(str(run_folder(config)) for config in configs)
         warn(f"interrupted; {again}: {folders}")
         return 130
@@ -71,8 +71,8 @@ def carry_out(configs: Sequence[Config]) -> int:
                 continue
             folder = str(run_folder(config))
             say(
-                f"stopped after step {outcome.step} by {outcome.reason}, everything saved; the "
-                f"same command goes on: {folder}"
+                f"stopped after step {outcome.step} by {outcome.reason}, everything is saved; run "
+                f"the same command to resume: {folder}"
                 if isinstance(outcome, Stopped)
                 else _last_line(outcome, folder)
             )
@@ -82,8 +82,8 @@ def carry_out(configs: Sequence[Config]) -> int:
 
 
 def stopped_by_signal(outcomes: Sequence[Outcome]) -> int:
-    """0 if no signal stopped these runs, or else what this process is to exit with: 130 after
-    Ctrl-C, otherwise see slurm.stopped_status."""
+    """The exit status of this process if a signal stopped one of these runs (130 after Ctrl-C,
+    otherwise see slurm.stopped_status); 0 if not."""
     by = [found.reason for found in outcomes if isinstance(found, Stopped) and found.by_signal]
     if "SIGINT" in by:
         return 130
@@ -91,7 +91,7 @@ def stopped_by_signal(outcomes: Sequence[Outcome]) -> int:
 
 
 def _summary_of(failed: Sequence[Failed], runs: int) -> str:
-    head = f"failed: {len(failed)} of {runs} runs, which the same command tries again:"
+    head = f"failed: {len(failed)} of {runs} runs; run the same command to try them again:"
     return "\n".join([head, *(f"  {run.folder}: {run.reason}" for run in failed)])
 
 
@@ -103,7 +103,7 @@ def _last_line(summary: dict[str, Any], folder: str) -> str:
 
 
 def _beside_the_plan(summary: dict[str, Any]) -> str:
-    """What was measured, and in brackets what the plan had said of it."""
+    """The measured values, each with the planned value in brackets."""
     planned = summary["planned"]
     measures = {
         "averages": ("averages", 1, ",.0f"),
@@ -120,15 +120,15 @@ def _beside_the_plan(summary: dict[str, Any]) -> str:
 
 
 def execute(configs: Sequence[Config]) -> list[Outcome]:
-    """Carry out runs one after the other and return what build.run returned for each; runs that
-    are finished are not started again, and after one that a signal stopped none is begun.
+    """Execute runs one after the other and return the result of build.run for each. Finished runs
+    are not started again; after a run was stopped by a signal, no further run is started.
 
-    Under a launcher such as torchrun or srun this process is one rank; otherwise the ranks are
-    started here, anew for each run. One run raises what it fails of, RunFailedError if that
-    happened in ranks that were started here. Of several each failure is told on stderr when it
-    happens, and the others are carried out. Raises ConfigError or DataError, before anything
-    starts, if settings or data of one of them are wrong, if the runs do not ask for the same ranks
-    and device, or if two of them are the same run.
+    Under a launcher such as torchrun or srun this process is one rank; otherwise new ranks are
+    started for each run. If a single run fails, its error is raised (RunFailedError if it happened
+    in ranks started here). In a list of runs, each failure is reported on stderr when it happens,
+    and the other runs are still executed. Raises ConfigError or DataError, before anything starts,
+    if the settings or data of any run are wrong, if the runs need different ranks or devices, or if
+    two of them are the same run.
     """
     ranks, launched = _common_ranks(configs), find_place().launched
     own_ranks = ranks > 1 and not launched
@@ -138,24 +138,24 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
         _check_all(configs)
     flag, signals = StopFlag(), _stop_signals(configs)
     if not own_ranks:
-        # with a launcher Ctrl-C is for that one
+        # under a launcher, Ctrl-C is handled by the launcher
         with flag.listening(signals if launched else [*signals, "SIGINT"]):
             return _one_by_one(configs, lambda config: start_ranks(_run, ranks, config, flag), flag)
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def in_own_ranks(config: Config) -> dict[str, Any] | Stopped:
-        finished = prepare(config).summary  # one clear line, instead of one from every rank
+        finished = prepare(config).summary  # report errors once here, not from every rank
         return finished or start_ranks(_run_listening, ranks, config, receiver)
 
     with receiver, sender, flag.passing_on([*signals, "SIGINT"], sender):
         outcomes = _one_by_one(configs, in_own_ranks, flag)
-    if flag.reason == "SIGINT":  # of which the ranks know nothing
+    if flag.reason == "SIGINT":  # the ranks do not know which signal it was
         outcomes = [_interrupted(outcome) for outcome in outcomes]
     return outcomes
 
 
 def raise_failures(outcomes: Sequence[Outcome]) -> None:
-    """Raise RunFailedError if there are failed runs among these."""
+    """Raise RunFailedError if any of these runs failed."""
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     if failed:
         raise RunFailedError("; ".join(f"{run.folder}: {run.reason}" for run in failed))
@@ -163,7 +163,7 @@ def raise_failures(outcomes: Sequence[Outcome]) -> None:
 
 def _check_all(configs: Sequence[Config]) -> None:
     for config in configs:
-        with contextlib.suppress(FolderInUseError):  # it may be free when its turn comes
+        with contextlib.suppress(FolderInUseError):  # the folder may be free when its turn comes
             prepare(config)
 
 
@@ -188,7 +188,7 @@ def _one_by_one(
 
 
 def _tell(config: Config, error: Exception) -> Failed:
-    """Say now what failed: the others may take days."""
+    """Report the failure now, because the other runs may take days."""
     refused = isinstance(error, QsrError) and error.exit_status == REFUSED
     text = str(error) if refused else describe(find_place().rank, error)
     folder, word = str(run_folder(config)), "refused" if refused else "failed"
@@ -213,20 +213,23 @@ def _common_ranks(configs: Sequence[Config]) -> int:
     wanted = {(number_of_ranks(config), config.cluster.device) for config in configs}
     if len(wanted) > 1:
         asked = " or ".join(f"{ranks} ranks on device {device}" for ranks, device in sorted(wanted))
-        raise ConfigError(f"these runs cannot share one launch ({asked}): start them one by one")
+        raise ConfigError(
+            f"these runs need different ranks or devices ({asked}): start them separately"
+        )
     ((ranks, _),) = wanted
     slurm = any(isinstance(config.cluster, SlurmCluster) for config in configs)
     if slurm and (current_task() is None or (ranks > 1 and not find_place().launched)):
         raise ConfigError(
-            "a run with cluster=slurm starts in a job: submit it with scripts/submit.py, or take "
-            "cluster=local"
+            "a run with cluster=slurm must start in a Slurm job: submit it with scripts/submit.py, "
+            "or use cluster=local"
         )
     return ranks
 
 
 def number_of_ranks(config: Config) -> int:
-    """cluster.ranks, or one rank per worker, or as many of them as share the machine's GPUs
-    evenly; on a Slurm cluster those of a job."""
+    """Number of ranks to start: those of the job on a Slurm cluster, or cluster.ranks if set;
+    otherwise one per worker on the CPU, or the largest divisor of workers that is at most the
+    number of GPUs."""
     if isinstance(config.cluster, SlurmCluster):
         return config.cluster.job_ranks
     if config.cluster.ranks is not None:
@@ -247,7 +250,7 @@ def _run(config: Config, flag: StopFlag) -> dict[str, Any] | Stopped:
     try:
         return run(config, flag)
     except (ConfigError, FolderMovedError):
-        raise  # nothing that happened to the run, whose folder may be in use by another session
+        raise  # not a failure of the run; another session may be using its folder
     except Exception as error:
         first = record_failure(RunFolder(run_folder(config)).failure, find_place(), error)
         if first is not None:

@@ -1,4 +1,4 @@
-"""Starts: processes, ranks, signals, the process group, Slurm.
+"""How ranks run: processes, signals, the process group, Slurm.
 
 May import: sync and config.
 """

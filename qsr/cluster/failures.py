@@ -1,6 +1,6 @@
-"""The first failure of a run: when one rank fails, the others fail of its absence a moment later.
+"""Records the first failure of a run: when one rank fails, the others soon fail for lack of it.
 
-failure.json in the run's folder holds the first; the next session that begins removes it.
+failure.json in the run folder describes the first failure; the next session removes it on start.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from qsr.cluster.place import Place
 from qsr.errors import QsrError, RunFailedError
 
 _KINDS = {"attempt": str, "rank": int, "time": float, "error": str, "description": str}
-"""What is read of failure.json."""
+"""The fields of failure.json that are read, with their types."""
 
 
 def record_failure(path: Path, place: Place, error: Exception) -> str | None:
-    """Write failure.json at `path`, if this rank is the first of this attempt to fail; otherwise
-    return the description of the first one's failure. None, too, if both say the same."""
+    """Write failure.json at `path` and return None if this rank is the first of this attempt to
+    fail; otherwise return the description of the first failure, or None if it is the same error."""
     own = {
         "attempt": place.attempt,
         "rank": place.rank,
@@ -30,12 +30,12 @@ def record_failure(path: Path, place: Place, error: Exception) -> str | None:
         "error": f"{type(error).__name__}: {error}",
         "description": describe(place.rank, error),
     }
-    with contextlib.suppress(OSError):  # no folder yet, or no room: there are the logs
+    with contextlib.suppress(OSError):  # no folder yet, or a full disk: the logs have the error
         earlier = read_failure(path)
         if earlier is not None and not _of_this_start(earlier, place):
             path.unlink(missing_ok=True)
         try:
-            # the file system says who is first; the nodes' clocks may differ
+            # the file system decides who is first, because the nodes' clocks may differ
             with path.open("x") as file:
                 file.write(json.dumps(own, indent=2) + "\n")
         except FileExistsError:
@@ -52,7 +52,7 @@ def _of_this_start(record: Mapping[str, Any], place: Place) -> bool:
 
 
 def read_failure(path: Path) -> dict[str, Any] | None:
-    """What `record_failure` wrote; None if there is nothing, or something else."""
+    """The record written by `record_failure`; None if it is missing or invalid."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -64,9 +64,8 @@ def read_failure(path: Path) -> dict[str, Any] | None:
 
 
 def describe(rank: int, error: Exception) -> str:
-    """The failure of a rank for the user: one line, or with its traceback if it is a fault of this
-    program."""
-    if isinstance(error, RunFailedError):  # it says of which rank it is
+    """A rank's failure as shown to the user: one line, plus the traceback if it is a bug in qsr."""
+    if isinstance(error, RunFailedError):  # its message already names the rank
         return str(error)
     line = f"rank {rank}: {type(error).__name__}: {error}"
     if isinstance(error, QsrError):

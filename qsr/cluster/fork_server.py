@@ -1,7 +1,7 @@
-"""Imported by the fork server, before all else, and by nobody else: it dies with its launcher.
+"""Imported only by the fork server, before anything else, so that it dies with its launcher.
 
-The ranks die with the server that forked them. So none of them outlives its launcher, not one that
-is stopped or hangs in the kernel either, and nothing is left for them to do about it.
+The ranks die with the server that forked them. So no rank outlives the launcher, even if it is
+stopped or hangs in the kernel, and the ranks themselves do not have to handle this.
 """
 
 from qsr.cluster.slurm import die_with_parent

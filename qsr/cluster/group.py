@@ -1,4 +1,4 @@
-"""How this process becomes a rank: its place, its device, and the process group of all ranks."""
+"""How this process becomes a rank: its place, its device and the process group."""
 
 from datetime import timedelta
 
@@ -16,36 +16,36 @@ from qsr.errors import ClusterError
 from qsr.sync.communicator import Communicator, Topology
 
 _roll_call: RollCall | None = None
-"""Of the process group."""
+"""The roll call of the current process group."""
 
 _store: Store | None = None
-"""Where the ranks meet: one for the life of the process, because its port may be held by it."""
+"""The rendezvous store, kept for the life of the process because it may hold the port."""
 
 
 def topology(cluster: ClusterConfig, num_workers: int) -> Topology:
-    """From what the launcher told; without one, one rank holding every worker.
+    """The ranks and workers as given by the launcher; without one, a single rank with all workers.
 
-    Raises ClusterError if the launched ranks cannot share the workers.
+    Raises ClusterError if the workers cannot be divided evenly among the launched ranks.
     """
     place = find_place()
     ranks = place.ranks
     if cluster.ranks not in (None, ranks):
         raise ClusterError(
-            f"cluster.ranks={cluster.ranks}, but {ranks} were launched: launch as many, or leave "
-            f"cluster.ranks out"
+            f"cluster.ranks={cluster.ranks}, but {ranks} ranks were launched: launch "
+            f"{cluster.ranks} ranks, or leave cluster.ranks unset"
         )
     if num_workers % ranks:
         raise ClusterError(
-            f"{ranks} ranks were launched; they must divide workers={num_workers}, because each "
-            f"holds workers / ranks of them"
+            f"{ranks} ranks were launched, which do not divide workers={num_workers} evenly: "
+            f"launch a divisor of {num_workers}"
         )
     return Topology(place.rank, ranks, place.local_rank, num_workers)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank. Raises ClusterError if there is no such GPU.
+    """The device of this rank. Raises ClusterError if the GPU does not exist.
 
-    Works whether the launcher shows each rank all GPUs or, through CUDA_VISIBLE_DEVICES, one.
+    Works if each rank sees all GPUs, and if CUDA_VISIBLE_DEVICES shows each rank only one.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -54,15 +54,15 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         raise ClusterError("cluster.device=cuda, but torch sees no GPU; use cluster.device=cpu")
     if visible > 1 and local_rank >= visible:
         raise ClusterError(
-            f"local rank {local_rank} has no GPU: the machine shows {visible}; start at most "
+            f"local rank {local_rank} has no GPU: this machine shows only {visible}; start at most "
             f"{visible} ranks on it"
         )
     return torch.device("cuda", local_rank if visible > 1 else 0)
 
 
 def join(config: Config, name: str = "group") -> Communicator:
-    """Collective: find this rank's place, device and threads, and join the others, in the process
-    group of this name. Raises ClusterError before a process group exists."""
+    """Collective: choose this rank's place, device and number of threads, and join the process
+    group `name`. Errors of the launch raise ClusterError before a process group exists."""
     place = topology(config.cluster, config.workers)
     device = choose_device(config.cluster.device, place.local_rank)
     if device.type == "cpu":
@@ -74,8 +74,9 @@ def join(config: Config, name: str = "group") -> Communicator:
 def join_process_group(
     topology: Topology, device: torch.device, timeout_seconds: float, name: str = "group"
 ) -> Communicator:
-    """Collective: join the process group, if there are several ranks and this process is in none.
-    `leave_process_group` ends it; the next one of the same processes needs another `name`.
+    """Collective: join the process group, if there are several ranks and this process is not in one
+    yet. Leave it with `leave_process_group`; the next group of the same processes needs another
+    `name`.
 
     Raises ClusterError if the ranks do not find each other within `timeout_seconds`.
     """
@@ -96,17 +97,17 @@ def leave_process_group() -> None:
 
 def _join(topology: Topology, device: torch.device, timeout_seconds: float, name: str) -> None:
     global _roll_call, _store
-    # gloo beside NCCL: barriers and flags of the host never wait for the GPU's queue
+    # gloo in addition to NCCL, so that barriers and flags on the host never wait for the GPU queue
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout, task = timedelta(seconds=timeout_seconds), find_place().slurm
     try:
         if _store is None and task is not None:
             _store = meet(task, timeout_seconds)
-        elif _store is None:  # torchrun tells by environment variables where to meet
+        elif _store is None:  # torchrun passes the rendezvous address in environment variables
             found, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
-            # torchrun's own store outlives the ranks that it starts again
+            # torchrun's store survives restarts of the ranks, so each attempt gets its own prefix
             _store = PrefixStore(find_place().attempt, found)
-        # an earlier group's addresses, and who was missed there, are still in the store
+        # the store still has an earlier group's addresses and roll calls: use a prefix per group
         store = PrefixStore(name, _store)
         dist.init_process_group(
             backend,
@@ -117,6 +118,6 @@ def _join(topology: Topology, device: torch.device, timeout_seconds: float, name
         )
     except (OSError, dist.DistError) as error:
         first_line = str(error).partition("\n")[0]
-        text = f"the {topology.ranks} ranks did not come together: {first_line}"
+        text = f"the {topology.ranks} ranks could not connect to each other: {first_line}"
         raise ClusterError(text) from None
     _roll_call = RollCall(store, topology.rank, topology.ranks)

@@ -1,22 +1,23 @@
-"""How the C library gives this process its memory."""
+"""Settings of the C library's memory allocator."""
 
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
+"""Constants of glibc's malloc.h."""
 _LARGEST_MAPPING_BYTES = 2**25
-"""The most that every glibc takes, mallopt(3): larger pieces come and go by themselves."""
+"""The largest threshold that every glibc accepts, see mallopt(3); larger blocks are still mapped
+and unmapped individually."""
 _NEVER_BYTES = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep memory that was freed, for the next tensor.
+    """Make the C library keep freed memory for the next tensor.
 
-    By default it gives it back to the kernel whenever some megabytes are free, and asks for new
-    pages, which must be cleared, in the next step. On the CPU, where activations come from it, that
-    takes some per cent of a step whose activations have megabytes, sometimes a fifth, and none of
-    one with small ones; at its peak the process takes no more memory (benchmarks/host_memory.py).
-    For glibc only; elsewhere nothing changes.
+    By default it returns memory to the kernel whenever a few megabytes are free, and the next step
+    requests new pages, which must be zeroed. On the CPU, where activations are allocated this way,
+    that costs a few per cent, sometimes a fifth, of a step with activations of megabytes, and
+    nothing with small ones. Peak memory does not grow (benchmarks/host_memory.py). Works with glibc
+    only; has no effect elsewhere.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):

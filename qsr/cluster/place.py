@@ -1,4 +1,4 @@
-"""What the launcher told this process: which rank of how many it is. Standard library only."""
+"""This process's rank and the number of ranks, as set by the launcher. Standard library only."""
 
 import os
 import time
@@ -9,11 +9,11 @@ from pathlib import Path
 from qsr.cluster.slurm import SlurmTask, current_task, whole_number
 from qsr.errors import ClusterError
 
-_MEND = "start the ranks with torchrun, or unset RANK and WORLD_SIZE"
+_FIX = "start the ranks with torchrun, or unset RANK and WORLD_SIZE"
 
 
 OWN_RUN = "qsr-ranks-"
-"""What the names begin with that our own launcher gives its starts, each another one."""
+"""Prefix of the unique attempt names that qsr's own launcher uses."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,25 @@ class Place:
     local_rank: int
     """Number of this rank on its machine."""
     cores: int
-    """CPU cores that this rank may use for itself."""
+    """Number of CPU cores available to this rank alone."""
     attempt: str
-    """A name of this start of the ranks, the same on all of them."""
+    """Name of this launch of the ranks, the same on all of them."""
     launched: bool
-    """Whether a launcher (torchrun, ours, or srun) started this process as one of several ranks."""
+    """Whether a launcher (torchrun, qsr's own, or srun) started this process as one of several
+    ranks."""
     slurm: SlurmTask | None
-    """The task that this rank is, if srun is that launcher."""
+    """This rank's Slurm task, if srun is the launcher."""
     since: float | None = None
-    """When this process began, in seconds since 1970, if an earlier start may have had the same
-    name, as with torchrun; None: no other start has it."""
+    """Start time of this process, in seconds since 1970, if an earlier launch may have the same
+    attempt name (as with torchrun); None if the name is unique."""
 
 
 def find_place() -> Place:
-    """From the environment variables of torchrun (ours sets the same) or, if they are not there, of
-    srun. What srun starts as a single task may start ranks of its own: it counts as not launched.
+    """Read the environment variables of torchrun (qsr's own launcher sets the same ones) or, if
+    they are not set, those of srun. A single task of srun counts as not launched, because it may
+    start its own ranks.
 
-    Raises ClusterError if the variables make no sense.
+    Raises ClusterError if the variables are inconsistent.
     """
     available = len(os.sched_getaffinity(0))
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
@@ -62,20 +64,21 @@ def find_place() -> Place:
 
 def _of_torchrun(environment: Mapping[str, str], available: int) -> Place:
     def number(name: str, default: int | None = None) -> int:
-        return whole_number(environment, name, default, mend=_MEND)
+        return whole_number(environment, name, default, fix=_FIX)
 
     rank, ranks = number("RANK"), number("WORLD_SIZE")
     local_rank, local_ranks = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
     if not rank < ranks:
-        raise ClusterError(f"RANK={rank} is not below WORLD_SIZE={ranks}: {_MEND}")
+        raise ClusterError(f"RANK={rank} is not below WORLD_SIZE={ranks}: {_FIX}")
     if not local_ranks:
-        raise ClusterError(f"LOCAL_WORLD_SIZE is 0: {_MEND}")
+        raise ClusterError(f"LOCAL_WORLD_SIZE is 0: {_FIX}")
     if ranks > 1:
         if not environment.get("MASTER_ADDR"):
-            raise ClusterError(f"RANK is set, but MASTER_ADDR is not: {_MEND}")
+            raise ClusterError(f"RANK is set, but MASTER_ADDR is not: {_FIX}")
         if not 0 < number("MASTER_PORT") < 2**16:
-            raise ClusterError(f"MASTER_PORT={environment['MASTER_PORT']} is no port: {_MEND}")
-    # torchrun's name is "none" if the user gives none; it starts ranks again within one start
+            port = environment["MASTER_PORT"]
+            raise ClusterError(f"MASTER_PORT={port} is not a port number: {_FIX}")
+    # without --rdzv-id torchrun's name is "none"; torchrun may also restart the ranks
     name = environment.get("TORCHELASTIC_RUN_ID", "none")
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT")
     return Place(
@@ -91,9 +94,9 @@ def _of_torchrun(environment: Mapping[str, str], available: int) -> Place:
 
 
 def _began() -> float:
-    """When this process began."""
+    """Start time of this process, in seconds since 1970."""
     try:
-        # behind the program's name, which may hold anything, the 20th is a number of ticks
+        # starttime, in clock ticks, is field 20 after the program's name (which may hold anything)
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except OSError:  # no /proc

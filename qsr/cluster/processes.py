@@ -1,4 +1,4 @@
-"""The ranks of a machine as processes: started together, ended together."""
+"""The ranks of one machine as processes that start and end together."""
 
 import contextlib
 import fcntl
@@ -29,42 +29,43 @@ from qsr.output import guard
 Result = TypeVar("Result")
 
 START_METHOD = "forkserver"
-"""Ranks are forked from a server that has imported everything once, instead of importing it each by
-itself: half of the start-up time of four ranks on two cores."""
+"""Ranks are forked from a server that has imported everything once, which halves the start-up time
+of four ranks on two cores."""
 
 GRACE_SECONDS = 3.0
-"""When a rank has failed the others have so long to notice by themselves, and as long again after
-SIGTERM, which a rank in training takes for a wish to stop. Then they are killed."""
+"""After a rank has failed, the others have this long to notice, and the same time again after
+SIGTERM (which a training rank treats as a request to stop) before they are killed."""
 
 LOOK_SECONDS = 0.5
-"""A signal that comes just before the launcher begins to wait for the ranks is seen so much later:
-what waits is not woken by it."""
+"""Polling interval of the launcher: a signal just before it starts waiting does not wake it up, and
+is noticed after this time at most."""
 
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT")
-"""What a process group may get as a whole, from timeout, systemd, Slurm or a terminal."""
+"""Signals that timeout, systemd, Slurm or a terminal may send to a whole process group."""
 
 _LONGEST_FOLDER = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""Bytes; a socket's path has at most 107, and this is what multiprocessing puts below TMPDIR."""
+"""Maximum length of TMPDIR in bytes: a socket path has at most 107, and multiprocessing appends
+this."""
 
 
 def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) -> Result:
-    """Call `function(*arguments)`, a function of a module, in every rank, and return what it
-    returned: in this process if a launcher started it, or if there is one rank; otherwise in
-    `ranks` processes of this machine, of which the first one's result is returned.
+    """Call `function(*arguments)`, a module-level function, in every rank and return its result: in
+    this process if a launcher started it or there is only one rank; otherwise in `ranks` new
+    processes of this machine, returning rank 0's result.
 
-    Those processes do not notice the signals that ask a program to end until they listen to them
-    (`stopping.handling`): it is this process that is asked. Raises RunFailedError if one of them
-    fails, ClusterError if they cannot be started, KeyboardInterrupt after Ctrl-C. No process is
-    left then, and none outlives this one.
+    In the new processes, signals that ask a program to end stay blocked until they are handled
+    (`signals.handling`), because they are meant for this process. Raises RunFailedError if a rank
+    fails, ClusterError if the ranks cannot be started, KeyboardInterrupt after Ctrl-C. No process
+    is left running then, and none outlives this one.
     """
     if find_place().launched or ranks == 1:
         return _call(function, *arguments)
     _start_server()
-    # these reports of a failure are replaced by ours; c10d's come with a stack of C++
+    # silence torch's failure reports, with their C++ stack traces: qsr prints its own
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.multiprocessing").setLevel(logging.CRITICAL)
-    # the ranks meet at a store of this process: it lives as long as any of them
-    listener = socket.create_server(("127.0.0.1", 0))  # by itself it would listen on all networks
+    # the rendezvous store runs in this process, which lives as long as any rank
+    listener = socket.create_server(("127.0.0.1", 0))  # TCPStore would listen on all interfaces
     port = listener.getsockname()[1]
     store = TCPStore(
         "localhost", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -92,32 +93,30 @@ def start_ranks(function: Callable[..., Result], ranks: int, *arguments: Any) ->
 
 def socket_folder() -> str:
     """The folder for the fork server's socket: TMPDIR, or a shorter one if that is too long for a
-    socket, as those of a scheduler may be. Raises ClusterError if there is none."""
+    socket path, as a scheduler's may be. Raises ClusterError if there is none."""
     try:
         own = tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise ClusterError(
-            f"{error.strerror}: set TMPDIR to a folder that can be written"
-        ) from None
+        raise ClusterError(f"{error.strerror}: set TMPDIR to a writable folder") from None
     for folder in (own, "/tmp", "/var/tmp"):
         if len(os.fsencode(folder)) <= _LONGEST_FOLDER and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise ClusterError(
-        f"TMPDIR={own} is too long for a socket's path, and /tmp cannot be written: set TMPDIR to "
-        f"a folder of at most {_LONGEST_FOLDER} bytes"
+        f"TMPDIR={own} is too long for a socket path, and /tmp is not writable: set TMPDIR to a "
+        f"writable folder with a path of at most {_LONGEST_FOLDER} bytes"
     )
 
 
 def _start_server() -> None:
-    """Start the processes that live beside the ranks. What asks the whole group to end is for the
-    ranks: these, and each rank until it listens, keep the signals waiting. Ignoring them instead
-    would hide from the ranks what this program was started to ignore."""
+    """Start multiprocessing's helper processes with stop signals blocked, because these are meant
+    for the ranks. Each rank inherits the mask and keeps it until it handles signals. Ignoring the
+    signals instead would hide from the ranks which ones this program was started to ignore."""
     multiprocessing.set_forkserver_preload(["qsr.cluster.fork_server", "qsr.build"])
     before, tempfile.tempdir = tempfile.tempdir, socket_folder()
     try:
         with _signals_waiting():
             resource_tracker.ensure_running()
-        with _signals_waiting():  # which that has ended for some
+        with _signals_waiting():  # ensure_running has unblocked some of them
             forkserver.ensure_running()
     finally:
         tempfile.tempdir = before
@@ -133,8 +132,8 @@ def _signals_waiting() -> Iterator[None]:
 
 
 class _Reports:
-    """What the ranks tell the launcher, in the order in which they did: a file in memory, because
-    files in a temporary folder are removed after some days."""
+    """Reports from the ranks to the launcher, in chronological order. Stored in a memfd, because
+    temporary folders may be cleaned up after some days."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("qsr-reports")
@@ -153,14 +152,14 @@ class _Reports:
         self._file = file.detach()
 
     def write(self, **report: Any) -> None:
-        """One write: reports of two ranks do not mix."""
+        """Append a report, in a single write so that reports of two ranks do not mix."""
         os.write(self._file, pickle.dumps(report))
 
     def read(self) -> list[dict[str, Any]]:
         reports = []
         with os.fdopen(os.dup(self._file), "rb") as file:
             file.seek(0)
-            # a rank that was killed while it wrote has left a part
+            # a rank that was killed while writing leaves an incomplete report
             with contextlib.suppress(EOFError, pickle.UnpicklingError):
                 while True:
                     reports.append(pickle.load(file))
@@ -177,7 +176,7 @@ def _rank_main(
     arguments: tuple[Any, ...],
 ) -> None:
     guard()
-    # what torchrun would tell
+    # the variables that torchrun sets
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -195,7 +194,7 @@ def _call(function: Callable[..., Result], *arguments: Any) -> Result:
     if find_place().launched:
         die_with_parent()
         launcher = multiprocessing.parent_process()
-        if launcher is not None and not launcher.is_alive():  # it was gone before that held
+        if launcher is not None and not launcher.is_alive():  # it died before that took effect
             os._exit(1)
     try:
         return function(*arguments)
@@ -204,9 +203,10 @@ def _call(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _first_failure(reports: list[dict[str, Any]], exited: ProcessExitedException) -> str:
-    """A rank that a signal killed could not tell; the others fail of its absence."""
+    """The message for the first failed rank. A rank killed by a signal has no report, and the
+    reports of the others only say that it is missing."""
     if exited.signal_name is not None:
-        return f"rank {exited.error_index} was ended by {exited.signal_name}"
+        return f"rank {exited.error_index} was killed by {exited.signal_name}"
     failures = (str(report["failure"]) for report in reports if "failure" in report)
-    silent = f"rank {exited.error_index} ended with status {exited.exit_code}, without a word"
+    silent = f"rank {exited.error_index} exited with status {exited.exit_code} without a message"
     return next(failures, silent)

@@ -1,12 +1,11 @@
-"""How the ranks of a Slurm job find each other, and no one else.
+"""Rendezvous: how the ranks of a Slurm job find each other.
 
-torchrun brings its own rendezvous; srun starts processes and no more. So rank 0 opens a store and
-tells where to whoever asks at a port that follows from the job's number, its restarts and its
-step. That port may belong to another program, or to processes of an earlier start of the job that
-have not died: so there is a sequence of ports, and both sides say the name of their attempt. Anyone
-may connect there and say nothing, or say it slowly: each gets a few seconds, and none waits for
-another. (The store itself does not stand there, because TCPStore waits for ever for a program that
-says nothing.)
+torchrun has its own rendezvous; srun only starts processes. So rank 0 opens a store and gives its
+address to ranks that ask at a port derived from the job's number, restarts and step. Another
+program, or processes left over from an earlier start of the job, may occupy that port, so there is
+a sequence of ports, and both sides send the name of their attempt. Any program may connect and send
+nothing, or send slowly: each connection gets a few seconds, and all are served concurrently. (The
+store itself does not listen on that port, because TCPStore waits forever for a silent client.)
 """
 
 import asyncio
@@ -21,20 +20,20 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from qsr.cluster.slurm import SlurmTask
 
 _PORTS = 8
-"""Ports to try: that so many are taken means that something else is wrong."""
+"""Number of ports to try; if all are taken, something else is wrong."""
 _REPLY_SECONDS = 3.0
-"""How long the other side may take to say its name."""
+"""How long the other side may take to send its name."""
 _LINE_BYTES = 200
-"""No name is longer."""
+"""Maximum length of a line; names are shorter."""
 _OPEN = 256
-"""Connections that rank 0 keeps: the next one ends the oldest, whose rank would ask again."""
+"""Maximum of open connections at rank 0: the next one closes the oldest, whose rank asks again."""
 
 
 def meet(task: SlurmTask, timeout_seconds: float) -> Store:
     """Collective: the store of this attempt, for init_process_group.
 
-    Raises OSError, in one line, if rank 0 finds no free port, or if another rank does not find
-    rank 0 within `timeout_seconds`.
+    Raises OSError with a one-line message if rank 0 finds no free port, or if another rank does not
+    find rank 0 within `timeout_seconds`.
     """
     if task.rank == 0:
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -59,15 +58,17 @@ def _listen(task: SlurmTask) -> socket.socket:
             if error.errno != errno.EADDRINUSE:
                 raise
     ports = ", ".join(str(task.port(number)) for number in range(_PORTS))
-    raise OSError(f"{task.first_node} has no free port among {ports}: is it full of old processes?")
+    raise OSError(
+        f"none of the ports {ports} is free on {task.first_node}: check for leftover processes"
+    )
 
 
 async def _serve(listener: socket.socket, question: bytes, answer: bytes) -> None:
-    """Tell those who name this attempt where the store is, all at once."""
-    talks: dict[asyncio.Task[None], None] = {}  # the oldest first
+    """Send the store's address to every client that names this attempt, concurrently."""
+    talks: dict[asyncio.Task[None], None] = {}  # oldest first
 
     async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # a closed connection, too slow, an endless line
+        # a closed connection, a timeout, a line that is too long
         with contextlib.suppress(OSError, TimeoutError, ValueError):
             async with asyncio.timeout(_REPLY_SECONDS):
                 if await reader.readline() == question:
@@ -97,25 +98,25 @@ def _search(task: SlurmTask, timeout_seconds: float) -> int:
         socket.getaddrinfo(task.first_node, None)
     except socket.gaierror as error:
         raise OSError(
-            f"the job's first node, {task.first_node}, has no address here ({error.strerror}): "
-            f"nodes must resolve each other's names"
+            f"the name of the job's first node, {task.first_node}, cannot be resolved "
+            f"({error.strerror}): nodes must be able to resolve each other's names"
         ) from None
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         for number in range(_PORTS):
-            with contextlib.suppress(OSError):  # nothing there, or something else
+            with contextlib.suppress(OSError):  # nothing listens, or another program does
                 port = _ask(task, task.port(number))
                 if port is not None:
                     return port
         time.sleep(0.1)
     raise OSError(
-        f"rank 0 was not found on {task.first_node} within {timeout_seconds:.0f} s: has it failed, "
-        f"or is a firewall between the nodes?"
+        f"rank 0 was not found on {task.first_node} within {timeout_seconds:.0f} s: check its log, "
+        f"and whether a firewall blocks connections between the nodes"
     )
 
 
 def _ask(task: SlurmTask, port: int) -> int | None:
-    """Where the store of this attempt is, if the program at `port` knows."""
+    """The port of this attempt's store, if the program at `port` is rank 0 of this attempt."""
     deadline = time.monotonic() + _REPLY_SECONDS
     with socket.create_connection((task.first_node, port), _REPLY_SECONDS) as connection:
         connection.sendall(f"{task.attempt}\n".encode())

@@ -1,8 +1,8 @@
-"""Which ranks are missing, asked where the ranks met, because the network between them has failed.
+"""Finds missing ranks through the rendezvous store, after a collective has failed.
 
-Two questions, since two things happen. A rank that hangs lives: what it does not do is to wait in
-the collective in which the others are. A rank that is gone does not even answer from a thread; the
-others learn of it one after the other, each when its own neighbours go.
+There are two cases. A rank that hangs is alive, but does not wait in the collective that the others
+are in. A rank that is gone does not answer even from a thread; the others notice it one after the
+other, each when its own neighbours fail.
 """
 
 import threading
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 _PATIENCE_SECONDS = 2.0
-"""For the other ranks' sign."""
+"""How long to wait for the other ranks to answer."""
 _LISTEN_SECONDS = 0.5
-"""How often a rank looks whether it is asked for a sign of life."""
+"""How often a rank checks whether it is asked if it is alive."""
 
 
 class RollCall:
-    """Of rank `rank` of `ranks`, which all have one, on the same `store`."""
+    """The roll call of rank `rank` of `ranks`; every rank has one, on the same `store`."""
 
     def __init__(self, store: Store, rank: int, ranks: int) -> None:
         self._store = PrefixStore("roll-call", store)
@@ -28,15 +28,15 @@ class RollCall:
         self._listener.start()
 
     def not_waiting(self) -> list[int]:
-        """The ranks that do not call this too within two seconds."""
+        """The ranks that do not call this method as well within two seconds."""
         return self._missing("waiting", lambda: None)
 
     def gone(self) -> list[int]:
-        """The ranks whose process gives no sign of life within two seconds."""
+        """The ranks whose process does not answer within two seconds."""
         return self._missing("alive", lambda: self._store.set("asked", ""))
 
     def close(self) -> None:
-        """Give no more signs."""
+        """Stop answering."""
         self._over.set()
         self._listener.join(2 * _PATIENCE_SECONDS)
 
@@ -46,7 +46,7 @@ class RollCall:
                 if self._store.check(["asked"]):
                     self._store.set(f"alive/{self._rank}", "")
                     return
-        except RuntimeError:  # the process that has the store is gone
+        except RuntimeError:  # the process that hosts the store is gone
             return
 
     def _missing(self, sign: str, ask: Callable[[], None]) -> list[int]:
@@ -60,10 +60,10 @@ class RollCall:
                     others = (rank for rank in range(self._ranks) if rank not in present)
                     present.update([r for r in others if self._store.check([f"{sign}/{r}"])])
                     time.sleep(0.05)
-            except RuntimeError:  # as above: whoever began the ranks, at rank 0
+            except RuntimeError:  # the store is gone, and with it rank 0 or its launcher
                 present.update(range(1, self._ranks))
 
-        # in a thread, because nothing bounds the time that a store takes whose process hangs
+        # in a thread, because calls to a store whose process hangs have no time limit
         caller = threading.Thread(target=call, daemon=True)
         caller.start()
         caller.join(_PATIENCE_SECONDS)

@@ -1,10 +1,10 @@
-"""Signals that ask a run to stop: a flag that the ranks agree on where they can stop.
+"""Signals that ask a run to stop, recorded in a flag on which the ranks then agree.
 
-A cluster that wants its machines back sends a signal and kills a while later. The handler only
-sets a flag, because a handler must not save, let alone take part in a collective: the other ranks
-may not have got the signal, or stand elsewhere. In every step the ranks tell each other whether one
-of them has it, and some steps later all stop after the same one. With it travels what they must
-agree on.
+A cluster that wants its machines back sends a signal and kills the job a while later. The handler
+only sets a flag. It must not save or take part in a collective, because the other ranks may not
+have received the signal, or may be elsewhere in the code. In every step the ranks exchange their
+flags, together with the values that must be equal on all of them, and a few steps later all stop
+after the same step.
 """
 
 import signal
@@ -17,9 +17,8 @@ from qsr.output import warn
 
 
 class StopFlag:
-    """Whether this process was asked to stop: by a signal, or by the launcher that started it,
-    which sends something on `launcher` when it gets one. Nobody takes it from there: it stays for
-    all ranks to see."""
+    """Whether this process was asked to stop: by a signal, or by its launcher, which writes to the
+    pipe `launcher` when it receives one. The message is never read, so that all ranks see it."""
 
     def __init__(self, launcher: Connection | None = None) -> None:
         self._signal: str | None = None
@@ -27,22 +26,22 @@ class StopFlag:
 
     @property
     def reason(self) -> str | None:
-        """What asked for the stop; None: go on."""
+        """What asked for the stop; None if nothing did."""
         if self._signal is None and self._launcher is not None and self._launcher.poll():
             return "a signal to the launcher"
         return self._signal
 
     @contextmanager
     def listening(self, names: Sequence[str]) -> Iterator[None]:
-        """Note the signals of these names, for example "SIGTERM", instead of dying of them. For
-        the main thread."""
+        """Record the signals of these names, for example "SIGTERM", instead of dying from them.
+        Main thread only."""
         with handling(names, self._note):
             yield
 
     @contextmanager
     def passing_on(self, names: Sequence[str], ranks: Connection) -> Iterator[None]:
-        """In a launcher: note them, and ask the ranks to stop. The launcher goes on waiting for
-        them, and they end when they have saved."""
+        """In a launcher: record the signals and ask the ranks to stop. The launcher keeps waiting
+        for the ranks, which exit after saving."""
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             new = self._signal is None
@@ -57,22 +56,22 @@ class StopFlag:
         self._signal = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
-            warn("stopping as soon as everything is saved; Ctrl-C again ends at once")
+            warn("saving and stopping; press Ctrl-C again to exit immediately")
 
 
 @contextmanager
 def handling(
     names: Sequence[str], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Have `handler` called when one of these signals comes, but for those that whoever started
-    this program had it ignore, as nohup does. In the main thread."""
+    """Install `handler` for these signals, except those that this program was started to ignore (as
+    with nohup). Main thread only."""
     numbers = [signal.Signals[name] for name in names]
     before = {
         number: signal.signal(number, handler)
         for number in numbers
         if signal.getsignal(number) is not signal.SIG_IGN
     }
-    # a rank has kept them waiting since it was forked, see processes
+    # in a rank they have been blocked since it was forked, see processes.py
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Attends: submits jobs, shows their status, examines machines (doctor).
+"""Operations: submitting jobs, showing their status, checking machines (doctor).
 
 May import: everything.
 """

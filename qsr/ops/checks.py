@@ -1,5 +1,5 @@
-"""The single checks of the doctor. Each returns what it found, in a few words, or raises an error
-whose one line says what is wrong and how to mend it."""
+"""The individual checks of the doctor. Each returns a short description of what it found, or raises
+an error with a one-line message that says what is wrong and how to fix it."""
 
 import contextlib
 import importlib.util
@@ -47,14 +47,14 @@ from qsr.train.worker import Worker
 
 
 class DataChecks:
-    """The data set, as far as it can be used, and what follows from its size."""
+    """Checks of the data set, and of everything that depends on its size."""
 
     def __init__(self, config: Config) -> None:
         self.train: ImageFolder | None = None
         self._config = config
 
     def open(self) -> str:
-        """List the files."""
+        """List the files and try some of them."""
         data = self._config.data
         train, val = open_image_folders(
             data.root,
@@ -67,14 +67,14 @@ class DataChecks:
         return f"{len(train):,} and {len(val):,} images of {len(train.classes)} classes"
 
     def plan(self) -> str:
-        """The rounds and the hours of the run."""
+        """The plan of the run: its rounds and estimated time."""
         config, images, classes = self._counted()
         check_plan(config, images)
         parameters = count_parameters(config.model, classes, config.data.image_size)
         return plan_line(forecast(config, parameters))
 
     def space(self) -> str:
-        """Room for the checkpoints that are kept, the next one, and the results."""
+        """Disk space for the kept checkpoints, the next one, and the results."""
         config, images, classes = self._counted()
         model = outline(config.model, classes, config.data.image_size)
         optimizer = build_optimizer(config.optimizer, model.parameters(), fused=False)
@@ -86,23 +86,26 @@ class DataChecks:
         about = describe(config, names, plan.total_steps)
         results = missing_room(folder, model.state_dict(), about.metadata())
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
-        there = f"{readable(free)} free" if math.isfinite(free) else "what is free is not known"
+        there = f"{readable(free)} free" if math.isfinite(free) else "free space unknown"
         return (
-            f"{readable(wanted)} needed ({keep} + 1 checkpoints of {readable(each)}, and the "
+            f"{readable(wanted)} needed ({keep} + 1 checkpoints of {readable(each)} and the "
             f"results), {there}"
         )
 
     def _counted(self) -> tuple[Config, int, int]:
-        """The settings with the numbers of training images and classes, and these."""
+        """The settings completed with the numbers of training images and classes, and both
+        numbers."""
         data = self._config.data
         if self.train is not None:
             data = replace(data, train_images=len(self.train), classes=len(self.train.classes))
         if data.train_images is None or data.classes is None:
-            raise CheckError("not known without the data")
+            raise CheckError(
+                "unknown without the data: set data.train_images and data.classes, or fix data.root"
+            )
         return replace(self._config, data=data), data.train_images, data.classes
 
     def decode(self, device: torch.device) -> str:
-        """Load a few images as the run would. Call `open` before."""
+        """Load a few images with the run's loader. Call `open` first."""
         assert self.train is not None
         data, number = self._config.data, min(8, len(self.train))
         loader = make_loader(
@@ -120,21 +123,24 @@ class DataChecks:
         finally:
             loader.close()
         if not bool(batch.images.isfinite().all()):
-            raise CheckError(f"pixels of {self.train.path(0)} or the next are not finite")
+            raise CheckError(
+                f"decoding {self.train.path(0)} or one of the next images gives pixels that are "
+                f"not finite: check these files"
+            )
         return f"{'DALI' if uses_dali(data.loader) else 'torchvision'} on {batch.images.device}"
 
 
 def check_passes(config: Config) -> str:
-    """Whether the network takes images of this size, in passes of as many as the run's. It needs
+    """Check that the network accepts images of this size, in micro-batches of the run's size. Needs
     neither the data nor a device."""
     check_network(config)
     size, name = config.data.image_size, config.model.timm_name or config.model.name
-    return f"{name} takes images of {size} x {size} pixels, {config.micro_batch_size} in a pass"
+    return f"{name} accepts micro-batches of {config.micro_batch_size} images, {size} x {size}"
 
 
 def check_training(config: Config, device: torch.device) -> str:
-    """One pass forward and backward on the device, in the precision and of the size of the run's,
-    with weights as at its start."""
+    """One forward and backward pass on the device with the run's precision and micro-batch size and
+    freshly initialized weights."""
     precision, size = Precision(config.precision, device), config.data.image_size
     torch.manual_seed(0)
     model = build_model(config.model, 2, size).to(device)
@@ -145,40 +151,40 @@ def check_training(config: Config, device: torch.device) -> str:
     loss.backward()
     if not bool(loss.isfinite()):
         raise CheckError(
-            f"the loss of random weights is {loss.item()} in {config.precision}: take another "
+            f"the loss with initial weights is {loss.item()} in {config.precision}: use another "
             f"network, or precision=fp32"
         )
-    return f"a pass of {len(images)} images, in {config.precision}"
+    return f"forward and backward pass of {len(images)} images in {config.precision}"
 
 
 def check_folder(config: Config) -> str:
-    """Whether this process can write where the run will, and neither another run nor another
-    session is there."""
+    """Check that this process can write to the run folder, and that no other run or session is
+    using it."""
     path = check_run_folder(config, {}).path
     with refusing(path):
         Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
     lacks = try_folder(path)
     check_free(path)
-    return f"{path}{f' (its file system has no {lacks})' if lacks else ''}"
+    return f"{path}{f' (its file system does not support {lacks})' if lacks else ''}"
 
 
 def check_wandb(config: Config) -> str:
-    """Whether the mirror of the metrics can work as it is asked to."""
+    """Check that metrics can be mirrored to wandb as configured."""
     mode = config.tracking.wandb
     if mode == "none":
         return "off"
     if importlib.util.find_spec("wandb") is None:
-        raise CheckError("wandb is not installed: pip install wandb, or take tracking=none")
+        raise CheckError("wandb is not installed: pip install wandb, or use tracking=none")
     if mode == "offline":
-        return "offline: wandb sync RUN_FOLDER/wandb/offline-* uploads later"
+        return "offline: upload later with wandb sync RUN_FOLDER/wandb/offline-*"
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     host, port = server.hostname or "", server.port or (443 if server.scheme == "https" else 80)
     if "WANDB_API_KEY" not in os.environ and not _has_login(host):
-        raise CheckError(f"no key for {host}: wandb login, or take tracking=offline")
+        raise CheckError(f"no API key for {host}: run wandb login, or use tracking=offline")
     try:
         socket.create_connection((host, port), 5.0).close()
     except OSError as error:
-        raise CheckError(f"{host} cannot be reached ({error}): take tracking=offline") from None
+        raise CheckError(f"{host} cannot be reached ({error}): use tracking=offline") from None
     return f"online at {host}"
 
 
@@ -190,23 +196,25 @@ def _has_login(host: str) -> bool:
 
 
 def check_slurm(cluster: SlurmCluster) -> str:
-    """Whether Slurm answers, and has the partition."""
+    """Check that Slurm answers and has the partition."""
     there = partitions()
     if cluster.partition is not None and cluster.partition not in there:
-        raise CheckError(f"cluster.partition={cluster.partition} is none of {', '.join(there)}")
+        raise CheckError(
+            f"cluster.partition={cluster.partition} does not exist: use one of {', '.join(there)}"
+        )
     return f"partitions: {', '.join(there)}"
 
 
 def check_submitit() -> str:
-    """Whether scripts/submit.py can work."""
+    """Check that submitit, which scripts/submit.py needs, is installed."""
     if importlib.util.find_spec("submitit") is None:
         raise CheckError("not installed: pip install submitit, or use sbatch slurm/train.sbatch")
     return "installed"
 
 
 def check_ranks(communicator: Communicator, mark: Path) -> str | None:
-    """Collective: an all-reduce on the device, and the file `mark`, which rank 0 makes and all must
-    see. What is wrong on this rank, or None."""
+    """Collective: an all-reduce on the device, and the file `mark`, which rank 0 creates and all
+    ranks must see. Returns what is wrong on this rank, or None."""
     own = communicator.topology
     if own.ranks == 1:
         return None
@@ -214,7 +222,7 @@ def check_ranks(communicator: Communicator, mark: Path) -> str | None:
     total = communicator.total(numbers)
     made = False
     if own.is_main:
-        with contextlib.suppress(OSError):  # what is wrong there, another check has told
+        with contextlib.suppress(OSError):  # another check reports what is wrong there
             mark.touch()
             made = True
     made = communicator.any(made)
@@ -226,5 +234,8 @@ def check_ranks(communicator: Communicator, mark: Path) -> str | None:
     if not bool((total == expected).all()):
         return f"an all-reduce gave {total[0].item()} instead of {expected}"
     if blind:
-        return f"{mark.parent} is not the folder that rank 0 sees: all machines must share it"
+        return (
+            f"{mark.parent} is not the same folder as on rank 0: choose a runs_dir that all "
+            f"machines share"
+        )
     return None

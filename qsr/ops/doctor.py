@@ -1,4 +1,4 @@
-"""Whether a run would start here: what it needs is tried, and each failure named with its mend."""
+"""Checks whether a run would start here: tries what it needs, and says how to fix each failure."""
 
 import hashlib
 import platform
@@ -15,19 +15,19 @@ from qsr.ops import checks
 from qsr.output import say
 
 _PATIENCE_SECONDS = 60.0
-"""For the other ranks. One that cannot join says why, and this one must not wait for it."""
+"""How long to wait for the other ranks; a rank that cannot join says why itself."""
 
 
 def examine(config: Config) -> bool:
-    """Collective: check what the ranks of a run need, print a line for each check, and return
-    whether all is well on all ranks. Raises ClusterError if this rank has no place in the run, or
-    no device: then nothing else can be tried."""
+    """Collective: check what the ranks of a run need, print a line per check, and return whether
+    all checks passed on all ranks. Raises ClusterError if the launch is wrong or this rank has no
+    device, because then nothing else can be checked."""
     place = find_place()
     own = topology(config.cluster, config.workers)
     device = choose_device(config.cluster.device, own.local_rank)
     report = _Report(place)
-    report.check("device", lambda: f"{_name(device)}, {place.cores} cores for each rank")
-    if place.local_rank == 0:  # once on each machine
+    report.check("device", lambda: f"{_name(device)}, {place.cores} cores per rank")
+    if place.local_rank == 0:  # once per machine
         data = _check_files(report, config)
         if data.train is not None:
             report.check("decoding", lambda: data.decode(device))
@@ -45,20 +45,20 @@ def examine(config: Config) -> bool:
         communicator = join_process_group(own, device, patience)
         wrong = checks.check_ranks(communicator, mark)
         everyone_well = not communicator.any(bool(report.failed) or wrong is not None)
-        if wrong is not None:  # not before: the others would wait for this rank
+        if wrong is not None:  # not earlier: the others would wait for this rank
             raise CheckError(wrong)
         if own.ranks == 1:
-            return "one, alone"
+            return "a single rank"
         kind = "NCCL" if device.type == "cuda" else "gloo"
-        return f"{own.ranks}, which all-reduce through {kind}"
+        return f"{own.ranks} ranks, all-reduce with {kind}"
 
     report.check("ranks", meet)
     return everyone_well and not report.failed
 
 
 def examine_login_node(config: Config) -> bool:
-    """Check what can be checked where jobs are submitted, print a line for each check, and return
-    whether all is well."""
+    """Run the checks that are possible on a login node, print a line per check, and return whether
+    all passed."""
     cluster = config.cluster
     assert isinstance(cluster, SlurmCluster)
     report = _Report(find_place())
@@ -86,18 +86,18 @@ def _name(device: torch.device) -> str:
 
 
 class _Report:
-    """Prints a line for each check: what works as rank 0, what does not as every rank."""
+    """Prints a line per check: passed checks on rank 0 only, failed ones on every rank."""
 
     def __init__(self, place: Place) -> None:
         self.failed: set[str] = set()
-        """Names of the checks that found something wrong."""
+        """Names of the failed checks."""
         self._place = place
 
     def check(self, name: str, action: Callable[[], str]) -> None:
-        """`action` returns what it found, or raises."""
+        """Run a check; `action` returns what it found, or raises."""
         try:
             found = action()
-        except Exception as error:  # whatever it is, the other checks are wanted too
+        except Exception as error:  # any error: the other checks should run too
             self.failed.add(name)
             kind = type(error)
             own = kind.__module__.startswith("qsr.")

@@ -1,4 +1,4 @@
-"""What every rank of a submitted job does. Light to import, so that signals find a handler soon."""
+"""Entry point of each rank of a submitted job. Fast to import, to install signal handlers early."""
 
 import sys
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from qsr.output import guard, warn
 
 
 def run_job(settings: Mapping[str, Any]) -> None:
-    """Carry out the run that these settings describe (`to_dict` of a Config), or what is left of
-    it, as the rank that srun says. Exits with another status than 0 if it is not done then."""
+    """Start or resume the run with these settings (`to_dict` of a Config) as the rank assigned by
+    srun. Exits with a nonzero status if the run is not finished."""
     guard()
     try:
         leave_when_signalled()

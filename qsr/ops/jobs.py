@@ -1,4 +1,4 @@
-"""The job that a run was submitted as: what is checked before, and what is written down."""
+"""The Slurm job of a run: checks before submission, and its record job.json."""
 
 import os
 import re
@@ -16,24 +16,24 @@ from qsr.train.models import check_network
 
 
 def check_submission(config: Config) -> RunFolder:
-    """The run's folder, untouched. Raises ConfigError for what would be refused in the job, as far
-    as it can be known without the data, which the nodes alone may see; and if the run's last job is
-    still in the queue."""
+    """The run's folder, without changing it. Raises ConfigError for errors that the job would hit
+    (except those that need the data, which may be visible only on the nodes), and if the run's last
+    job is still in the queue."""
     check_network(config)
     folder = check_run_folder(config, {})
     record = read_job(folder)
-    if record is None or record["job"] == own_job():  # begun before in this job
+    if record is None or record["job"] == own_job():  # this job was requeued
         return folder
     job = record["job"]
     try:
         state = query([job]).get(job)
     except SlurmError:
-        return folder  # no Slurm here: nothing is going to be submitted
+        return folder  # no Slurm here: nothing will be submitted
     same = state is not None and record.get("title", state.title) == state.title
     if same and state is not None and state.name in IN_QUEUE:
         raise ConfigError(
-            f"{folder.path} is job {job}, {state.name}: it goes on by itself; to start it anew, "
-            f"scancel {job}"
+            f"{folder.path} already has job {job} ({state.name}), which will run by itself; to "
+            f"submit it again, run scancel {job} first"
         )
     return folder
 
@@ -41,7 +41,7 @@ def check_submission(config: Config) -> RunFolder:
 def write_job(
     config: Config, job: str, title: str, snapshot: Path, steps: int | None, log: str
 ) -> None:
-    """Write job.json. `title`: the job's name; job numbers come again."""
+    """Write job.json. `title` is the job's name, stored because job numbers may be reused."""
     record = {
         "job": job,
         "title": title,
@@ -54,23 +54,23 @@ def write_job(
 
 
 def read_job(folder: RunFolder) -> dict[str, Any] | None:
-    """The job that the run was submitted as, the last one; None if it was not. Raises ConfigError
-    if job.json is not what `write_job` wrote."""
+    """The record of the run's last job; None if it was never submitted. Raises ConfigError if
+    job.json is invalid."""
     try:
         record = parse_object(read_small(folder.job))
         if _is_number(record.get("job")):
             return record
-        reason = "no number of a job"
+        reason = "not a job number"
     except ValueError as error:
         if not os.path.lexists(folder.job):
             return None
         reason = str(error)
     raise ConfigError(
-        f"{folder.job} cannot be read ({reason}): see that no job of the run is queued, and delete "
-        f"it"
+        f"{folder.job} cannot be read ({reason}): make sure that no job of the run is queued, then "
+        f"delete this file"
     )
 
 
 def _is_number(job: object) -> bool:
-    """Whether it is what Slurm's commands take for one job."""
+    """Whether Slurm's commands would accept it as the number of a single job."""
     return isinstance(job, str) and re.fullmatch(r"[0-9]+(_[0-9]+)?", job) is not None

@@ -1,4 +1,4 @@
-"""Where runs stand, from their folders and from what Slurm says of their jobs."""
+"""The status of runs, from their folders and from Slurm."""
 
 import fcntl
 import math
@@ -21,27 +21,28 @@ State = Literal["queued", "running", "preempted", "stopped", "failed", "done", "
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run. What is not known is None."""
+    """Status of one run. Unknown values are None."""
 
     folder: Path
     state: State
-    """queued: its job waits for the first time. preempted: its job was requeued and waits. stopped:
-    nothing is wrong, and nobody goes on with it. unknown: Slurm does not answer."""
+    """queued: its job waits for its first start. preempted: its job was requeued and waits.
+    stopped: unfinished without an error, and no job or session continues it. unknown: Slurm does
+    not answer."""
     detail: str
-    """Why, if there is something to say; and which of its files are damaged."""
+    """The reason for the state, if any, and which of its files are damaged."""
     step: int
     total_steps: int | None
     epoch: float | None
     h: int | None
-    """Length of the round that was trained last."""
+    """Length of the last trained round."""
     top1: float | None
     """Percent, at the last evaluation."""
     seconds_left: float | None
-    """At the speed so far, evaluations included."""
+    """Estimated from the speed so far, including evaluations."""
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders at and below these paths, behind symbolic links too, sorted."""
+    """The run folders at and below these paths, following symbolic links, sorted."""
     marks = ("config.yaml", "job.json")
     found = {
         folder
@@ -53,7 +54,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 class _Files:
-    """The small files of a run folder, each read once; what is wrong with them is noted."""
+    """The small files of a run folder, each read once; problems are collected in `damage`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,15 +63,15 @@ class _Files:
             self.damage.append(f"{folder} cannot be read: permission denied")
         self.job = self._record("job.json", job=str, log=str)
         if self.job is not None and not re.fullmatch(r"[0-9_]+", self.job["job"], re.ASCII):
-            # squeue would not answer at all, not for the other jobs either
-            self.damage.append(f"{folder}/job.json: {self.job['job']!r} is no number of a job")
+            # squeue would reject the whole query, including the other jobs
+            self.damage.append(f"{folder}/job.json: {self.job['job']!r} is not a job number")
             self.job = None
         self.failure = self._record("failure.json", rank=int, error=str)
         self.data = self._record("data.json", train_images=int)
         self.trained, self.evaluated = self._rows()
 
     def total_steps(self) -> int | None:
-        """Of the run, if its settings and its data tell."""
+        """Number of steps of the run, if job.json or its settings and data give it."""
         steps = (self.job or {}).get("steps")
         if isinstance(steps, int) or self.data is None:
             return steps if isinstance(steps, int) else None
@@ -97,7 +98,7 @@ class _Files:
         return None
 
     def _rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Of training and of evaluations."""
+        """The rows of training and those of evaluations."""
         path = self.folder / "metrics.jsonl"
         if not os.access(path, os.F_OK):
             return [], []
@@ -120,14 +121,14 @@ def _rows_with(rows: Sequence[dict[str, Any]], kind: str, *names: str) -> list[d
 
 
 def job_of(folder: Path) -> str | None:
-    """The number of the job that the run was last submitted as, if that can be read."""
+    """The number of the run's last job, if it can be read."""
     job = _Files(folder).job
     return None if job is None else str(job["job"])
 
 
 def read_status(folder: Path, jobs: Mapping[str, JobState] | None) -> RunStatus:
-    """`jobs`: what Slurm says, by number; None if it does not answer. Damaged files cost no more
-    than what only they tell."""
+    """The status of the run in `folder`. `jobs`: job states by number; None if Slurm does not
+    answer. A damaged file only makes the values that depend on it unknown."""
     files = _Files(folder)
     trained, evaluated = files.trained, files.evaluated
     rows = sorted([*trained, *evaluated], key=lambda row: int(row["step"]))
@@ -164,23 +165,23 @@ def _state(files: _Files, jobs: Mapping[str, JobState] | None) -> tuple[State, s
         first_line = files.failure["error"].partition("\n")[0]
         return "failed", f"rank {files.failure['rank']}: {first_line}"
     if files.job is None:
-        return "stopped", "the same command goes on"
+        return "stopped", "run the same command to resume"
     if job is not None and job.name in ("CANCELLED", "COMPLETED"):
-        return "stopped", f"job {number}: {job.name}; the same command goes on"
-    ended = job.name if job else "ended without a word"
+        return "stopped", f"job {number}: {job.name}; run the same command to resume"
+    ended = job.name if job else "ended for an unknown reason"
     return "failed", f"job {number}: {ended}, see {files.job['log']}"
 
 
 def _locked(path: Path) -> bool:
     """Whether a session holds the run's lock."""
     try:
-        if path.is_file():  # a pipe would be waited for
+        if path.is_file():  # opening a pipe would block
             with path.open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        pass  # not ours to read, or the file system has no locks
+        pass  # not readable, or the file system has no locks
     return False
 
 
@@ -206,7 +207,7 @@ def _seconds_left(
 
 
 def status_table(runs: Sequence[RunStatus]) -> str:
-    """One line for each run, below a line of titles."""
+    """A header line and one line per run."""
     titles = ("state", "step", "epoch", "H", "top-1 %", "left", "run")
     rows: list[tuple[str, ...]] = [titles, *(_cells(run) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
@@ -233,6 +234,6 @@ def _cells(run: RunStatus) -> tuple[str, ...]:
 
 
 def _printable(text: str) -> str:
-    """On one line, whatever bytes a name has."""
+    """`text` on one line, with unprintable characters replaced."""
     shown = os.fsencode(text).decode(errors="replace")
     return "".join(sign if sign.isprintable() else "?" for sign in shown)

@@ -1,8 +1,8 @@
-"""From a Config to a job of a Slurm cluster, through submitit.
+"""Submits a Config as a Slurm job, through submitit.
 
-A job runs a copy of the code that was taken when it was submitted, so that an edit changes no job
-that waits or is requeued. submitit writes the batch script, passes the settings and keeps the logs,
-in slurm/ of the run's folder. What it writes there for itself are pickles: as trusted as the code.
+A job runs a copy of the code taken at submission, so that edits do not affect jobs that wait or are
+requeued. submitit writes the batch script, the settings and the logs to slurm/ in the run folder.
+Its own files there are pickles, which must be trusted as much as the code.
 """
 
 import os
@@ -25,7 +25,7 @@ from qsr.run.snapshot import take_snapshot
 
 
 class _Executor(SlurmExecutor):
-    """submitit's, which writes a batch script where there is no Slurm too."""
+    """submitit's executor, able to write a batch script without Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -37,12 +37,12 @@ class _Executor(SlurmExecutor):
 
 
 def batch_script(config: Config, snapshot: Path) -> str:
-    """What sbatch gets."""
+    """The script that is passed to sbatch."""
     return _executor(config, snapshot).batch_script()
 
 
 def submit(config: Config, steps: int | None) -> str:
-    """Submit the run, and return the job's number. `steps`: of its plan, if that is known.
+    """Submit the run and return the job number. `steps`: number of steps of its plan, if known.
 
     Raises OSError if the code cannot be copied, SlurmError if Slurm refuses.
     """
@@ -63,8 +63,8 @@ def _title(config: Config) -> str:
 
 @contextmanager
 def _as_from_outside() -> Iterator[None]:
-    """Hide what belongs to the job that this process may be in. (submitit's clean_env would hide
-    SLURM_CONF and SBATCH_ACCOUNT too.)"""
+    """Hide the variables of the job that this process may be in. (submitit's clean_env would also
+    hide SLURM_CONF and SBATCH_ACCOUNT.)"""
     names = [name for name in os.environ if name.startswith("SLURM") and name != "SLURM_CONF"]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
@@ -77,7 +77,7 @@ def _executor(config: Config, snapshot: Path) -> _Executor:
     cluster = config.cluster
     assert isinstance(cluster, SlurmCluster)
     python = cluster.python or shlex.quote(sys.executable)
-    words = [cluster.container, python, "-P"]  # -P: never from the folder where the job starts
+    words = [cluster.container, python, "-P"]  # -P: do not import from the job's working directory
     folder = RunFolder(run_folder(config)).jobs
     executor = _Executor(folder, python=" ".join(word for word in words if word))
     optional = {
@@ -117,7 +117,7 @@ def _exports(cluster: SlurmCluster, snapshot: Path) -> list[str]:
 
 def _srun_arguments(cluster: SlurmCluster) -> list[str]:
     own = ["--kill-on-bad-exit=1"]
-    if cluster.cpus_per_task is not None:  # srun does not take it over from sbatch since 22.05
+    if cluster.cpus_per_task is not None:  # since 22.05 srun does not inherit it from sbatch
         own.append(f"--cpus-per-task={cluster.cpus_per_task}")
     return [*own, *cluster.srun_arguments]
 

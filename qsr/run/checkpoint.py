@@ -1,8 +1,8 @@
-"""Save and restore the whole state of a run, on all its ranks together.
+"""Save and restore the full state of a run, collectively on all its ranks.
 
-Checkpoints are folders step_NNNNNNNNN; checkpoint_files.py says what is in one. A checkpoint is
-written under another name, gets its name when all of it is on the disk, and counts only if its
-checksums are right. docs/reliability.md has the order of the file operations and what follows.
+Checkpoints are folders named step_NNNNNNNNN; checkpoint_files.py describes their contents. A
+checkpoint is written under a temporary name, renamed once all of it is on disk, and used only if
+its checksums match. docs/reliability.md gives the order of the file operations and the reasons.
 """
 
 import contextlib
@@ -39,21 +39,21 @@ from qsr.run.durable import Written, remove_folder, rename_folder, sync_folder
 from qsr.sync.communicator import Communicator, first_text
 
 _LEFTOVER = re.compile(r"step_\d+(\.[0-9a-f]{8})?\.partial")
-"""A name that `save` and `remove_folder` give, and that only a session that was killed leaves."""
+"""Temporary names used by `save` and `remove_folder`; only a killed session leaves them behind."""
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """A worker's part of a checkpoint."""
+    """One worker's part of a checkpoint."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
 
 
 class Checkpointer:
-    """Keeps the newest `keep` checkpoints of a run in `folder`, which all ranks can reach, and
-    which no other session writes to. `locate` is asked on rank 0 where the run folder, in which
-    `folder` is, has gone since; "" if it is nowhere."""
+    """Keeps the newest `keep` checkpoints of a run in `folder`, which all ranks can reach and no
+    other session writes to. `locate`, called on rank 0, returns the current path of the run folder
+    (the parent of `folder`), or "" if it is gone."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Checkpointer:
         self._keep = keep
         self._communicator = communicator
         self._is_main = communicator.topology.is_main
-        self._newest: int | None = None  # of this session: resumed from, or saved
-        self._damaged: set[int] = set()  # found by `latest`
+        self._newest: int | None = None  # last step that this session resumed from or saved
+        self._damaged: set[int] = set()  # steps rejected by `latest`
 
     def save(
         self,
@@ -77,38 +77,39 @@ class Checkpointer:
         shared: Mapping[str, Tensor],
         workers: Mapping[int, WorkerState],
     ) -> None:
-        """Collective: write the checkpoint after `step` steps, then remove those that are too old.
+        """Collective: write the checkpoint after `step` steps, then remove old ones.
 
-        `run` and `shared` are rank 0's; `workers` holds those of this rank. Raises CheckpointError
-        on every rank if the files of any could not be written; earlier checkpoints are untouched
-        then. A step that this session has saved or resumed from is not written again: its state is
-        the same, bit for bit. Raises FolderMovedError on every rank if the run folder is no longer
-        where it was; if it can still be reached, the checkpoint is written in it before.
+        `run` and `shared` are taken from rank 0; `workers` holds the workers of this rank. Raises
+        CheckpointError on every rank if any rank's files could not be written; earlier checkpoints
+        are then untouched. A step that this session has already saved or resumed from is not
+        written again, because its state is bitwise the same. Raises FolderMovedError on every rank
+        if the run folder is no longer at its path; if it can still be reached, the checkpoint is
+        written there first.
         """
         folder, here = self._folder, self._whereabouts()
         if here == folder.parent:
             self._save(step, run, shared, workers)
             return
         self._folder = here / folder.name
-        outcome = f"the checkpoint after step {step} is there"
+        outcome = f"the checkpoint after step {step} was saved there"
         try:
             self._save(step, run, shared, workers)
         except CheckpointError as error:
             outcome = str(error)
         raise FolderMovedError(
-            f"{folder.parent} was moved to {here} while the run trained; {outcome}; move it back, "
-            f"and the same command goes on"
+            f"{folder.parent} was moved to {here} during training; {outcome}; move it back and run "
+            f"the same command to resume"
         )
 
     def _whereabouts(self) -> Path:
-        """Collective: where the run folder is now. Raises FolderMovedError on every rank if it is
-        gone."""
+        """Collective: the current path of the run folder. Raises FolderMovedError on every rank if
+        it is gone."""
         here = self._communicator.gather_texts(self._locate() if self._is_main else "")[0]
         if not here:
             raise FolderMovedError(
-                f"{self._folder.parent} was deleted, or another took its place, while the run "
-                f"trained: nothing more can be saved there; the same command begins anew, or goes "
-                f"on where the folder is brought back"
+                f"{self._folder.parent} was deleted or replaced during training, so nothing more "
+                f"can be saved there; put the folder back and run the same command to resume, or "
+                f"run it without the folder to start over"
             )
         return Path(here)
 
@@ -121,7 +122,7 @@ class Checkpointer:
     ) -> None:
         if step == self._newest:
             return
-        # a name of its own: a rank that an earlier session left behind cannot write into it
+        # a unique name, so that a rank left over from an earlier session cannot write into it
         token = self._communicator.gather_texts(secrets.token_hex(4) if self._is_main else "")[0]
         partial = self._folder / f"{folder_name(step)}.{token}.partial"
         everywhere, main = self._communicator.try_on_all, self._is_main
@@ -134,11 +135,11 @@ class Checkpointer:
                 files |= {name: Written(*about) for name, about in json.loads(text).items()}
             everywhere(lambda: self._commit(partial, step, run, shared, files) if main else None)
         except OSError as error:
-            if main:  # half a checkpoint takes the room that the next one needs
+            if main:  # an incomplete checkpoint takes space that the next one needs
                 shutil.rmtree(partial, ignore_errors=True)
-            there = "there is none yet"
+            there = "no earlier checkpoint exists"
             if self._newest is not None:
-                there = f"the newest there is that after step {self._newest}"
+                there = f"the newest checkpoint is from step {self._newest}"
             raise CheckpointError(
                 f"the checkpoint after step {step} could not be written to {self._folder} "
                 f"({error}); {there}"
@@ -149,12 +150,12 @@ class Checkpointer:
             self._remove_old(step)
 
     def latest(self) -> int | None:
-        """Collective: the step of the newest checkpoint that verifies; None if there is none at
-        all.
+        """Collective: the step of the newest checkpoint that verifies; None if there are no
+        checkpoints.
 
-        Every rank reads what it is going to use, its workers' files and the shared ones, to the
-        last byte, and all agree. Checkpoints that are passed over are named on stderr, with the
-        reason. Raises CheckpointError on every rank if there are checkpoints and none verifies.
+        Every rank reads in full the files it will use (those of its workers and the shared ones),
+        and all ranks agree on the result. Skipped checkpoints are reported on stderr with the
+        reason. Raises CheckpointError on every rank if there are checkpoints but none verifies.
         """
         seen = json.dumps(self._steps()) if self._is_main else ""
         steps: list[int] = json.loads(self._communicator.gather_texts(seen)[0])
@@ -164,8 +165,8 @@ class Checkpointer:
             if problem is None:
                 for name, reason in problems.items():
                     self._communicator.say(
-                        f"{self._folder / folder_name(name)} is passed over ({reason}); the run "
-                        f"goes on from step {step}"
+                        f"{self._folder / folder_name(name)} was skipped ({reason}); the run "
+                        f"resumes from step {step}"
                     )
                 self._newest, self._damaged = step, set(problems)
                 return step
@@ -173,20 +174,20 @@ class Checkpointer:
         if problems:
             named = "; ".join(f"{folder_name(step)}: {why}" for step, why in problems.items())
             raise CheckpointError(
-                f"no checkpoint in {self._folder} is whole ({named}); bring one back, or delete "
-                f"this folder to train from the first step"
+                f"every checkpoint in {self._folder} is damaged ({named}); restore one from a "
+                f"copy, or delete this folder to train from the first step"
             )
         return None
 
     def read_run(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `run`. Raises CheckpointError."""
+        """The `run` values that were passed to `save`. Raises CheckpointError."""
         try:
             return read_values(self._folder / folder_name(step), STATE)
         except DamageError as error:
             raise self._unreadable(step, error) from None
 
     def read_worker(self, step: int, worker: int) -> WorkerState:
-        """What belongs to one worker, the shared tensors included. Raises CheckpointError."""
+        """The state of one worker, including the shared tensors. Raises CheckpointError."""
         folder = self._folder / folder_name(step)
         try:
             tensors = read_tensors(folder, SHARED) | read_tensors(folder, tensors_of(worker))
@@ -195,7 +196,7 @@ class Checkpointer:
             raise self._unreadable(step, error) from None
 
     def check_space(self, checkpoint_bytes: int, more_bytes: int) -> None:
-        """Collective: see that there is room, as room_for_checkpoints does. Raises CheckpointError
+        """Collective: check the free disk space with room_for_checkpoints. Raises CheckpointError
         on every rank."""
         problem = ""
         try:
@@ -207,7 +208,7 @@ class Checkpointer:
             raise CheckpointError(reason)
 
     def _problem(self, step: int) -> str | None:
-        """Collective: why a checkpoint cannot be used, None if it can."""
+        """Collective: why a checkpoint cannot be used; None if it can."""
         problem = ""
         try:
             workers = self._communicator.topology.workers
@@ -228,7 +229,7 @@ class Checkpointer:
             sync_folder(self._folder.parent)
         for left in self._folder.glob("*.partial"):
             if _LEFTOVER.fullmatch(left.name):
-                with contextlib.suppress(OSError):  # it is in nobody's way
+                with contextlib.suppress(OSError):  # it does no harm
                     remove_folder(left)
         partial.mkdir()
 
@@ -246,50 +247,50 @@ class Checkpointer:
         write_manifest(partial, step, self._communicator.topology.num_workers, files)
         sync_folder(partial)
         try:
-            verify_sizes(partial, step)  # other ranks' files too, as this one sees them
+            verify_sizes(partial, step)  # including other ranks' files, as this rank sees them
         except DamageError as error:
             raise OSError(str(error)) from None
         final = self._folder / folder_name(step)
-        if os.path.lexists(final):  # it did not verify, or `latest` would have taken it
+        if os.path.lexists(final):  # it did not verify, or `latest` would have chosen it
             remove_folder(final)
         rename_folder(partial, final)
 
     def _remove_old(self, newest: int) -> None:
-        """Steps after `newest` are of before a fallback: the run has left them behind."""
+        """Also removes steps after `newest`: the run fell back to an earlier checkpoint since."""
         steps = self._steps()
         whole = [step for step in steps if step <= newest and step not in self._damaged]
         for step in set(steps) - set(whole[-self._keep :]):
-            with contextlib.suppress(OSError):  # it is in nobody's way; tried again next time
+            with contextlib.suppress(OSError):  # it does no harm; the next save tries again
                 remove_folder(self._folder / folder_name(step))
 
     def _unreadable(self, step: int, error: DamageError) -> CheckpointError:
         return CheckpointError(
-            f"{self._folder / folder_name(step)} cannot be read ({error}); start again to resume "
-            f"from the one before"
+            f"{self._folder / folder_name(step)} cannot be read ({error}); run the same command to "
+            f"resume from the previous checkpoint"
         )
 
 
 def room_for_checkpoints(
     folder: Path, keep: int, checkpoint_bytes: int, more_bytes: int
 ) -> tuple[int, float]:
-    """What `keep` checkpoints of this size, the next one, and `more_bytes` will take of the disk,
-    and what is free there. What checkpoints in `folder` take already counts as room, but not for
-    the next one. Raises CheckpointError if it is too little."""
+    """Bytes still needed on disk for `keep` checkpoints of this size, the next one and
+    `more_bytes`, and bytes free there. Space already used by checkpoints in `folder` counts as
+    available, except for the next one. Raises CheckpointError if the free space is too small."""
     wanted = max(checkpoint_bytes, (keep + 1) * checkpoint_bytes - _present(folder)) + more_bytes
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     free = _free(there)
     if free < wanted:
         raise CheckpointError(
-            f"{folder.parent}: {readable(free)} are free and {readable(wanted)} needed for "
-            f"checkpoints of up to {readable(checkpoint_bytes)} (checkpoint.keep={keep} stay while "
-            f"the next is written) and for the results; lower checkpoint.keep, or choose a "
-            f"runs_dir with more room"
+            f"{folder.parent}: not enough disk space: {readable(free)} free, {readable(wanted)} "
+            f"needed for checkpoints of up to {readable(checkpoint_bytes)} each "
+            f"(checkpoint.keep={keep} plus the one being written) and the results; lower "
+            f"checkpoint.keep, or choose a runs_dir with more space"
         )
     return wanted, free
 
 
 def _free(folder: Path) -> float:
-    """Bytes that are free; as many as anybody wants where the file system does not know."""
+    """Free bytes; infinity if the file system does not report them."""
     try:
         total, _, free = shutil.disk_usage(folder)
     except OSError:
@@ -298,7 +299,7 @@ def _free(folder: Path) -> float:
 
 
 def _present(folder: Path) -> int:
-    """Bytes of the files in a folder, of which some may go while they are counted."""
+    """Total bytes of the files in a folder; files may disappear while they are counted."""
     size = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -319,7 +320,7 @@ def _write_workers(
 
 
 def readable(size: float) -> str:
-    """A number of bytes, in words."""
+    """A number of bytes with its unit, such as "1.5 GB"."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

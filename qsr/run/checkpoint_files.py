@@ -1,13 +1,13 @@
-"""The files of one checkpoint, and what proves that they are whole.
+"""The files of one checkpoint, and how their integrity is verified.
 
     state.json              the run: progress, round, evaluation
-    shared.safetensors      tensors that all workers hold alike at that step, once
+    shared.safetensors      tensors that are equal on all workers at that step, stored once
     worker_000.safetensors  a worker's own tensors
     worker_000.json         the rest of its own state
-    manifest.json           every other file's size and SHA-256; its own SHA-256; written last
+    manifest.json           size and SHA-256 of every other file; its own SHA-256; written last
 
-Each file also carries its own name and step, so that one from elsewhere is recognized even where
-its checksum was taken over. Nothing that is opened here can run code.
+Each file also contains its own name and step, so that a file from another checkpoint is recognized
+even if the manifest was rewritten to match it. No file format used here can execute code.
 """
 
 import hashlib
@@ -42,26 +42,26 @@ _TYPE_NAMES = {
 
 
 class DamageError(Exception):
-    """What is wrong with a checkpoint, as the end of a sentence that begins with its name."""
+    """What is wrong with a checkpoint; the caller adds the checkpoint's path."""
 
 
 def tensors_of(worker: int) -> str:
-    """Name of the file of a worker's tensors."""
+    """File name of a worker's tensors."""
     return f"worker_{worker:03d}.safetensors"
 
 
 def values_of(worker: int) -> str:
-    """Name of the file of the rest of a worker's state."""
+    """File name of the rest of a worker's state."""
     return f"worker_{worker:03d}.json"
 
 
 def pack_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """The contents of a safetensors file, piece by piece.
+    """The contents of a safetensors file, in chunks.
 
-    The library would have all of it in memory, twice for views of one buffer; so it is used for
-    reading alone. Here a tensor is copied only if it is on a GPU or not contiguous.
+    The safetensors library builds the whole file in memory, twice for views of one buffer, so it is
+    only used for reading. Here a tensor is copied only if it is on a GPU or not contiguous.
     """
     names, header = _header(tensors, metadata)
     yield header
@@ -71,7 +71,7 @@ def pack_tensors(
 
 
 def packed_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
-    """The bytes of that file, from names and shapes alone: meta tensors will do."""
+    """Size of that file in bytes, computed from names and shapes only (meta tensors work)."""
     _, header = _header(tensors, metadata)
     return len(header) + sum(_bytes(tensor) for tensor in tensors.values())
 
@@ -79,8 +79,8 @@ def packed_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
 def _header(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
 ) -> tuple[list[str], bytes]:
-    """The names in the order of the file, and what stands before the first tensor: the length of
-    the JSON, and the JSON itself. Wide elements come first, so that all are aligned."""
+    """The names in file order, and the bytes before the first tensor: the length of the JSON header
+    and the header itself. Tensors with wide elements come first, so that all are aligned."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -103,24 +103,24 @@ def _bytes(tensor: Tensor) -> int:
 def checkpoint_size(
     shared: Mapping[str, Tensor], own: Mapping[str, Tensor], num_workers: int
 ) -> int:
-    """What a checkpoint comes to, at most, in bytes: `shared` once and `own` for each worker."""
-    small_files = (2 + num_workers) * 4096  # JSON: a block of the disk each
+    """Upper bound of a checkpoint's size in bytes: `shared` once and `own` for each worker."""
+    small_files = (2 + num_workers) * 4096  # JSON files: one disk block each
     each = packed_size(own, _metadata(0, tensors_of(0)))
     return packed_size(shared, _metadata(0, SHARED)) + num_workers * each + small_files
 
 
 def write_tensors(folder: Path, name: str, step: int, tensors: Mapping[str, Tensor]) -> Written:
-    """Raises OSError, as all that writes here does."""
+    """Write tensors to a safetensors file. Raises OSError."""
     return write_file(folder / name, pack_tensors(tensors, _metadata(step, name)))
 
 
 def write_values(folder: Path, name: str, step: int, values: Mapping[str, Any]) -> Written:
-    """`values` must be JSON's."""
+    """Write `values`, which must be JSON-serializable. Raises OSError."""
     return write_file(folder / name, [_json({_IDENTITY: _identity(step, name), **values})])
 
 
 def write_manifest(folder: Path, step: int, workers: int, files: Mapping[str, Written]) -> None:
-    """To be written when all the others are on the disk."""
+    """Write the manifest; call it when all other files are on disk. Raises OSError."""
     body = {
         _IDENTITY: _identity(step, _MANIFEST),
         "workers": workers,
@@ -130,8 +130,8 @@ def write_manifest(folder: Path, step: int, workers: int, files: Mapping[str, Wr
 
 
 def verify(folder: Path, step: int, workers: Iterable[int]) -> None:
-    """Read the manifest, what is shared, and what belongs to these workers (as far as the
-    checkpoint has them) to the last byte. Raises DamageError."""
+    """Read in full the manifest, the shared files and those of these workers (where the checkpoint
+    has them), and compare them with the manifest. Raises DamageError."""
     files = read_manifest(folder, step)
     own = [name for worker in workers for name in (tensors_of(worker), values_of(worker))]
     for name in [STATE, SHARED, *(name for name in own if name in files)]:
@@ -143,14 +143,14 @@ def verify(folder: Path, step: int, workers: Iterable[int]) -> None:
         if found.bytes != expected.bytes:
             raise DamageError(f"{name} has {found.bytes:,} bytes, not {expected.bytes:,}")
         if found.sha256 != expected.sha256:
-            raise DamageError(f"{name} has another checksum")
+            raise DamageError(f"{name} has the wrong checksum")
         if _stored_identity(folder / name) != _identity(step, name):
-            raise DamageError(f"{name} is the file of another step or worker")
+            raise DamageError(f"{name} belongs to another step or worker")
 
 
 def verify_sizes(folder: Path, step: int) -> None:
-    """See that the manifest can be read and every file is there in full length; the quick look
-    before older checkpoints go. Raises DamageError."""
+    """Quick check before older checkpoints are removed: the manifest is readable and every file has
+    its full length. Raises DamageError."""
     for name, expected in read_manifest(folder, step).items():
         try:
             found = (folder / name).stat().st_size
@@ -170,33 +170,33 @@ def read_manifest(folder: Path, step: int) -> dict[str, Written]:
         body = parse_object(text)
         del body["sha256"]
         if text != _with_digest(body):
-            raise DamageError(f"{_MANIFEST} has another checksum")
+            raise DamageError(f"{_MANIFEST} has the wrong checksum")
         number, identity = int(body["workers"]), str(body[_IDENTITY])
         files = {name: Written(**about) for name, about in body["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise DamageError(f"{_MANIFEST} is not readable") from None
+        raise DamageError(f"{_MANIFEST} cannot be parsed") from None
     if identity != _identity(step, _MANIFEST):
-        raise DamageError(f"{_MANIFEST} is that of {identity.partition('/')[0]}")
-    workers = range(min(number, len(files)))  # however many it claims
+        raise DamageError(f"{_MANIFEST} belongs to {identity.partition('/')[0]}")
+    workers = range(min(number, len(files)))  # a damaged manifest may claim any number
     if files.keys() != {STATE, SHARED, *map(tensors_of, workers), *map(values_of, workers)}:
         raise DamageError(f"{_MANIFEST} does not list every file")
     return files
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Raises DamageError."""
+    """The tensors of a file of the checkpoint. Raises DamageError."""
     path = folder / name
     try:
         try:
             return dict(safetensors.torch.load_file(path))
-        except (OSError, SafetensorError):  # not every file system maps files into memory
+        except (OSError, SafetensorError):  # some file systems do not support mmap
             return dict(safetensors.torch.load(path.read_bytes()))
     except (OSError, SafetensorError) as error:
         raise DamageError(f"{name}: {error}") from None
 
 
 def read_values(folder: Path, name: str) -> dict[str, Any]:
-    """Raises DamageError."""
+    """The values of a JSON file of the checkpoint. Raises DamageError."""
     try:
         values = parse_object((folder / name).read_bytes())
         del values[_IDENTITY]
@@ -206,7 +206,7 @@ def read_values(folder: Path, name: str) -> dict[str, Any]:
 
 
 def folder_name(step: int) -> str:
-    """Name of the folder of the checkpoint after `step` steps."""
+    """Folder name of the checkpoint after `step` steps."""
     return f"step_{step:09d}"
 
 
@@ -222,7 +222,7 @@ def _stored_identity(path: Path) -> object:
     try:
         if path.suffix == ".json":
             return parse_object(path.read_bytes()).get(_IDENTITY)
-        with path.open("rb") as file:  # the library would map it into memory
+        with path.open("rb") as file:  # the library would mmap the file
             (size,) = struct.unpack("<Q", file.read(8))
             header = parse_object(file.read(min(size, path.stat().st_size)))
         return header.get("__metadata__", {}).get(_IDENTITY)

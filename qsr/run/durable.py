@@ -1,7 +1,7 @@
-"""Files that outlive a crash: on the disk before anything counts on them.
+"""Crash-safe file operations: data is on disk before anything relies on it.
 
-Every system call that changes the disk goes through `os`, so that tests can end a process at each.
-What not every file system can do has its substitute here; folder_trial.py tries all of it.
+Every system call that changes the disk goes through `os`, so that tests can kill a process at each
+one. Operations that some file systems lack have a fallback here; folder_trial.py tries them all.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _NOT_FOR_FOLDERS = (
     *(errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
     *(errno.ENOSYS, errno.EOPNOTSUPP),
 )
-"""What file systems answer that cannot sync a folder. They keep names as they keep them."""
+"""Errors of file systems that cannot sync a folder; when they store names is up to them."""
 _TRANSIENT = (errno.ESTALE, errno.EAGAIN, errno.EINTR)
 _TRIES, _PAUSE_SECONDS = 4, 0.1
 
@@ -30,18 +30,18 @@ _T = TypeVar("_T")
 
 
 class Written(NamedTuple):
-    """What a file holds."""
+    """Size and checksum of a file's contents."""
 
     bytes: int
     sha256: str
 
 
 def write_file(path: Path, content: Iterable[bytes | memoryview]) -> Written:
-    """Write a file, piece by piece, and wait until the disk has it; raises OSError.
+    """Write a file in chunks and sync it to disk; raises OSError.
 
-    The checksum is of what was to be written, computed on the way. A file of this user's that has
-    this name and no other is overwritten in place and cut to the new length, so that its space is
-    never given up; anything else, a link above all, makes way for a new file.
+    The checksum is computed from the data passed in. A regular file of this user with no other hard
+    link is overwritten in place and truncated to the new length, so that its reserved space is
+    never released; anything else, links in particular, is replaced by a new file.
     """
     digest, size = hashlib.sha256(), 0
     descriptor = _open_own(path)
@@ -61,13 +61,13 @@ def write_file(path: Path, content: Iterable[bytes | memoryview]) -> Written:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data`, however little a single call takes; raises OSError."""
+    """Write all of `data`, in several calls if necessary; raises OSError."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def read_file(path: Path) -> Written:
-    """Read a file to its last byte, for its size and checksum; raises OSError."""
+    """Read a whole file and return its size and checksum; raises OSError."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -77,8 +77,8 @@ def read_file(path: Path) -> Written:
 
 
 def replace_file(path: Path, content: Iterable[bytes | memoryview]) -> None:
-    """Write `content` under another name, then give it this one: after a crash the old file is
-    there or the new one. Raises OSError."""
+    """Write `content` under a temporary name, then rename it: after a crash either the old or the
+    new file is there. Raises OSError."""
     partial = partial_name(path)
     write_file(partial, content)
     _patiently(lambda: partial.replace(path))
@@ -86,7 +86,7 @@ def replace_file(path: Path, content: Iterable[bytes | memoryview]) -> None:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Take `size` bytes of the disk now for the `replace_file` of `path`; raises OSError."""
+    """Reserve `size` bytes of disk space for a later `replace_file` of `path`; raises OSError."""
     descriptor = _open_own(partial_name(path))
     try:
         os.posix_fallocate(descriptor, 0, size)
@@ -99,20 +99,20 @@ def reserve(path: Path, size: int) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """The temporary name under which `replace_file` writes a file."""
     return path.with_name(path.name + ".partial")
 
 
 def rename_folder(folder: Path, name: Path) -> None:
-    """Give a folder another name beside its own, which nothing has, and wait until the disk has it;
-    raises OSError."""
+    """Rename a folder to an unused name in the same parent folder and sync that to disk; raises
+    OSError."""
     _patiently(lambda: folder.rename(name))
     sync_folder(name.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk hold the folder's names as they are; raises OSError. Where a file system has no
-    such thing, it keeps the names in its own time: what is in the files has been synced before."""
+    """Sync the folder's entries to disk; raises OSError. A file system without this operation
+    writes them in its own time; the contents of the files have been synced before."""
     descriptor = _patiently(lambda: os.open(folder, os.O_RDONLY))
     try:
         os.fsync(descriptor)
@@ -124,15 +124,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder such that no part of it is ever seen under its name; raises OSError. Of a
-    symbolic link only the link goes, and a file goes as a folder does."""
+    """Remove a folder so that it is never seen half removed under its name; raises OSError. A
+    symbolic link is removed without its target; a file is removed like a folder."""
     if folder.suffix != ".partial":
         partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
         try:
             rename_folder(folder, partial)
             folder = partial
         except OSError as error:
-            if error.errno != errno.EXDEV:  # an overlay does not rename what lies below
+            if error.errno != errno.EXDEV:  # overlayfs cannot rename folders of its lower layer
                 raise
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
@@ -141,9 +141,9 @@ def remove_folder(folder: Path) -> None:
 
 
 def _open_own(path: Path) -> int:
-    """A descriptor for writing of this user's own regular file, which has no other name; made anew
-    if what is there is none. Never follows a link."""
-    there = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would wait for a reader
+    """A descriptor for writing to `path`: the file that is there if it is regular, owned by this
+    user and has no other hard link, otherwise a new file. Never follows a symbolic link."""
+    there = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # do not block on a FIFO
     with contextlib.suppress(OSError):
         descriptor = os.open(path, there)
         found = os.fstat(descriptor)
@@ -158,15 +158,15 @@ def _open_own(path: Path) -> int:
 
 
 def _fill(descriptor: int, size: int) -> None:
-    """What posix_fallocate does, where there is none."""
+    """Fallback for posix_fallocate: write zeros."""
     zeros = memoryview(bytes(min(size, _CHUNK_BYTES)))
     for start in range(0, size, _CHUNK_BYTES):
         write_all(descriptor, zeros[: size - start])
-    os.fsync(descriptor)  # a network's disk may say only now that it is full
+    os.fsync(descriptor)  # a network file system may report a full disk only now
 
 
 def _patiently(action: Callable[[], _T]) -> _T:
-    """Do what a network's file system may refuse for a moment; raises OSError."""
+    """Run `action`, retrying errors that are transient on network file systems; raises OSError."""
     for _ in range(_TRIES - 1):
         try:
             return action()

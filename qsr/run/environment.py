@@ -1,4 +1,4 @@
-"""The record of what runs, and where: versions, revision, hardware, and earlier sessions' code."""
+"""Records what runs and where: versions, revision, hardware, and the code of earlier sessions."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ PACKAGES = (*_COMPUTING, "hydra-core", "safetensors")
 def write_records(
     folder: RunFolder, config: Config, data: Mapping[str, Any], topology: Topology, device: str
 ) -> None:
-    """Write config.yaml, data.json, environment.json; remove what an earlier failure left."""
+    """Write config.yaml, data.json and environment.json; remove an earlier failure.json."""
     earlier = _earlier_code(folder)
     write_json(folder.data, data)
     write_text(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -33,23 +33,23 @@ def write_records(
 
 
 def other_code(folder: RunFolder) -> str | None:
-    """A warning, in one line, if sessions of the run before this one had other code than this."""
+    """A one-line warning if earlier sessions of the run used different code, otherwise None."""
     earlier = _earlier_code(folder)
     if not earlier:
         return None
     return (
-        f"{folder.path} was begun with other code (qsr/ had the hash {earlier[-1]}, and has "
-        f"{running_code()}): going on, but it may not end as it would have"
+        f"{folder.path} was started with different code (hash of qsr/ was {earlier[-1]}, is now "
+        f"{running_code()}): the run resumes, but its result may differ"
     )
 
 
 def _earlier_code(folder: RunFolder) -> list[str]:
-    """The hashes of the code of earlier sessions, without that of this one."""
+    """Code hashes of earlier sessions, except the current one."""
     if not folder.environment.exists():
         return []
     try:
         stored = read_record(folder.environment)
-    except ConfigError:  # a record, of which the run does not depend
+    except ConfigError:  # only a record: the run does not depend on it
         stored = {}
     earlier = stored.get("earlier_code", [])
     codes = [*(earlier if isinstance(earlier, list) else []), stored.get("code", "unknown")]
@@ -58,15 +58,15 @@ def _earlier_code(folder: RunFolder) -> list[str]:
 
 
 def code_that_runs() -> dict[str, str | None]:
-    """What decides, beside settings and data, what this process computes: it must be the same on
-    all ranks."""
+    """Versions that, besides settings and data, determine what this process computes; they must be
+    the same on all ranks."""
     python = ".".join(platform.python_version_tuple()[:2])
     packages = {name: _version(name) for name in _COMPUTING}
     return {"qsr": running_code(), "python": python, **packages}
 
 
 def environment(topology: Topology, device: str) -> dict[str, Any]:
-    """Versions, revision and hardware."""
+    """The contents of environment.json, except earlier_code: versions, revision and hardware."""
     return {
         "code": running_code(),
         "python": platform.python_version(),

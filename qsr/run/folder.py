@@ -1,6 +1,6 @@
-"""The folder of a run: the names of its files, and how its small files are read and written.
+"""The run folder: the names of its files, and reading and writing of the small ones.
 
-Whatever may be in a file, its reader gives what was written there, or one line.
+Readers of damaged or foreign files raise a one-line error.
 """
 
 import json
@@ -17,15 +17,15 @@ from qsr.errors import ConfigError
 from qsr.run.durable import replace_file
 
 MODEL_NAME = "model.safetensors"
-"""The averaged model, in a run folder."""
+"""File name of the averaged model in a run folder."""
 
 _IN_A_SUMMARY = ("steps", "averages", "volume", "top1", "planned")
 
 
 class RunFolder:
     """Paths of a run: config.yaml, data.json, environment.json, metrics.jsonl, summary.json,
-    run.lock, checkpoints/ and model.safetensors, the averaged model at the end. Of a run that was
-    submitted: job.json, and slurm/ with the jobs' files. Of one that failed: failure.json."""
+    run.lock, checkpoints/ and model.safetensors (the final averaged model). Submitted runs also
+    have job.json and slurm/ with the job files, failed ones failure.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,28 +43,28 @@ class RunFolder:
         self.wandb_id = path / "wandb_id"
 
     def summary_if_finished(self) -> dict[str, Any] | None:
-        """The summary, if this run has come to its end. Raises ConfigError."""
+        """The summary if the run is finished, otherwise None. Raises ConfigError."""
         if not self.summary.exists():
             return None
         summary = read_record(self.summary)
         for name in _IN_A_SUMMARY:
             if name not in summary:
-                raise _lost(self.summary, f"it has no {name}")
+                raise _lost(self.summary, f"{name} is missing")
         return summary
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON."""
+    """Write `value` as JSON. Raises OSError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` such that a reader finds the old file or the new one."""
+    """Write `text` atomically: a reader sees either the old or the new file. Raises OSError."""
     replace_file(path, [text.encode()])
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """One of the folder's JSON records. Raises ConfigError."""
+    """A JSON record of the run folder. Raises ConfigError."""
     try:
         return parse_object(read_small(path))
     except ValueError as error:
@@ -73,26 +73,26 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _lost(path: Path, why: object) -> ConfigError:
     return ConfigError(
-        f"{path} cannot be read ({why}): bring it back, or remove this file alone, and the same "
-        f"command writes it anew"
+        f"{path} cannot be read ({why}): restore it, or remove only this file and run the same "
+        f"command to write it again"
     )
 
 
 MOST_BYTES = 2**20
-"""Of a file that is read as a whole; config.yaml of a run has some 2,000."""
+"""Size limit of files that are read as a whole; a run's config.yaml has about 2,000 bytes."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases, by which a few lines can stand for 10^9 values. Nothing here writes them."""
+    """Rejects aliases, with which a few lines can expand to 10^9 values. qsr never writes them."""
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise ComposerError(None, None, "aliases are not read here", None)
+            raise ComposerError(None, None, "aliases are not allowed", None)
         return super().compose_node(parent, index)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping of YAML. Raises ConfigError if the file holds something else."""
+    """The YAML mapping in a file. Raises ConfigError if it is anything else."""
     try:
         return parse_yaml(read_small(path))
     except ValueError as error:
@@ -100,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError if the file holds something else."""
+    """The JSON object in a file. Raises ConfigError if it is anything else."""
     try:
         return parse_object(read_small(path))
     except ValueError as error:
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
-    """A mapping of YAML. Raises ValueError for anything else, whatever is wrong with it."""
+    """A YAML mapping. Raises ValueError for anything else."""
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -116,26 +116,25 @@ def parse_yaml(text: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("no names with values")
+        raise ValueError("not a YAML mapping")
     return value
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else, whatever is wrong with it."""
+    """A JSON object. Raises ValueError for anything else."""
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return value
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a metrics.jsonl, and the numbers of the lines, from 1, that are none: a row is an
-    object with a kind, a step above 0 and finite numbers. What comes after the last line's end is
-    being written, or was cut short, and is left out. Raises ConfigError if the file cannot be
-    read."""
+    """The rows of a metrics.jsonl, and the numbers (from 1) of the lines that are not rows. A row
+    is an object with a kind, a step above 0 and finite numbers. An unterminated last line is
+    ignored: it is being written, or was cut off. Raises ConfigError if the file cannot be read."""
     rows, damaged = [], []
     try:
         text = _read(path).decode(errors="replace")
@@ -165,23 +164,23 @@ def _is_row(row: Mapping[str, Any]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Whether `value` is a finite number (bool does not count)."""
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     return numeric and abs(value) <= sys.float_info.max
 
 
 def read_small(path: Path) -> str:
-    """The text of a file that is read as a whole. Raises ValueError, whatever is wrong with it."""
+    """The text of a file of at most MOST_BYTES. Raises ValueError if it cannot be read."""
     content = _read(path, MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        raise ValueError(f"larger than {MOST_BYTES:,} bytes")
     return content.decode()
 
 
 def _read(path: Path, most: int = -1) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is no file")
+        if path.exists() and not path.is_file():  # reading a pipe would block
+            raise ValueError("not a regular file")
         with path.open("rb") as file:
             return file.read(most)
     except OSError as error:

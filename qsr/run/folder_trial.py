@@ -1,7 +1,7 @@
-"""Whether a folder's file system can do what a run asks of it: each operation is tried, twice.
+"""Checks that a folder's file system supports what a run needs by trying each operation twice.
 
-The second time meets what the first has left: some file systems cannot put a name in the place of
-another, or forget what is locked.
+The second round works on the files left by the first one: some file systems cannot rename a file
+onto an existing one, or lose locks.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from qsr.run.durable import (
 
 _PREFIX, _SUFFIX = "trial-", ".partial"
 TRIALS = f"{_PREFIX}*{_SUFFIX}"
-"""What a trial that was killed leaves behind."""
+"""Glob pattern of the folders that a killed trial leaves behind."""
 
 _CONTENT = bytes(range(256)) * 256
 _SHORTER = _CONTENT[:1000]
 
 
 def try_folder(folder: Path) -> str:
-    """Try all that a run does with its files, in a folder of the trial's own that is removed again:
-    in `folder`, or where it would be made.
+    """Try every file operation of a run in a temporary subfolder of `folder`, or of its nearest
+    existing parent.
 
-    Returns what the file system cannot do and a run can do without, "" if there is nothing. Raises
-    ConfigError if a run cannot do without it.
+    Returns the name of a missing feature that a run can do without ("locks"), or "". Raises
+    ConfigError if a required operation fails.
     """
     with refusing(folder):
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -57,38 +57,37 @@ def try_folder(folder: Path) -> str:
 
 @contextlib.contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Have an error of the file system become the one line that names the run's folder: raises
-    ConfigError instead of OSError."""
+    """Turn an OSError into a ConfigError whose message names the run folder."""
     try:
         yield
     except OSError as error:
-        mend = "choose another runs_dir"
+        fix = "choose another runs_dir"
         if error.errno == errno.ENAMETOOLONG:
-            mend = "choose a shorter runs_dir, or change fewer settings on the command line"
-        raise ConfigError(f"{folder} cannot be written ({error}): {mend}") from None
+            fix = "choose a shorter runs_dir, or change fewer settings on the command line"
+        raise ConfigError(f"{folder} cannot be written ({error}): {fix}") from None
 
 
 def _try_files(trial: Path) -> None:
     with _named("writing and syncing a file"):
         written = write_file(trial / "file", [_CONTENT])
-    with _named("reading what was written"):
+    with _named("reading back a file"):
         if read_file(trial / "file") != written:
-            raise OSError(errno.EIO, "it is not what was written")
+            raise OSError(errno.EIO, "its contents differ from what was written")
     with (
         _named("appending to a file and syncing it"),
         (trial / "rows").open("ab", buffering=0) as rows,
     ):
         write_all(rows.fileno(), _SHORTER)
         os.fsync(rows.fileno())
-    with _named("knowing an open file by its number"), (trial / "rows").open() as again:
+    with _named("comparing inode numbers"), (trial / "rows").open() as again:
         if not os.path.samestat(os.fstat(again.fileno()), (trial / "rows").stat()):
-            raise OSError(errno.EIO, "by its name it has another one")
-    with _named("taking room on the disk"):
+            raise OSError(errno.EIO, "the open file and its path have different numbers")
+    with _named("reserving disk space"):
         reserve(trial / "results", len(_CONTENT))
-    with _named("putting a file in the place of another"):
+    with _named("replacing a file"):
         replace_file(trial / "results", [_SHORTER])
         if (trial / "results").read_bytes() != _SHORTER:
-            raise OSError(errno.EIO, "it is not what was written")
+            raise OSError(errno.EIO, "its contents differ from what was written")
 
 
 def _try_folders(trial: Path) -> None:
@@ -104,11 +103,11 @@ def _try_folders(trial: Path) -> None:
     with _named("listing a folder"):
         names = {path.relative_to(trial).as_posix() for path in trial.rglob("*")}
         if not {"file", "rows", "results", "step", "step/file"} <= names:
-            raise OSError(errno.EIO, "not all that was written is there")
+            raise OSError(errno.EIO, "some of the written files are missing")
 
 
 def _locks(path: Path) -> bool:
-    """Whether a file can be locked once, and only once."""
+    """Whether flock works: a first lock succeeds and a second one is refused."""
     with path.open("w") as one, path.open("w") as other:
         try:
             fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,10 +121,10 @@ def _locks(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _named(operation: str) -> Iterator[None]:
-    """Have an error say what was tried."""
+    """Add the operation that was tried to an OSError."""
     try:
         yield
     except OSError as error:
         about = f": '{error.filename}'" if error.filename else ""
-        reason = f"{error.strerror or error}{about}, {operation}"
+        reason = f"{error.strerror or error}{about}, while {operation}"
         raise OSError(error.errno, reason) from None

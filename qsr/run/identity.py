@@ -1,4 +1,4 @@
-"""Which run lives in a folder: a run goes on only in its own, and never overwrites another."""
+"""Which run a folder holds: a run resumes only in its own folder, and never overwrites another."""
 
 import os
 import stat
@@ -15,8 +15,8 @@ from qsr.run.folder_trial import refusing, try_folder
 
 
 def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
-    """The run's folder, untouched. Raises ConfigError if another run lives there: one with other
-    settings, or on other `data` (what the caller knows of the data set and how it is read)."""
+    """The run's folder, without changing it. Raises ConfigError if it holds a different run: other
+    settings, or other `data` (facts about the data set and how it is read)."""
     folder = RunFolder(run_folder(config))
     _check_links(folder, Path(config.runs_dir))
     _check_files(folder)
@@ -25,8 +25,8 @@ def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
         changed = differences(config, before)
         if changed:
             workers = (
-                f"; a run keeps its workers: to go on with fewer processes, set cluster.ranks to a "
-                f"divisor of {before.workers}"
+                f"; the number of workers of a run is fixed: to resume with fewer processes, set "
+                f"cluster.ranks to a divisor of {before.workers}"
             )
             raise ConfigError(
                 f"{folder.path} holds a run with other settings ({'; '.join(changed)}): delete it, "
@@ -37,25 +37,26 @@ def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
         changed = [f"{k}: {stored.get(k)} -> {v}" for k, v in data.items() if stored.get(k) != v]
         if changed:
             raise ConfigError(
-                f"{folder.path} holds a run on other data ({'; '.join(changed)}): delete it, or "
+                f"{folder.path} holds a run with other data ({'; '.join(changed)}): delete it, or "
                 f"choose another runs_dir"
             )
     return folder
 
 
 def _check_links(folder: RunFolder, runs: Path) -> None:
-    """Raises ConfigError if a link that somebody else has laid leads from `runs` elsewhere: who may
-    write to a shared folder could have a run write to another."""
+    """Raises ConfigError if a path below `runs` is a symbolic link owned by another user, because
+    anybody who can write to a shared folder could redirect a run's files with one."""
     for path in (folder.checkpoints, *folder.checkpoints.parents):
         if path == runs:
             return
         if path.is_symlink() and path.lstat().st_uid not in (os.geteuid(), 0):
-            raise ConfigError(f"{path} is a symbolic link of another user's: have it removed")
+            raise ConfigError(
+                f"{path} is a symbolic link owned by another user: ask them to remove it"
+            )
 
 
 def _check_files(folder: RunFolder) -> None:
-    """Raises ConfigError if something else is where a file of the run belongs, or it cannot be
-    read."""
+    """Raises ConfigError if one of the run's files is not a regular file or cannot be read."""
     own = (
         *(folder.config, folder.data, folder.environment, folder.metrics, folder.failure),
         *(folder.summary, folder.model, folder.lock, folder.wandb_id),
@@ -63,31 +64,33 @@ def _check_files(folder: RunFolder) -> None:
     for path in (*own, *map(partial_name, own)):
         try:
             regular = stat.S_ISREG(path.stat().st_mode)
-        except OSError:  # nothing there, or nothing that is not replaced
+        except OSError:  # missing, or something that will be replaced
             continue
         if not regular:
-            raise ConfigError(f"{path} cannot be read (it is no file): move it away")
+            raise ConfigError(f"{path} cannot be read (not a regular file): move it away")
         if path in own and not os.access(path, os.R_OK):
-            raise ConfigError(f"{path} cannot be read (Permission denied): ask its owner for it")
+            raise ConfigError(
+                f"{path} cannot be read (Permission denied): ask its owner for access"
+            )
     if os.path.lexists(folder.checkpoints) and not folder.checkpoints.is_dir():
-        raise ConfigError(f"{folder.checkpoints} is no folder: move it away")
+        raise ConfigError(f"{folder.checkpoints} is not a folder: move it away")
 
 
 def make_run_folder(folder: RunFolder) -> None:
-    """See that this rank can do there what a run does, and make the folder if need be. Raises
+    """Check that this rank can write there, and create the folder if it does not exist. Raises
     ConfigError."""
-    try_folder(folder.path)  # permissions alone do not tell
+    try_folder(folder.path)  # permission bits alone are not enough
     with refusing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
 
 
 def read_config(path: Path) -> Config:
-    """A run's config.yaml. Raises ConfigError if it is not one that this version reads."""
+    """A run's config.yaml. Raises ConfigError if this version cannot read it."""
     try:
         return parse_identity(parse_yaml(read_small(path)))
     except (ConfigError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
     raise ConfigError(
-        f"{path} cannot be read by this version ({reason}): delete {path.parent}, or use the "
-        f"version that made it"
+        f"{path} cannot be read by this version of qsr ({reason}): delete {path.parent}, or use "
+        f"the version that wrote it"
     )

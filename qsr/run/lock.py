@@ -1,7 +1,7 @@
-"""One session at a time in a run folder.
+"""Allows one session at a time in a run folder.
 
-The lock is the kernel's, on the file run.lock, so that it ends with the process that holds it,
-however that ends. The file stays, and tells who held it last.
+The lock is an flock on the file run.lock, so the kernel releases it when the process that holds it
+ends, however it ends. The file stays and names the last holder.
 """
 
 import contextlib
@@ -25,12 +25,11 @@ from qsr.sync.communicator import Communicator
 
 _NAME = "run.lock"
 PATIENCE_SECONDS = 2.0
-"""For a session that is just ending, and for a holder that has not yet written who it is."""
+"""Time for a session that is ending, or for a holder that has not written its name yet."""
 
 
 class RunLock:
-    """A lock that this process holds, and the folder that it holds it in, whatever becomes of its
-    name."""
+    """A lock held by this process on a run folder, which it can still find after a rename."""
 
     def __init__(self, folder: Path, descriptor: int) -> None:
         self._path = folder
@@ -38,17 +37,17 @@ class RunLock:
         self._lock = descriptor
 
     def locate(self) -> str:
-        """Where the folder is now: its path, another one if it was moved, "" if it was deleted or
-        another session has taken it."""
+        """The folder's current path, also after it was moved; "" if it was deleted or taken by
+        another session."""
         assert self._folder is not None
         for path in (self._path, Path(f"/proc/self/fd/{self._folder}").resolve()):
             if _is(path, self._folder):
-                lock = path / _NAME  # somebody may have removed it
+                lock = path / _NAME  # may have been removed by somebody
                 return str(path) if _is(lock, self._lock) or not lock.exists() else ""
         return ""
 
     def release(self) -> None:
-        """Let others in. Can be called again."""
+        """Release the lock. Can be called more than once."""
         if self._folder is not None:
             os.close(self._folder)
             os.close(self._lock)
@@ -56,16 +55,16 @@ class RunLock:
 
 
 def claim(folder: Path, communicator: Communicator) -> RunLock | None:
-    """Collective: take the run folder for this session; rank 0 holds the lock, the others None.
+    """Collective: lock the run folder for this session. Returns the lock on rank 0, None elsewhere.
 
-    Raises ConfigError on every rank if another session holds it, or if a rank does not see the
-    folder that rank 0 sees.
+    Raises ConfigError on every rank if another session holds the lock, or if a rank does not see
+    the same folder as rank 0.
     """
     lock, problem = None, ""
     if communicator.topology.is_main:
         try:
             lock = take(folder)
-            for left in folder.glob(TRIALS):  # by a session that was killed in its first second
+            for left in folder.glob(TRIALS):  # left by a session that was killed as it started
                 shutil.rmtree(left, ignore_errors=True)
         except (ConfigError, OSError) as error:
             problem = str(error)
@@ -78,14 +77,14 @@ def claim(folder: Path, communicator: Communicator) -> RunLock | None:
 
 
 def check_free(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
-    """Raises ConfigError, as `take`, if a session is at work in the folder."""
+    """Raises ConfigError, like `take`, if a session is using the folder."""
     if os.path.lexists(folder / _NAME):
         os.close(_acquire(folder, patience_seconds))
 
 
 def take(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> RunLock:
-    """Raises ConfigError, in one line that names the holder, if another session still has the lock
-    after `patience_seconds`, or if the lock's file cannot be used; OSError if it cannot be
+    """Lock the folder. Raises ConfigError, naming the holder, if another session still has the lock
+    after `patience_seconds`, or if the lock file cannot be used; OSError if it cannot be
     written."""
     descriptor = _acquire(folder, patience_seconds)
     record = {
@@ -107,47 +106,48 @@ def _acquire(folder: Path, patience_seconds: float) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is(folder / _NAME, descriptor):
                 return descriptor
-            os.close(descriptor)  # the file was removed a moment ago: a lock that nobody sees
+            os.close(descriptor)  # the file was just removed: nobody else would see this lock
             descriptor = _open(folder / _NAME)
         except BlockingIOError:
             if time.monotonic() > give_up:
                 holder = _holder(os.pread(descriptor, 4096, 0))
                 os.close(descriptor)
                 raise FolderInUseError(
-                    f"{folder} is in use by {holder}: wait for its end, or end it"
+                    f"{folder} is in use by {holder}: wait until it ends, or stop it"
                 ) from None
             time.sleep(0.05)
         except OSError as error:
-            warning = f"{folder} cannot be locked ({error}): nothing keeps a second session out"
-            warn(warning)
+            warn(
+                f"warning: {folder} cannot be locked ({error}): make sure no other session uses it"
+            )
             return descriptor
 
 
 def _open(path: Path) -> int:
-    """The lock's file, made if need be. Raises ConfigError if it is none that a session may write
-    to: through a link it would write to a file of somebody else's."""
+    """Open the lock file, creating it if necessary. Raises ConfigError if it is not safe to write
+    to, because through a link the session would overwrite some other file."""
     try:
-        # for writing: NFS makes of flock a lock that needs it; O_NONBLOCK: a FIFO would wait
+        # for writing, because flock on NFS requires it; O_NONBLOCK, so as not to block on a FIFO
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ConfigError(f"{path} is a symbolic link: remove it") from None
         raise ConfigError(
-            f"{path} cannot be opened for writing ({error.strerror}): have its owner let you "
-            f"write to it, or remove it if no session is at work"
+            f"{path} cannot be opened for writing ({error.strerror}): ask its owner for write "
+            f"access, or remove it if no session is using the folder"
         ) from None
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
         return descriptor
     os.close(descriptor)
-    what = "has another name too (a hard link)" if stat.S_ISREG(found.st_mode) else "is no file"
+    what = "has another hard link" if stat.S_ISREG(found.st_mode) else "is not a regular file"
     raise ConfigError(f"{path} {what}: remove it")
 
 
 def _is(path: Path, descriptor: int) -> bool:
-    """Whether this path leads to what this process has opened. Where a network's file system does
-    not answer for a moment it is taken to."""
+    """Whether this path is the file or folder open at `descriptor`. Assumed true while a network
+    file system does not answer."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except (FileNotFoundError, NotADirectoryError):
@@ -169,16 +169,15 @@ def _holder(text: bytes) -> str:
 
 
 def _not_shared(folder: Path, communicator: Communicator) -> str:
-    """Collective: what to tell the user if some rank sees another folder than rank 0, or ""."""
+    """Collective: an error message if some rank sees another folder than rank 0, otherwise ""."""
     if communicator.topology.ranks == 1:
         return ""
     main = communicator.topology.is_main
-    # a name that no rank has looked for before: a network file system may remember that a name
-    # was not there
+    # a name that no rank has looked up before, because network file systems cache failed lookups
     token = communicator.gather_texts(secrets.token_hex(8) if main else "")[0]
     mark = folder / f"shared-{token}.partial"
     if main:
-        for left in folder.glob("shared-*.partial"):  # by a session that was killed here
+        for left in folder.glob("shared-*.partial"):  # left by a session that was killed here
             with contextlib.suppress(OSError):
                 left.unlink()
         mark.touch()
@@ -189,6 +188,5 @@ def _not_shared(folder: Path, communicator: Communicator) -> str:
     if not blind:
         return ""
     return (
-        f"{folder} of rank 0 is not there for rank {blind[0]}: choose a runs_dir that all "
-        f"machines share"
+        f"rank {blind[0]} does not see rank 0's {folder}: choose a runs_dir that all machines share"
     )

@@ -11,16 +11,16 @@ from qsr.run.durable import partial_name, replace_file, reserve
 from qsr.run.folder import RunFolder, write_json
 
 _SUMMARY_BYTES = 2**20
-"""For summary.json, and what it leaves for rows of metrics.jsonl that a full disk has held up."""
+"""Reserved for summary.json; the rest is for rows of metrics.jsonl delayed by a full disk."""
 _DIGITS_BYTES = 2**12
-"""For the digits of what the model file says of the run's end."""
+"""Reserved for metadata of the model file that is known only at the end of the run."""
 
 
 def reserve_results(
     folder: RunFolder, model: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Take the room on the disk that `write_results` will need, so that a disk that fills up while
-    the run trains does not cost its results. Raises OSError."""
+    """Reserve the disk space that `write_results` will need, so that results are not lost if the
+    disk fills up during training. Raises OSError."""
     for path, size in _room(folder, model, metadata).items():
         reserve(path, size)
 
@@ -28,7 +28,7 @@ def reserve_results(
 def missing_room(
     folder: RunFolder, model: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> int:
-    """Bytes of the disk that `reserve_results` will take; an earlier session may have done so."""
+    """Bytes that `reserve_results` still has to reserve after earlier sessions."""
     missing = 0
     for path, size in _room(folder, model, metadata).items():
         reserved = partial_name(path)
@@ -39,7 +39,7 @@ def missing_room(
 def _room(
     folder: RunFolder, model: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[Path, int]:
-    """Of the disk, for each file of the results, in bytes."""
+    """Disk space for each file of the results, in bytes."""
     size = packed_size(model, metadata) + _DIGITS_BYTES
     return {folder.model: size, folder.summary: _SUMMARY_BYTES}
 
@@ -50,7 +50,7 @@ def write_results(
     metadata: Mapping[str, str],
     summary: Mapping[str, Any],
 ) -> None:
-    """Write model.safetensors and then summary.json, which says that the run is finished, each over
-    the room that was taken for it. Raises OSError."""
+    """Write model.safetensors and then summary.json, which marks the run as finished, each into its
+    reserved disk space. Raises OSError."""
     replace_file(folder.model, pack_tensors(model, metadata))
     write_json(folder.summary, summary)

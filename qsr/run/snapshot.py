@@ -1,6 +1,5 @@
-"""Copies of the code, named by its contents: what a submitted job runs, whatever is edited since.
-
-Standard library only.
+"""Copies of the code, named by a hash of their contents. A submitted job runs such a copy, so that
+later edits do not affect it. Standard library only.
 """
 
 import contextlib
@@ -23,17 +22,17 @@ from qsr.output import warn
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ("qsr",)
-"""What decides what a run computes, beside its settings."""
+"""The code that, besides the settings, determines what a run computes."""
 EVERYTHING = ("qsr", "scripts", "configs")
-"""What a job needs of the project."""
+"""The folders of the project that a job needs."""
 _REVISION = "revision.json"
-"""In a copy: the commit that it was taken from."""
+"""File in a copy that holds the commit it was taken from."""
 _LEFT_SECONDS = 86_400
-"""A copy that was begun so long ago is not going to be finished."""
+"""An unfinished copy older than this is considered abandoned."""
 
 
 def code_files(root: Path, folders: tuple[str, ...]) -> Iterator[Path]:
-    """The files of these folders of `root`, sorted; no caches, nothing hidden."""
+    """The files of these folders of `root`, sorted, without caches and hidden files."""
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):
             parts = path.relative_to(root).parts
@@ -42,7 +41,7 @@ def code_files(root: Path, folders: tuple[str, ...]) -> Iterator[Path]:
 
 
 def code_hash(root: Path, folders: tuple[str, ...] = PACKAGE) -> str:
-    """16 hex digits that are equal for equal names and contents of the files."""
+    """16 hex digits of a hash of the files' names and contents."""
     digest = hashlib.sha256()
     for path in code_files(root, folders):
         content = path.read_bytes()
@@ -52,13 +51,13 @@ def code_hash(root: Path, folders: tuple[str, ...] = PACKAGE) -> str:
 
 @functools.cache
 def running_code() -> str:
-    """The hash of the package that this process runs, as it was when this was first called."""
+    """The code hash of the running package, computed at the first call."""
     return code_hash(ROOT)
 
 
 def snapshot_folder(runs_dir: Path) -> Path:
-    """Where `take_snapshot` puts the code as it is now: below the contents' hash, and, where that
-    copy is not whole, below the hash and a number."""
+    """Where `take_snapshot` puts the current code: a folder named by the hash of its contents, with
+    a number appended if a copy with that name was edited or damaged."""
     name = code_hash(ROOT, EVERYTHING)
     first = (runs_dir / ".snapshots" / name).absolute()
     others = (first.with_name(f"{name}-{number}") for number in itertools.count(2))
@@ -74,18 +73,19 @@ def _is_whole(copy: Path, name: str) -> bool:
 
 
 def take_snapshot(runs_dir: Path) -> Path:
-    """Copy the project's code to below `runs_dir`, unless it is there; return the copy's folder.
+    """Copy the project's code to a folder below `runs_dir`, if no copy exists, and return that
+    folder.
 
-    Equal code is stored once. Nothing here removes or changes a copy, because jobs may run it: one
-    that was edited or damaged is passed over, with a line on stderr. What a copying that was killed
-    has left behind a day ago is removed. Raises OSError.
+    Identical code is stored once. Copies are never removed or changed, because jobs may be running
+    them: an edited or damaged copy is skipped, with a warning on stderr. Partial copies older than
+    a day are removed. Raises OSError.
     """
     target = snapshot_folder(runs_dir)
     name = code_hash(ROOT, EVERYTHING)
     if target.name != name:
         warn(
-            f"warning: {target.with_name(name)} was edited or damaged, and jobs may run it: "
-            f"{target.name} is used instead; remove it when no job does"
+            f"warning: {target.with_name(name)} was edited or damaged; using {target.name} "
+            f"instead; remove the damaged copy when no job uses it"
         )
     if target.exists():
         return target
@@ -103,13 +103,13 @@ def take_snapshot(runs_dir: Path) -> Path:
         partial.rename(target)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
-        if not target.exists():  # it does if another process was first
+        if not target.exists():  # otherwise another process was faster
             raise
     return target
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Of this user's own copying, which takes seconds."""
+    """Remove this user's abandoned partial copies; copying takes seconds."""
     for path in folder.glob(".*"):
         with contextlib.suppress(OSError):
             found = path.lstat()
@@ -120,8 +120,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """The commit that this process's code is of, and whether the checkout was modified; of a
-    snapshot, when it was taken. None if there was no checkout."""
+    """The commit of the running code and whether the checkout is modified; for a snapshot, as of
+    when it was taken. None if the code is not in a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

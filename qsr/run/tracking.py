@@ -1,7 +1,7 @@
-"""What a run reports while it trains: metrics.jsonl, its mirror on wandb, the progress bar.
+"""Metrics reported during training: metrics.jsonl, the wandb mirror, the progress bar.
 
-metrics.jsonl is the record. The mirror can neither stop nor slow the run: it lives in a process of
-its own, and whatever goes wrong there becomes one warning at the end.
+metrics.jsonl is the authoritative record. The mirror can neither stop nor slow down the run: it
+runs in its own process, and any failure there becomes one warning at the end.
 """
 
 import contextlib
@@ -34,23 +34,23 @@ from qsr.run.durable import replace_file, write_file
 from qsr.run.folder import parse_object
 
 Row = Mapping[str, float | int | str | bool]
-"""One line of metrics: "kind" ("train" or "eval"), "step" (steps done), and measured values."""
+"""One line of metrics: "kind" ("train" or "eval"), "step" (completed steps) and measured values."""
 
 
 class Tracker(Protocol):
-    """Where a trainer reports; every rank has one, and only the main rank's writes."""
+    """Receives a trainer's metrics; every rank has one, but only the main rank's writes them."""
 
     def log(self, row: Row) -> None:
         """Report one row."""
 
     def sync(self) -> None:
-        """See that a power failure takes nothing of what was reported, as far as that can be."""
+        """Make the reported rows durable, as far as possible."""
 
     def rewind(self, step: int) -> None:
-        """Forget what was reported after `step` steps: the run goes on from there."""
+        """Discard rows reported after `step` steps, because the run resumes from there."""
 
     def close(self) -> None:
-        """Write out everything."""
+        """Write everything out and release resources."""
 
 
 class NullTracker:
@@ -77,7 +77,7 @@ class RunTracker:
 
     def log(self, row: Row) -> None:
         for tracker in self._trackers:
-            with contextlib.suppress(OSError):  # a full disk, under stderr too, does not end a run
+            with contextlib.suppress(OSError):  # a full disk must not end a run
                 tracker.log(row)
 
     def sync(self) -> None:
@@ -106,20 +106,20 @@ class RunTracker:
 
 
 _ROW_START = re.compile(rb'\n|(?<=.)(?=\{"kind")')
-"""Between rows, also where damage has made another byte of a line's end."""
+"""Separates rows, even where the newline between them is corrupted."""
 
 
 class JsonlTracker:
-    """Appends rows to a file, one JSON object a line.
+    """Appends rows to a file, one JSON object per line.
 
-    `log` raises OSError if the disk is full; the row then waits for the next one, or the end.
-    What is in the file and cannot be read as a row is moved to a file beside it.
+    `log` raises OSError if the disk is full; the row is then written with the next one, or at the
+    end. Lines of an existing file that are not rows are moved to a separate file next to it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting = b""
-        # a line that a kill cut short would spoil the next one
+        # an incomplete line left by a killed session would corrupt the next one
         self._file = self._rewritten(sys.maxsize)
 
     def log(self, row: Row) -> None:
@@ -136,7 +136,7 @@ class JsonlTracker:
         self._file = rewritten
 
     def _rewritten(self, step: int) -> FileIO:
-        """The file, open at its end, with the rows up to this step alone."""
+        """The file opened for appending, with only the rows up to this step."""
         rows, damaged = _rows(self._path.read_bytes() if self._path.exists() else b"")
         if damaged:
             self._put_aside(damaged)
@@ -149,7 +149,9 @@ class JsonlTracker:
             self.sync()
         except OSError as error:
             warnings.warn(
-                f"{self._path} lacks its last rows ({error})", RuntimeWarning, stacklevel=2
+                f"{self._path}: the last rows could not be written ({error})",
+                RuntimeWarning,
+                stacklevel=2,
             )
         self._file.close()
 
@@ -161,24 +163,24 @@ class JsonlTracker:
         aside = self._path.with_name(f"{self._path.name}.damaged-{secrets.token_hex(4)}")
         write_file(aside, [line + b"\n" for line in damaged])
         lines = "1 line" if len(damaged) == 1 else f"{len(damaged)} lines"
-        warn(f"{self._path}: {lines} could not be read; the rest is kept, they are in {aside.name}")
+        warn(f"{self._path}: moved {lines} that could not be read to {aside.name}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, as far as they can be read; raises OSError."""
+    """The readable rows of a metrics.jsonl; raises OSError."""
     return [row for _, row in _rows(path.read_bytes())[0]]
 
 
 def _rows(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
-    """The rows of a file, each with its line, and the lines that are none. A last line that a kill
-    cut short is neither."""
+    """The rows of a file, each with its line, and the lines that are not rows, ignoring an
+    incomplete last line."""
     lines = _ROW_START.split(text)
     rows, damaged = [], []
     for line in filter(None, lines):
         try:
             row = parse_object(line)
             if not (type(row["step"]) is int and isinstance(row["kind"], str)):
-                raise ValueError("no row")
+                raise ValueError("not a row")
             rows.append((line, row))
         except (ValueError, KeyError):
             damaged.append(line)
@@ -188,11 +190,10 @@ def _rows(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]
 
 
 class WandbTracker:
-    """Mirrors rows to Weights & Biases from a process of its own, fed by a thread.
+    """Mirrors rows to Weights & Biases in a separate process, fed by a thread.
 
-    Where there is no network wandb blocks for minutes, at the end of its process too, and may
-    raise. The run never waits for it, except that `close` gives it `close_seconds` to finish and
-    ends it then.
+    Without a network, wandb blocks for minutes (even when its process exits) and may raise. The run
+    never waits for it, except that `close` gives it `close_seconds` to finish before killing it.
     """
 
     def __init__(self, config: Config, folder: Path, close_seconds: float = 30.0) -> None:
@@ -204,7 +205,7 @@ class WandbTracker:
             stdin=subprocess.PIPE,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a stop is for the run, which then closes the mirror
+            start_new_session=True,  # stop signals are for the run, which then closes the mirror
         )
         settings = {
             "project": config.tracking.wandb_project,
@@ -225,29 +226,29 @@ class WandbTracker:
         self._rows.put(row)
 
     def sync(self) -> None:
-        """Nothing: it is a mirror."""
+        """Does nothing: metrics.jsonl is the record."""
 
     def rewind(self, step: int) -> None:
-        """Nothing: wandb keeps the first row of a step."""
+        """Does nothing: wandb keeps the first row of each step."""
 
     def close(self) -> None:
         self._rows.put(None)
         self._thread.join(self._close_seconds)
         late = self._thread.is_alive()
         if late:
-            self._process.kill()  # wandb's own helper process ends with it
+            self._process.kill()  # this also ends wandb's helper process
             self._thread.join()
         if late or self._process.returncode:
             reason = f"still busy after {self._close_seconds:.0f} s" if late else self._last_words()
             warnings.warn(
-                f"wandb: {reason}; the mirror is incomplete, metrics.jsonl is complete",
+                f"wandb: {reason}; the mirror is incomplete, but metrics.jsonl is complete",
                 RuntimeWarning,
                 stacklevel=2,
             )
         self._output.close()
 
     def _feed(self, settings: Mapping[str, str | int | None]) -> None:
-        """Write to the process, which may take its time, and wait for its end."""
+        """Write rows to the process, which may read slowly, and wait until it exits."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(json.dumps(settings).encode() + b"\n")
@@ -259,26 +260,26 @@ class WandbTracker:
     def _last_words(self) -> str:
         self._output.seek(0)
         lines = self._output.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line), "ended without a word")
+        return next((line for line in reversed(lines) if line), "exited without a message")
 
 
 def _wandb_id(path: Path) -> str:
-    """The run's name on wandb's server: the same in every session of the run folder."""
+    """The run's id on the wandb server, the same in every session of the run folder."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         stored = path.read_text().strip()
         if re.fullmatch(r"[\w-]+", stored):
             return stored
     name = secrets.token_hex(8)
-    with contextlib.suppress(OSError):  # the next session's mirror is another one then
+    with contextlib.suppress(OSError):  # then the next session starts a new mirror
         replace_file(path, [name.encode()])
     return name
 
 
 def mirror_rows() -> None:
-    """The mirror's process: pass what comes in on standard input, settings and then rows, to wandb.
+    """Main function of the mirror process: pass standard input (settings, then rows) to wandb.
 
-    The input ends with the run, however that ends; the mirror outlives it by `patience` seconds.
-    Slurm tells all processes of a step to stop: that is for the run.
+    The input ends with the run, however it ends; the mirror outlives it by `patience` seconds. Stop
+    signals, which Slurm sends to all processes of a step, are ignored: they are meant for the run.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -295,20 +296,20 @@ def mirror_rows() -> None:
             run.log({f"{row['kind']}/{k}": v for k, v in values.items()}, step=row["step"])
         signal.alarm(patience)
         run.finish()
-    except Exception as error:  # as the one line that `close` reports
+    except Exception as error:  # `close` reports this line
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 class _Console(Console):
-    """Rich's ends the program when nobody reads any more."""
+    """Keeps the program running when the output's reader is gone; rich would end it."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 class ProgressTracker:
-    """A live bar on a terminal, with a line per evaluation above it; elsewhere only such lines, at
-    most one every `quiet_seconds` and the last."""
+    """A live progress bar on a terminal, with a line per evaluation above it. Elsewhere only these
+    lines, at most one every `quiet_seconds`, plus the last one."""
 
     def __init__(
         self,
@@ -329,7 +330,7 @@ class ProgressTracker:
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self._console,
-            # rows of a large model come less often than rich's 30 s: it would never tell
+            # rich's default of 30 s is too short: large models report less often
             speed_estimate_period=3600.0,
             disable=not self._console.is_terminal,
         )
@@ -374,9 +375,9 @@ def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
         try:
             trackers.append(WandbTracker(config, folder))
         except OSError as error:
-            warn(f"warning: no mirror on wandb: {error}")
+            warn(f"warning: metrics are not mirrored to wandb: {error}")
     if settings.progress:
-        # without the overrides, which would push all else from a terminal's line
+        # without the overrides, which would not leave room for the rest of the line
         name = config.experiment
         if "=" in name:
             name = name.partition("=")[0].rpartition("/")[0] + "/..."

@@ -61,13 +61,13 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     assert [(verdict, name) for verdict, name, _ in found] == [("ok", name) for name in CHECKS]
     texts = {name: text for _, name, text in found}
     assert texts["data"] == "1,442 and 355 images of 10 classes"
-    assert texts["network"] == "small_resnet takes images of 32 x 32 pixels, 32 in a pass"
-    assert texts["training"] == "a pass of 32 images, in fp32"
+    assert texts["network"] == "small_resnet accepts micro-batches of 32 images, 32 x 32"
+    assert texts["training"] == "forward and backward pass of 32 images in fp32"
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
-    assert texts["free space"].startswith("5.23 MB needed (2 + 1 checkpoints of 1.29 MB, and the")
+    assert texts["free space"].startswith("5.23 MB needed (2 + 1 checkpoints of 1.29 MB and the")
     assert texts["wandb"] == "off"
-    assert texts["ranks"] == "2, which all-reduce through gloo"
+    assert texts["ranks"] == "2 ranks, all-reduce with gloo"
     assert list(runs.iterdir()) == []  # nothing is left
 
 
@@ -115,7 +115,7 @@ def test_another_run_or_a_running_one_in_the_folder(one: list[str]) -> None:
     failed = failures(ask(one))
     assert list(failed) == ["run folder"]
     assert "is in use by process" in failed["run folder"]
-    assert failed["run folder"].endswith("wait for its end, or end it")
+    assert failed["run folder"].endswith("wait until it ends, or stop it")
     lock.release()
     assert ask(one)[0] == 0
     path = run_folder(config) / "config.yaml"
@@ -141,7 +141,7 @@ def ask_with_mounts(rank: int, ranks: int, runs: Path, size: int, arguments: lis
         (
             1_500_000,
             ["free space"],
-            "1.5 MB are free and 5.23 MB needed for",
+            "1.5 MB free, 5.23 MB needed for",
         ),
         (0, ["run folder"], "cannot be written ([Errno 30] Read-only file system"),
     ],
@@ -163,14 +163,14 @@ def test_wandb_without_a_key_or_a_network(
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     without_key = failures(ask([*one, "tracking=online"]))
-    text = "no key for api.wandb.ai: wandb login, or take tracking=offline"
+    text = "no API key for api.wandb.ai: run wandb login, or use tracking=offline"
     assert without_key == {"wandb": text}
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     failed = failures(ask([*one, "tracking=online"]))
     assert list(failed) == ["wandb"]
     assert failed["wandb"].startswith("127.0.0.1 cannot be reached ([Errno 111] ")
-    assert failed["wandb"].endswith("): take tracking=offline")
+    assert failed["wandb"].endswith("): use tracking=offline")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_launched_ranks_that_do_not_divide_the_workers(digits: Path, tmp_path: P
     script = [*DOCTOR[1:], *settings(digits, tmp_path, "workers=3", "global_batch=63")]
     done = call([*TORCHRUN, *script])
     assert done.returncode != 0
-    assert "FAIL  2 ranks were launched; they must divide workers=3" in done.stdout
+    assert "FAIL  2 ranks were launched, which do not divide workers=3" in done.stdout
 
 
 def rank_with_its_own_disk(rank: int, ranks: int, runs: Path, arguments: list[str]) -> Any:
@@ -216,8 +216,8 @@ def test_a_rank_that_does_not_see_the_folder(digits: Path, tmp_path: Path) -> No
     (failed,) = failures(other).items()
     assert failed[0] == "ranks"
     assert failed[1].startswith("rank 1 on ")
-    assert failed[1].endswith(f"{runs} is not the folder that rank 0 sees: all machines must share "
-                              "it")  # fmt: skip
+    assert failed[1].endswith(f"{runs} is not the same folder as on rank 0: choose a runs_dir that "
+                              "all machines share")  # fmt: skip
     status, output = main
     assert (status, "FAIL" in output) == (1, False)  # it knows, and has not waited
     assert list(runs.iterdir()) == []

@@ -128,7 +128,7 @@ def test_a_signal_to_the_command_saves_and_the_same_command_goes_on(
     output, errors = process.communicate(timeout=60)
     assert process.returncode == os.EX_TEMPFAIL, errors
     assert errors == ""
-    stopped = re.search(r"stopped after step (\d+) by (.+), everything saved; the same", output)
+    stopped = re.search(r"stopped after step (\d+) by (.+), everything is saved; run the", output)
     assert stopped is not None
     assert stopped[2] == (name if ranks == 1 else "a signal to the launcher")
     newest = max(path.name for path in (folder_in(tmp_path) / "checkpoints").iterdir())

@@ -134,7 +134,7 @@ def test_all_ranks_act_alike_when_one_cannot_write(tmp_path: Path) -> None:
     assert one == other
     (failure, at_the_end), weights = one
     assert "after step 10 could not be written" in failure
-    assert "(rank 1: [Errno 27] File too large); the newest there is that after step 5" in failure
+    assert "(rank 1: [Errno 27] File too large); the newest checkpoint is from step 5" in failure
     assert at_the_end is None
     assert steps_in(tmp_path) == [20, 24]
     assert weights == train(replace(SETUP, loss=LossThatDoes(2, {}))).parameters().tolist()
@@ -165,9 +165,9 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(digits: Path, tmp_path
     disk = tmp_path / "disk"
     ((message, partial),) = run_ranks(start_on_a_small_disk, 1, disk, digits, 2_500_000)
     folder = run_folder(a_run(disk, digits))
-    assert message.startswith(f"{folder}: 2.")
-    assert "(checkpoint.keep=2 stay while the next is written) and for the results" in message
-    assert message.endswith("lower checkpoint.keep, or choose a runs_dir with more room")
+    assert message.startswith(f"{folder}: not enough disk space: 2.")
+    assert "(checkpoint.keep=2 plus the one being written) and the results" in message
+    assert message.endswith("lower checkpoint.keep, or choose a runs_dir with more space")
     assert message.count("\n") == 0
     assert partial == []
     assert run_ranks(start_on_a_small_disk, 1, disk, digits, 50_000_000) == [None]
@@ -211,7 +211,7 @@ def test_the_results_have_their_room_from_the_start(digits: Path, tmp_path: Path
         finish_on_a_full_disk, 1, tmp_path / "disk", digits
     )
     assert "the checkpoint after step 44 could not be written" in message
-    assert "training is done, and the results are written" in message
+    assert "training is complete, however, and the results were written" in message
     assert whole
     assert summary["steps"] == 44
     assert steps == list(range(1, 45))

@@ -54,8 +54,8 @@ def assert_falls_back(folder: Path, because: str, capfd: pytest.CaptureFixture[s
     assert session.latest() == 5
     assert holds(session, 5)
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"{folder / NEW} is passed over ({because}")
-    assert line.endswith("; the run goes on from step 5")
+    assert line.startswith(f"{folder / NEW} was skipped ({because}")
+    assert line.endswith("; the run resumes from step 5")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -108,10 +108,10 @@ def test_files_of_two_workers_exchanged_are_recognized(
 ) -> None:
     names = [f"worker_00{index}.{kind}" for index in (0, 1)]
     exchange(*(folder / NEW / name for name in names))
-    reason = f"{names[0]} has another checksum"
+    reason = f"{names[0]} has the wrong checksum"
     if manifest_too:  # as if a rank had written another worker's state
         rewrite_manifest(folder / NEW)
-        reason = f"{names[0]} is the file of another step or worker"
+        reason = f"{names[0]} belongs to another step or worker"
     assert_falls_back(folder, reason, capfd)
 
 
@@ -123,7 +123,7 @@ def test_a_file_of_another_step_is_recognized(
     assert_falls_back(folder, name, capfd)
     if name != "manifest.json":
         rewrite_manifest(folder / NEW)
-        assert_falls_back(folder, f"{name} is the file of another step or worker", capfd)
+        assert_falls_back(folder, f"{name} belongs to another step or worker", capfd)
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_recognized(
@@ -131,7 +131,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_recognized(
 ) -> None:
     shutil.rmtree(folder / NEW)
     shutil.copytree(folder / OLD, folder / NEW)
-    assert_falls_back(folder, "manifest.json is that of step_000000005", capfd)
+    assert_falls_back(folder, "manifest.json belongs to step_000000005", capfd)
 
 
 def test_a_file_that_the_manifest_does_not_know_is_recognized(
@@ -139,7 +139,7 @@ def test_a_file_that_the_manifest_does_not_know_is_recognized(
 ) -> None:
     path = folder / NEW / "manifest.json"
     path.write_text(path.read_text().replace('"workers": 2', '"workers": 1'))
-    assert_falls_back(folder, "manifest.json has another checksum", capfd)
+    assert_falls_back(folder, "manifest.json has the wrong checksum", capfd)
     rewrite_manifest(folder / NEW)
     assert_falls_back(folder, "manifest.json does not list every file", capfd)
 
@@ -152,9 +152,9 @@ def test_where_none_is_whole_the_run_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         checkpointer(folder).latest()
     assert str(refused.value) == (
-        f"no checkpoint in {folder} is whole (step_000000010: state.json: No such file or "
-        f"directory; step_000000005: shared.safetensors has another checksum); bring one back, or "
-        f"delete this folder to train from the first step"
+        f"every checkpoint in {folder} is damaged (step_000000010: state.json: No such file or "
+        f"directory; step_000000005: shared.safetensors has the wrong checksum); restore one from "
+        f"a copy, or delete this folder to train from the first step"
     )
     assert sorted(folder.rglob("*")) == before
 
@@ -183,9 +183,9 @@ def latest_of(rank: int, ranks: int, folder: Path) -> tuple[int | None, str]:
 def test_ranks_agree_when_one_of_them_finds_damage(folder: Path) -> None:
     """Each reads its own worker's file only."""
     flip_byte(folder / NEW / "worker_001.safetensors", 120)
-    reason = "worker_001.safetensors has another checksum"
+    reason = "worker_001.safetensors has the wrong checksum"
     assert run_ranks(latest_of, 2, folder) == [
-        (5, f"{folder / NEW} is passed over ({reason}); the run goes on from step 5\n"),
+        (5, f"{folder / NEW} was skipped ({reason}); the run resumes from step 5\n"),
         (5, ""),
     ]
 

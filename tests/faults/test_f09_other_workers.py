@@ -64,8 +64,8 @@ def test_a_run_folder_of_other_workers_is_refused_with_the_way_to_go_on(tmp_path
         check_run_folder(replace(config, workers=2), {})
     assert str(refused.value) == (
         f"{folder.path} holds a run with other settings (workers: 4 -> 2): delete it, or choose "
-        f"another runs_dir; a run keeps its workers: to go on with fewer processes, set "
-        f"cluster.ranks to a divisor of 4"
+        f"another runs_dir; the number of workers of a run is fixed: to resume with fewer "
+        f"processes, set cluster.ranks to a divisor of 4"
     )
     with pytest.raises(ConfigError) as refused:
         check_run_folder(replace(config, epochs=3), {})

@@ -211,5 +211,6 @@ def test_classes_that_were_renamed_between_two_sessions_are_refused(tmp_path: Pa
     write_records(first.folder, ours, first.data, Topology(0, 1, 0, 2), "cpu")
     for split in ("train", "val"):
         (root / split / "a").rename(root / split / "c")
-    with pytest.raises(ConfigError, match=r"holds a run on other data \(train_files: \w+ -> \w+; "):
+    told = r"holds a run with other data \(train_files: \w+ -> \w+; "
+    with pytest.raises(ConfigError, match=told):
         build.prepare(ours)

@@ -67,7 +67,7 @@ def test_a_rank_that_does_not_see_the_folder_is_noticed_at_the_start(
     settings = a_run(digits, tmp_path, "cluster.ranks=2")
     results = run_ranks(run_with_a_blind_rank, 2, tmp_path, settings)
     message = (
-        f"{run_folder(load_config(settings))} of rank 0 is not there for rank 1: choose a runs_dir "
-        f"that all machines share"
+        f"rank 1 does not see rank 0's {run_folder(load_config(settings))}: choose a runs_dir that "
+        f"all machines share"
     )
     assert results == [(message, ["run.lock"]), (message, [])]

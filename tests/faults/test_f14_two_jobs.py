@@ -44,7 +44,7 @@ def test_the_second_is_refused_and_told_who_is_first(tmp_path: Path) -> None:
             message = str(refused.value)
             assert message.startswith(f"{tmp_path} is in use by process {holder.pid} on ")
             assert f"{os.uname().nodename}, Slurm job 4711, since 20" in message
-            assert message.endswith(": wait for its end, or end it")
+            assert message.endswith(": wait until it ends, or stop it")
         assert (tmp_path / "run.lock").read_bytes() == record
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -84,8 +84,8 @@ def test_a_file_system_without_locks_is_named(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     take(tmp_path).release()
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"{tmp_path} cannot be locked ([Errno {number}]")
-    assert line.endswith("nothing keeps a second session out")
+    assert line.startswith(f"warning: {tmp_path} cannot be locked ([Errno {number}]")
+    assert line.endswith("make sure no other session uses it")
 
 
 def take_at_once(folder: Path, start: Any, done: Any, results: Any) -> None:

@@ -93,8 +93,9 @@ def test_a_rank_that_was_left_behind_cannot_join() -> None:
     one, other, late = run_ranks(late_rank_of_the_first_start, 3, job())
     assert (one, other) == (30.0, 30.0)
     assert late == (
-        "ClusterError: the 2 ranks did not come together: rank 0 was not found on localhost within "
-        "8 s: has it failed, or is a firewall between the nodes?"
+        "ClusterError: the 2 ranks could not connect to each other: rank 0 was not found on "
+        "localhost within 8 s: check its log, and whether a firewall blocks connections between "
+        "the nodes"
     )
 
 
@@ -232,7 +233,7 @@ def test_a_run_under_torchrun_goes_on_after_each_killed_rank(
 def test_a_start_under_torchrun_tells_its_own_failure(digits: Path, tmp_path: Path) -> None:
     settings = (*RUN, f"data.root={digits}", f"runs_dir={tmp_path}")
     for ranks, wrong, message in (
-        (3, (), "3 ranks were launched; they must divide workers=2"),
+        (3, (), "3 ranks were launched, which do not divide workers=2"),
         (2, ("cluster.device=cuda",), "cluster.device=cuda, but torch sees no GPU"),
     ):
         launcher = [*TORCHRUN[:-1], f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
@@ -258,7 +259,8 @@ def _listening(_function: object, arguments: tuple[Any, ...], **_options: object
 
 def test_no_free_port_is_an_error_that_names_them() -> None:
     (text,) = run_ranks(without_a_port, 1, job())
-    assert text.startswith("the 2 ranks did not come together: localhost has no free port among")
+    assert text.startswith("the 2 ranks could not connect to each other: none of the ports ")
+    assert "is free on localhost" in text
 
 
 def without_a_port(rank: int, ranks: int, job: str) -> str:

@@ -182,6 +182,6 @@ def test_machines_with_other_data_are_noticed_at_the_start(tmp_path: Path) -> No
         names = [*(f"{i:02d}.png" for i in range(63)), last]
         plant(root, *(f"{split}/a/{name}" for split in ("train", "val") for name in names))
     for message in run_ranks(open_other_data, 2, roots, tmp_path / "runs"):
-        assert message.startswith("rank 1 has other data than rank 0 (train_files: ")
-        assert message.endswith("): give all machines the same files and packages")
+        assert message.startswith("rank 1 has different data than rank 0 (train_files: ")
+        assert message.endswith("): use the same files and packages on all machines")
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]

@@ -63,8 +63,8 @@ def test_other_code_is_warned_of_and_recorded(project: Path, digits: Path) -> No
     assert record["earlier_code"] == [before]
     assert again.returncode == 0
     assert again.stderr == (
-        f"warning: {environment.parent} was begun with other code (qsr/ had the hash {before}, and "
-        f"has {record['code']}): going on, but it may not end as it would have\n"
+        f"warning: {environment.parent} was started with different code (hash of qsr/ was "
+        f"{before}, is now {record['code']}): the run resumes, but its result may differ\n"
     )
 
 
@@ -99,8 +99,8 @@ def test_a_machine_with_other_code_is_refused(project: Path, digits: Path) -> No
         _, errors = rank.communicate(timeout=240)
         assert rank.returncode == 2
         assert errors == (
-            f"refused: rank 1 runs other code than rank 0 (qsr: {code_hash(ROOT)} -> "
-            f"{code_hash(project)}): give all machines the same qsr, Python and packages\n"
+            f"refused: rank 1 runs different code than rank 0 (qsr: {code_hash(ROOT)} -> "
+            f"{code_hash(project)}): install the same qsr, Python and packages on all machines\n"
         )
     assert not list((project.parent / "runs").rglob("config.yaml"))
 

@@ -320,7 +320,7 @@ def test_a_mirror_that_cannot_start_is_one_line(
         tracker.log({"kind": "train", "step": 1})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1}]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: no mirror on wandb: ")
+    assert line.startswith("warning: metrics are not mirrored to wandb: ")
     assert "no_python" in line
 
 

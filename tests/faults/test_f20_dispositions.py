@@ -65,7 +65,7 @@ def test_the_second_ctrl_c_ends_at_once(capsys: pytest.CaptureFixture[str]) -> N
     with flag.listening(["SIGINT"]):
         signal.raise_signal(signal.SIGINT)
         assert flag.reason == "SIGINT"
-        assert "Ctrl-C again ends at once" in capsys.readouterr().err
+        assert "press Ctrl-C again to exit immediately" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -108,7 +108,7 @@ def test_the_fork_servers_socket_has_a_folder_that_is_short_enough(
     assert socket_folder() == "/tmp"
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(
-        ClusterError, match=r"TMPDIR=.* is too long .*: set TMPDIR to a folder of at"
+        ClusterError, match=r"TMPDIR=.* is too long .*: set TMPDIR to a writable folder with a"
     ):
         socket_folder()
 
@@ -165,7 +165,7 @@ def test_a_signal_to_the_whole_group_saves(
     last = int(output.partition("stopped after step ")[2].split()[0])
     assert 10 <= last < 44
     assert _steps(tmp_path)[-1] == last
-    told = "stopping as soon as everything is saved; Ctrl-C again ends at once\n"
+    told = "saving and stopping; press Ctrl-C again to exit immediately\n"
     assert errors == (told if name == "SIGINT" else "")
 
 

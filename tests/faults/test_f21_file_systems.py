@@ -88,13 +88,13 @@ def test_what_a_file_system_lacks_has_a_substitute(
         ("fsync", errno.EINVAL, "writing and syncing a file"),
         ("fsync", errno.ENOSYS, "writing and syncing a file"),
         ("fsync", errno.EIO, "writing and syncing a file"),
-        ("ftruncate", errno.ENOSYS, "putting a file in the place of another"),
-        ("rename", errno.EPERM, "putting a file in the place of another"),
-        ("rename", errno.EEXIST, "putting a file in the place of another"),
-        ("rename", errno.ENOSYS, "putting a file in the place of another"),
+        ("ftruncate", errno.ENOSYS, "replacing a file"),
+        ("rename", errno.EPERM, "replacing a file"),
+        ("rename", errno.EEXIST, "replacing a file"),
+        ("rename", errno.ENOSYS, "replacing a file"),
         ("unlink", errno.EPERM, "removing a folder"),
-        ("fallocate", errno.ENOSPC, "taking room on the disk"),
-        ("fallocate", errno.EDQUOT, "taking room on the disk"),
+        ("fallocate", errno.ENOSPC, "reserving disk space"),
+        ("fallocate", errno.EDQUOT, "reserving disk space"),
     ],
 )
 def test_what_has_none_is_refused_at_the_start_and_by_the_doctor(
@@ -114,7 +114,7 @@ def test_what_has_none_is_refused_at_the_start_and_by_the_doctor(
     for look in (begin, ask_the_doctor):
         message = in_a_child(look)
         assert message.startswith(f"ConfigError: {folder} cannot be written ([Errno {number}] ")
-        assert message.endswith(f", {operation}): choose another runs_dir")
+        assert message.endswith(f", while {operation}): choose another runs_dir")
         assert "\n" not in message
         assert not folder.exists()
     make_run_folder(RunFolder(folder))
@@ -149,7 +149,7 @@ def test_a_folder_whose_sync_fails_is_no_folder_without_sync(
     monkeypatch.setattr(os, "fsync", NoSyncOfFolders(number))
     with pytest.raises(OSError, match=f"Errno {number}"):
         sync_folder(tmp_path)
-    with pytest.raises(ConfigError, match=f"Errno {number}.*, putting a file in the place of "):
+    with pytest.raises(ConfigError, match=f"Errno {number}.*, while replacing a file"):
         try_folder(tmp_path)
 
 

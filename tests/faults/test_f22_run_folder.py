@@ -62,8 +62,8 @@ def test_a_folder_that_was_moved_is_saved_to_where_it_is(tmp_path: Path) -> None
     with pytest.raises(FolderMovedError) as told:
         save(saving, 10)
     assert str(told.value) == (
-        f"{run} was moved to {moved} while the run trained; the checkpoint after step 10 is there; "
-        f"move it back, and the same command goes on"
+        f"{run} was moved to {moved} during training; the checkpoint after step 10 was saved "
+        f"there; move it back and run the same command to resume"
     )
     assert not run.exists()
     assert steps_in(moved / "checkpoints") == [5, 10]
@@ -106,7 +106,7 @@ def test_a_folder_that_is_gone_is_not_made_again(
     saving = session(run)
     happens(run)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FolderMovedError, match=f"{run} was deleted, or another took its place, "):
+    with pytest.raises(FolderMovedError, match=f"{run} was deleted or replaced during training, "):
         save(saving, 10)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -132,7 +132,7 @@ def test_a_run_whose_folder_is_moved_loses_no_step(
     _, told = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = told.decode().splitlines()
-    assert f"{run} was moved to {moved} while the run trained; the checkpoint after step" in line
+    assert f"{run} was moved to {moved} during training; the checkpoint after step" in line
     assert not run.exists()
     newest = steps_in(moved / "checkpoints")[-1]
     rows = read_metrics(moved / "metrics.jsonl")
@@ -269,7 +269,7 @@ def test_damage_costs_the_row_that_it_hits(record: Path, capfd: pytest.CaptureFi
             assert path.read_bytes()[:10] in line or hit == 19
             path.unlink()
             unreadable += 1
-    assert capfd.readouterr().err.count("could not be read; the rest is kept") == unreadable > 40
+    assert capfd.readouterr().err.count("that could not be read to metrics") == unreadable > 40
 
 
 @pytest.mark.parametrize(
@@ -290,9 +290,7 @@ def test_a_line_that_is_no_row_is_put_aside(
     (aside,) = record.parent.glob("metrics.jsonl.damaged-*")
     assert aside.read_bytes() == line + b"\n"
     (told,) = capfd.readouterr().err.splitlines()
-    assert told == (
-        f"{record}: 1 line could not be read; the rest is kept, they are in {aside.name}"
-    )
+    assert told == f"{record}: moved 1 line that could not be read to {aside.name}"
 
 
 def test_a_checkpoint_gets_its_name_when_the_rows_before_it_are_on_the_disk(
@@ -358,7 +356,7 @@ def test_nothing_is_written_through_a_link(
     assert precious.stat().st_nlink == 1
     (folder / "run.lock").unlink()
     lay(precious, folder / "run.lock")
-    with pytest.raises(ConfigError, match=r"run\.lock (is a symbolic link|has another name too)"):
+    with pytest.raises(ConfigError, match=r"run\.lock (is a symbolic link|has another hard link)"):
         build.run(load_config(settings))
     assert precious.read_text() == "precious"
 
@@ -392,7 +390,7 @@ def test_a_link_to_a_folder_is_followed_if_it_is_the_users_own(
     assert isinstance(build.run(config), build.Stopped)
     assert list((tmp_path / "other_disk").iterdir())
     os.chown(place, NOBODY, NOBODY, follow_symlinks=False)
-    with pytest.raises(ConfigError, match=f"{place} is a symbolic link of another user's"):
+    with pytest.raises(ConfigError, match=f"{place} is a symbolic link owned by another user"):
         build.prepare(config)
 
 
@@ -409,8 +407,8 @@ def go_on_without_privileges(rank: int, ranks: int, settings: list[str]) -> str:
 @pytest.mark.parametrize(
     ("name", "mode", "told"),
     [
-        ("run.lock", 0o644, "run.lock cannot be opened for writing (Permission denied): have its"),
-        ("run.lock", 0o600, "run.lock cannot be read (Permission denied): ask its owner for it"),
+        ("run.lock", 0o644, "run.lock cannot be opened for writing (Permission denied): ask its"),
+        ("run.lock", 0o600, "run.lock cannot be read (Permission denied): ask its owner for acc"),
         ("metrics.jsonl", 0o600, "metrics.jsonl cannot be read (Permission denied): ask its owner"),
         ("metrics.jsonl", 0o644, "went on"),
     ],

@@ -81,7 +81,7 @@ def test_a_stopped_run_requeues_its_own_job_alone(
     if asked is not None:
         assert done.stderr == f"job {asked.split()[1]}: requeued\n"
     elif "RANK" not in task:
-        assert "not requeued: scripts/submit.py or slurm/train.sbatch did not submit" in done.stderr
+        assert "not requeued: it was not submitted by scripts/submit.py or slurm" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
@@ -151,7 +151,8 @@ def test_a_job_of_the_same_number_is_not_taken_for_the_runs_own(
     folder.mkdir(parents=True)
     write_job(config, number, title, slurm, None, "log")
     if refused:
-        with pytest.raises(ConfigError, match=f"is job {number}, RUNNING: .*scancel {number}$"):
+        told = rf"already has job {number} \(RUNNING\), .*scancel {number} first$"
+        with pytest.raises(ConfigError, match=told):
             check_submission(config)
     else:
         assert check_submission(config).path == folder
@@ -164,7 +165,7 @@ def test_a_record_of_another_shape_is_named(text: str, tmp_path: Path) -> None:
     record.parent.mkdir(parents=True)
     record.write_text(text)
     with pytest.raises(
-        ConfigError, match=r"job.json .*: see that no job of the run is queued, and"
+        ConfigError, match=r"job.json .*: make sure that no job of the run is queued, then"
     ):
         check_submission(config)
     assert record.read_text() == text

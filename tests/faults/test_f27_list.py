@@ -108,7 +108,7 @@ def test_the_command_names_the_failed_run_and_carries_out_the_rest(
     assert done.returncode == 1
     assert done.stdout.startswith("top-1 ")
     *_, head, last = done.stderr.splitlines()
-    assert head == "failed: 1 of 2 runs, which the same command tries again:"
+    assert head == "failed: 1 of 2 runs; run the same command to try them again:"
     assert last.startswith(f"  {run_folder(load_configs(words)[0])}: ")
     assert "TrainingError: the loss is not finite" in last
     assert len(finished(tmp_path)) == 1
@@ -122,7 +122,7 @@ def test_under_torchrun_the_ranks_meet_again_for_the_next_run(
     )
     assert done.returncode == 1
     assert done.stdout.count("top-1 ") == 2
-    assert done.stderr.count("failed: 1 of 3 runs, which the same command tries again:") == 1
+    assert done.stderr.count("failed: 1 of 3 runs; run the same command to try them again:") == 1
     assert len(finished(tmp_path)) == 2
 
 
@@ -193,7 +193,7 @@ def test_a_killed_rank_costs_its_run_alone(own_photos: Path, tmp_path: Path) -> 
         ranks[-1].kill()
         _, told = process.communicate(timeout=240)
     assert process.returncode == 1
-    assert "seed_1: rank 1 was ended by SIGKILL" in told
+    assert "seed_1: rank 1 was killed by SIGKILL" in told
     assert (folders[1] / "checkpoints" / "step_000000600").is_dir()
 
 

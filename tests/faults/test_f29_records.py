@@ -213,10 +213,10 @@ def test_a_run_that_poses_as_an_experiment_is_refused(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.yaml", b"", "config.yaml cannot be read (no names with values)"),
+        ("config.yaml", b"", "config.yaml cannot be read (not a YAML mapping)"),
         ("config.yaml", bytes(range(256)), "config.yaml cannot be read"),
         ("summary.json", b"{}", "summary.json is not what its config.yaml"),
-        ("environment.json", b"[]", "environment.json cannot be read (no JSON object)"),
+        ("environment.json", b"[]", "environment.json cannot be read (not a JSON object)"),
         ("data.json", b'{"train_images": -3}', "data.json: train_images=-3 makes no run"),
         ("metrics.jsonl", b"", "top1="),
         ("metrics.jsonl", b"5\n", "metrics.jsonl, line 1, is damaged"),

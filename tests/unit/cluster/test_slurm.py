@@ -71,8 +71,8 @@ def test_a_task_of_a_step() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"SLURM_NODEID": "9"}, "SLURM_NODEID=9 and SLURM_PROCID=5 lie outside of the step's 4"),
-        ({"SLURM_PROCID": "7"}, "SLURM_NODEID=2 and SLURM_PROCID=7 lie outside"),
+        ({"SLURM_NODEID": "9"}, "SLURM_NODEID=9 or SLURM_PROCID=5 is out of range for the step's"),
+        ({"SLURM_PROCID": "7"}, "SLURM_NODEID=2 or SLURM_PROCID=7 is out of range"),
         ({"SLURM_PROCID": "-1"}, "SLURM_PROCID is '-1', not a number"),
         ({"SLURM_LOCALID": ""}, "SLURM_LOCALID is not set"),
         ({"SLURM_JOB_ID": ""}, "SLURM_STEP_ID is set, but SLURM_JOB_ID is not"),
@@ -85,7 +85,7 @@ def test_what_makes_no_sense_is_named(changes: dict[str, str], message: str) -> 
     with pytest.raises(ClusterError) as refused:
         current_task(STEP | changes)
     assert str(refused.value).startswith(message)
-    assert str(refused.value).endswith(": start it with srun, or unset Slurm's variables")
+    assert str(refused.value).endswith(": start the program with srun, or unset Slurm's variables")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_makes_no_sense_is_named(changes: dict[str, str], message: str) -> 
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but MASTER_ADDR is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "70000"},
-         "MASTER_PORT=70000 is no port"),
+         "MASTER_PORT=70000 is not a port number"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is 0"),
     ],
 )  # fmt: skip

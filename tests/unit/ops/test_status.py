@@ -108,15 +108,18 @@ def test_done(digits: Path, runs: Path, folder: Path) -> None:
 
 
 def test_stopped(folder: Path) -> None:
-    assert state(folder) == ("stopped", "the same command goes on")
-    assert state(folder, None) == ("stopped", "the same command goes on")  # it was never a job
+    assert state(folder) == ("stopped", "run the same command to resume")
+    assert state(folder, None) == (
+        "stopped",
+        "run the same command to resume",
+    )  # it was never a job
 
 
 def test_running(folder: Path) -> None:
     lock = take(folder)
     assert state(folder) == ("running", "")
     lock.release()
-    assert state(folder) == ("stopped", "the same command goes on")
+    assert state(folder) == ("stopped", "run the same command to resume")
 
 
 def test_failed_with_the_first_error(digits: Path, runs: Path, folder: Path) -> None:
@@ -143,13 +146,13 @@ def test_failed_with_the_first_error(digits: Path, runs: Path, folder: Path) -> 
         (JobState("RUNNING", 0, "None"), ("running", "job 17")),  # no rank has come to the lock
         (JobState("SIGNALING", 0, "None"), ("running", "job 17")),
         (JobState("COMPLETING", 0, "None"), ("running", "job 17")),
-        (JobState("CANCELLED", 0, "None"), ("stopped", "job 17: CANCELLED; the same command goes "
-         "on")),
-        (JobState("COMPLETED", 0, "None"), ("stopped", "job 17: COMPLETED; the same command goes "
-         "on")),  # stop_after_steps
+        (JobState("CANCELLED", 0, "None"), ("stopped", "job 17: CANCELLED; run the same command "
+         "to resume")),
+        (JobState("COMPLETED", 0, "None"), ("stopped", "job 17: COMPLETED; run the same command "
+         "to resume")),  # stop_after_steps
         (JobState("OUT_OF_MEMORY", 0, "OutOfMemory"), ("failed", "job 17: OUT_OF_MEMORY, see "
          "/logs/17.out")),
-        (None, ("failed", "job 17: ended without a word, see /logs/17.out")),
+        (None, ("failed", "job 17: ended for an unknown reason, see /logs/17.out")),
     ],
 )  # fmt: skip
 def test_what_slurm_says_of_the_job(

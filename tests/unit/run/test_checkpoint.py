@@ -62,7 +62,7 @@ def test_a_failed_write_leaves_the_last_one_alone(tmp_path: Path) -> None:
         save(checkpointer, 6)
     assert str(refused.value) == (
         f"the checkpoint after step 6 could not be written to {tmp_path} (rank 0: [Errno 27] File "
-        f"too large); the newest there is that after step 5"
+        f"too large); the newest checkpoint is from step 5"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000005"]
     assert checkpointer.latest() == 5

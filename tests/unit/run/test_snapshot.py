@@ -101,8 +101,8 @@ def test_an_edited_or_damaged_copy_is_passed_over(
     second = take_snapshot(tmp_path)
     assert second.name == f"{copy.name}-2"
     assert capsys.readouterr().err == (
-        f"warning: {copy} was edited or damaged, and jobs may run it: {second.name} is used "
-        f"instead; remove it when no job does\n"
+        f"warning: {copy} was edited or damaged; using {second.name} instead; remove the damaged "
+        f"copy when no job uses it\n"
     )
     assert code_hash(second, EVERYTHING) == copy.name
     assert file.read_text().endswith("# quick fix\n")
