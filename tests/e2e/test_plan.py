@@ -48,7 +48,8 @@ def script() -> ModuleType:
         ([DEMO, "data=folder", "data.root=x", "data.train_images=5000"], "give data.classes=N"),
         ([DEMO, "cluster=paper_2x8", "workers=64", "cluster.ranks=64", "global_batch=128"],
          "cluster.ranks=64, but paper_2x8 has 2 x 8"),
-        ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; near: resnet18"),
+        ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; "
+         "closest: resnet18"),
         (["what-if", DEMO], "what-if takes no settings, got experiment=demo/quadratic"),
         (["calibrate", DEMO], "calibrate needs name=NAME"),
         (["calibrate", DEMO, "name=local"], "local.yaml was not written by a calibration"),

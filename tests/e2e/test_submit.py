@@ -135,7 +135,7 @@ def test_gpus_are_asked_for(digits: Path, tmp_path: Path) -> None:
         (["cluster.container='run \"a'"], "cluster.container has an open quote (No closing"),
         (["seed=1,1"], "two of these runs are the same run: list other values"),
         (["--dryrun"], "--dryrun is no option; there is --dry-run"),
-        (["model=small_vit", "data.image_size=30"], "data.image_size=30 does not divide by"),
+        (["model=small_vit", "data.image_size=30"], "data.image_size=30 is not a multiple"),
         (["sync.alpha=fast"], "sync.alpha='fast': input should be a valid number"),
     ],
 )  # fmt: skip

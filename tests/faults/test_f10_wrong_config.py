@@ -76,10 +76,13 @@ def test_wrong_settings_are_refused_before_torch_is_loaded(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["data.image_size=30", "model=small_vit"], "refused: data.image_size=30 does not divide"),
+        (
+            ["data.image_size=30", "model=small_vit"],
+            "refused: data.image_size=30 is not a multiple",
+        ),
         (
             ["model=timm", "model.timm_name=convnext_tny"],
-            "refused: model.timm_name=convnext_tny: timm has no such model; near: convnext_tiny",
+            "refused: model.timm_name=convnext_tny: timm has no such model; closest: convnext_tiny",
         ),
         (["runs_dir=/proc/nothing"], "refused: /proc/nothing/demo/"),
     ],
