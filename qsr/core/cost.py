@@ -1,8 +1,8 @@
 """What a run costs: seconds of computing and of all-reduces, bytes, GPU hours.
 
 The model: every step takes the same computing time. Every average is one all-reduce of the same
-size, before which ranks may wait for the slowest one. Data parallel training may overlap part of its
-all-reduces with the backward pass. Evaluations, checkpoints and data loading are left out.
+size, before which ranks may wait for the slowest one. Data parallel training may overlap part of
+its all-reduces with the backward pass. Evaluations, checkpoints and data loading are left out.
 docs/planning.md discusses the model.
 """
 

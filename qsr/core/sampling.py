@@ -1,8 +1,9 @@
 """Which training samples a worker sees at a step: a pure function of the seed.
 
-Every epoch is one permutation of the data, which all workers share without replacement: floor(N / B)
-steps of B samples; the remaining samples are left out, different ones in each epoch. Nothing here
-depends on processes, so K workers see the same samples however they are spread over ranks.
+Every epoch is one permutation of the data, divided among all workers without replacement:
+floor(N / B) steps of B samples; the remaining samples are left out, different ones in each epoch.
+Nothing here depends on processes, so K workers see the same samples however they are spread over
+ranks.
 """
 
 import random

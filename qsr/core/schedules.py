@@ -1,8 +1,8 @@
 """The learning rate as a function of the step.
 
 A schedule is a frozen dataclass that is called with a 0-based step and returns the rate that the
-optimizer uses in that step. `schedule(total_steps)`, the end of the curve, is defined too: schedulers
-that look one step ahead ask for it after the last update.
+optimizer uses in that step. `schedule(total_steps)`, the end of the curve, is defined too, because
+schedulers that look one step ahead ask for it after the last update.
 """
 
 import itertools
@@ -97,7 +97,7 @@ class _DecayingSchedule:
         return self.final_lr + (self.peak_lr - self.final_lr) * self._share(step)
 
     def _share(self, step: int) -> float:
-        """Share of the decay that is left at a step after the warm-up: 1 at its start, 0 at the end."""
+        """Share of the decay that is left at a step: 1 after the warm-up, 0 at the end."""
         raise NotImplementedError
 
 

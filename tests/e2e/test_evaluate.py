@@ -233,8 +233,11 @@ def test_what_is_wrong_is_said_in_one_line(
         ((file, f"data.root={renamed}"), "class 3 is '3' in the model, '33' in the folder"),
         ((file, f"data.root={fewer}"), "classes (10 and 9): class 9 is '9' in the model, none in"),
         ((trained.folder, f"data.root={fewer}"), "has 9 classes, not 10"),
-        ((file, root, "model=resnet152"), "model: the model file says itself which network it is"),
-        ((file, root, "data.decode=gpu", "cluster.device=cpu"), "data.decode=gpu goes with a GPU"),
+        (
+            (file, root, "model=resnet152"),
+            "model: the model file already says which network it holds",
+        ),
+        ((file, root, "data.decode=gpu", "cluster.device=cpu"), "data.decode=gpu needs a GPU"),
         ((file, root, "evaluation.batch=0"), "evaluation.batch=0: input should be greater than"),
         ((file, root, "evaluation.bach=9"), "did you mean evaluation.batch?"),
         ((file, root, "precision=fp32,bf16"), "these settings ask for several evaluations"),

@@ -86,7 +86,7 @@ def test_another_run_of_the_same_name_is_refused(
     with pytest.raises(ReportError) as raised:
         add_record(other, records)
     assert str(raised.value) == (
-        f"{other} is another run than {first} of the same name "
+        f"{other} and {first} have the same name but differ "
         f"(optimizer.weight_decay: 0.0001 -> 0.5): remove {first.parent}, or give this one a name "
         f"of its own"
     )
