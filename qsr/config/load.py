@@ -245,7 +245,7 @@ def check(config: Config) -> None:
         raise ConfigError("sync.average_second_moment=true: sgd has no second moment")
     if config.sync.average_momentum and getattr(config.optimizer, "momentum", 1.0) == 0.0:
         raise ConfigError(
-            "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum"
+            "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum to average"
         )
     if config.sync.delay_steps:
         _check_delay(config.sync)

@@ -18,7 +18,7 @@ from qsr.core.seeds import seed_for
 class Sampler:
     """Deals `num_samples` samples to `num_workers` workers, `global_batch` per step.
 
-    Raises ValueError if the batch does not divide by the workers or exceeds the data.
+    Raises ValueError if the batch is not divisible by the workers or exceeds the data.
     """
 
     num_samples: int
