@@ -56,7 +56,7 @@ def read_run(folder: Path) -> Run:
     except ConfigError as error:
         raise ReportError(str(error)) from None
     if damaged:
-        raise ReportError(f"{folder}/metrics.jsonl: line {damaged[0]} is damaged")
+        raise ReportError(f"{folder}/metrics.jsonl, line {damaged[0]}, is damaged")
     return Run(folder, config, summary, rows)
 
 
