@@ -1,4 +1,4 @@
-"""Asks: settings, how they are composed and checked, and the plan that follows from them.
+"""Settings: how they are composed and checked, and the plan that follows from them.
 
 May import: core; no torch.
 """

@@ -1,4 +1,4 @@
-"""What a batch script can hold: settings become words of its lines, never lines of their own."""
+"""Checks that settings can be quoted in a batch script: a value must not break a line."""
 
 import dataclasses
 import re
@@ -13,28 +13,30 @@ from qsr.errors import ConfigError
 
 
 def check_batch_script(cluster: SlurmCluster, experiment: str, folder: Path) -> None:
-    """Raise ConfigError if a setting could not be quoted in the run's batch script. Values are not
-    shown, because there may be keys among them."""
+    """Raise ConfigError if a setting cannot be quoted in the run's batch script. The message does
+    not show values, because they may be secrets."""
     settings = dataclasses.asdict(cluster)
     named = {f"cluster.{name}": value for name, value in settings.items()}
     for name, value in {**named, "experiment": experiment, "runs_dir": str(folder)}.items():
         if any(_breaks_lines(text) for text in _texts(value)):
             raise ConfigError(
-                f"{name}: a batch script cannot hold its line break or control character; take it "
-                f"out of the setting"
+                f"{name} contains a line break or control character, which a batch script cannot "
+                f"hold: remove it"
             )
     for option in cluster.sbatch:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", option):
-            raise ConfigError(f"cluster.sbatch: {option!r} is no long name of an option of sbatch")
-    for name in ("python", "container"):  # words of shell as they are
+            raise ConfigError(
+                f"cluster.sbatch: {option!r} is not the long name of an sbatch option"
+            )
+    for name in ("python", "container"):  # inserted as shell words
         try:
             shlex.split(settings[name] or "")
         except ValueError as error:
-            raise ConfigError(f"cluster.{name} has an open quote ({error}): close it") from None
+            raise ConfigError(f"cluster.{name} has an unclosed quote ({error}): close it") from None
     if any(mark in str(folder) for mark in "%\\"):
         raise ConfigError(
-            f"{folder}: Slurm reads % and \\ in the names of its logs in a way of its own; choose "
-            f"another runs_dir, or values without them"
+            f"{folder}: % and \\ have a special meaning in Slurm's log file names: choose a "
+            f"runs_dir, and values of settings, without them"
         )
 
 
@@ -50,5 +52,5 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _breaks_lines(text: str) -> bool:
-    """Control characters, and bytes of names that are not UTF-8. Tabs indent lines of `setup`."""
+    """Whether there are control characters (except tabs, for `setup`) or bytes not in UTF-8."""
     return any(unicodedata.category(mark) in ("Cc", "Cs") and mark != "\t" for mark in text)

@@ -1,4 +1,4 @@
-"""Command line -> plain dictionaries: what Hydra does, with one line for whatever it refuses."""
+"""Command line -> plain dictionaries, by Hydra, with one-line errors."""
 
 import copy
 import difflib
@@ -25,18 +25,18 @@ from qsr.errors import ConfigError
 CONFIG_DIR = Path(__file__).parents[2] / "configs"
 
 GIVEN = "given on the command line"
-"""The source of a cluster's constant that an override replaced."""
+"""Source of a cluster constant that an override replaced."""
 
 
 PATHS = ("data.root", "runs_dir", "weights")
-"""Settings that are taken as they are written, whatever characters they have."""
+"""Settings whose values are taken literally, whatever characters they contain."""
 
 MOST_RUNS = 10_000
-"""Of one command line."""
+"""Most runs of one command line."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Overrides, understood one by one. Raises ConfigError."""
+    """Parse the overrides one by one. Raises ConfigError."""
     parser = OverridesParser.create()
     return [_parse_override(parser, text) for text in overrides]
 
@@ -47,13 +47,13 @@ def _parse_override(parser: OverridesParser, text: str) -> Override:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{key}={os.fsencode(value)!r} is not UTF-8: give a symbolic link to it, whose name is"
+            f"{key}={os.fsencode(value)!r} is not UTF-8: use a symbolic link with a UTF-8 name"
         ) from None
     is_path = key.lstrip("+") in PATHS and value != "null"
     if is_path and value.startswith("~"):
         raise ConfigError(
-            f"{text}: the shell has not expanded ~, and nothing else does: write "
-            f"{key}={Path(value).expanduser()}; or quote a path that begins so: "
+            f"{text}: neither the shell nor qsr expands ~ here: write "
+            f"{key}={Path(value).expanduser()}, or, if the path really begins with ~, "
             f"{_quoted(key, value)}"
         )
     quoted = re.fullmatch(r"""(['"]).*\1""", value, re.DOTALL)
@@ -63,8 +63,8 @@ def _parse_override(parser: OverridesParser, text: str) -> Override:
         )
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        mend = f"; a value with special characters is quoted: {_quoted(key, value)}" * bool(value)
-        raise ConfigError(f"{text!r} is not of the form setting=value ({reason}){mend}") from None
+        fix = f"; quote a value with special characters: {_quoted(key, value)}" * bool(value)
+        raise ConfigError(f"{text!r} is not of the form setting=value ({reason}){fix}") from None
 
 
 def _in_quotes(value: str) -> str:
@@ -72,13 +72,13 @@ def _in_quotes(value: str) -> str:
 
 
 def _quoted(key: str, value: str) -> str:
-    """As it would be typed."""
+    """The override as typed in a shell."""
     return shlex.quote(f"{key}={_in_quotes(value)}")
 
 
 def expand_sweeps(overrides: Sequence[str]) -> list[list[str]]:
-    """Overrides without lists of values, one list of them for each combination; the last list
-    changes fastest. Raises ConfigError."""
+    """One list of overrides for each combination of listed values; the last list of values changes
+    fastest. Raises ConfigError."""
     choices = []
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         if not override.is_sweep_override():
@@ -90,15 +90,15 @@ def expand_sweeps(overrides: Sequence[str]) -> list[list[str]]:
         else:
             raise ConfigError(f"{text!r}: list the values, as in seed=1,2,3")
     if math.prod(map(len, choices)) > MOST_RUNS:
-        raise ConfigError(f"these lists ask for more than {MOST_RUNS:,} runs: give fewer at a time")
+        raise ConfigError(f"these lists give more than {MOST_RUNS:,} runs: ask for fewer at a time")
     return [list(combination) for combination in itertools.product(*choices)]
 
 
 def compose_settings(
     parsed: Sequence[Override], config_dir: Path, primary: str = "train"
 ) -> dict[str, Any]:
-    """Nested dictionaries of all settings: configs/train.yaml, or another `primary` file, the files
-    that it and the overrides choose, and the overrides. Raises ConfigError."""
+    """Nested dictionaries of all settings: from configs/train.yaml (or another `primary` file), the
+    files that it and the overrides select, and the overrides. Raises ConfigError."""
     groups = _config_groups(config_dir)
     arguments = []
     for override in parsed:
@@ -108,8 +108,8 @@ def compose_settings(
         if override.is_add() and override.key_or_group in groups:
             text = text.lstrip("+")
         elif override.key_or_group not in groups and not override.is_delete():
-            # forced, so that an unknown name reaches the schema: Hydra's own message for it would
-            # advise to append it with "+", and would then take it
+            # "++", so that the schema refuses an unknown name: Hydra's own message suggests to add
+            # it with "+", which Hydra would then accept
             text = "++" + text.lstrip("+")
         arguments.append(text)
     try:
@@ -119,7 +119,7 @@ def compose_settings(
         if missing:
             experiment = (
                 ", or choose an experiment, for example experiment=demo/quadratic; "
-                "configs/experiment/ has all"
+                "configs/experiment/ lists them"
             )
             hint = experiment if primary == "train" else ""
             raise ConfigError(f"{missing[0]} has no value: set it{hint}")
@@ -131,13 +131,14 @@ def compose_settings(
 
 
 def _check_choice(override: Override, config_dir: Path) -> None:
-    """Hydra would take any path that leads to a file, and the run folder has it in its name."""
+    """Raise ConfigError unless the choice is a file of its group. Hydra would accept any path, and
+    it would become part of the run folder's name."""
     group, value = override.key_or_group, override.value()
     options = _options(config_dir, group)
     if override.package is not None:
         raise ConfigError(f"{override.input_line}: write {group}=NAME")
     if value is None:
-        raise ConfigError(f"{group}=null: leave it out, or choose of configs/{group}/")
+        raise ConfigError(f"{group}=null: leave it out, or choose one from configs/{group}/")
     if value not in options:
         raise ConfigError(
             f"{group}={value}: no such file in configs; {suggest(str(value), options)}"
@@ -145,24 +146,24 @@ def _check_choice(override: Override, config_dir: Path) -> None:
 
 
 def compose_defaults(config_dir: Path) -> dict[str, Any]:
-    """What configs/train.yaml gives by itself; settings without a value are "???"."""
+    """The settings of configs/train.yaml alone; settings without a value are "???"."""
     return copy.deepcopy(_defaults(config_dir))
 
 
 @functools.cache
 def _defaults(config_dir: Path) -> dict[str, Any]:
-    """Once: status and tables need it for each of many runs."""
+    """Cached, because status and tables need it for many runs."""
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         return cast("dict[str, Any]", OmegaConf.to_container(compose("train")))
 
 
 def mark_given_speed(settings: dict[str, Any], parsed: Iterable[Override]) -> None:
-    """What a cluster's profile says of its sources does not hold for constants of the command
-    line."""
+    """Change the sources in a cluster's profile for constants given on the command line, and drop
+    measurements that no longer apply."""
     cluster = settings.get("cluster")
     speed = cluster.get("speed") if isinstance(cluster, dict) else None
     if not isinstance(speed, dict) or not isinstance(speed.get("sources"), dict):
-        return  # refused later
+        return  # the schema refuses it later
     given = set()
     for override in parsed:
         group, _, name = override.key_or_group.rpartition(".")
@@ -174,7 +175,7 @@ def mark_given_speed(settings: dict[str, Any], parsed: Iterable[Override]) -> No
             speed["sources"][str(constant)] = GIVEN
     link = {"link_gbit_per_second", "latency_seconds"}
     if given & link:
-        speed["allreduce"] = None  # measured times would hide them
+        speed["allreduce"] = None  # measured times would take precedence
     if given & (link | {"seconds_per_image"}) and "data_parallel" not in given:
         speed["data_parallel"] = {}
 
@@ -190,6 +191,6 @@ def _options(config_dir: Path, group: str) -> list[str]:
 
 
 def suggest(word: str, valid: Sequence[str]) -> str:
-    """The nearest of the valid words, or all of them."""
+    """A hint: the valid word closest to `word`, or all valid words."""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(valid)}"
+    return f"did you mean {close[0]}?" if close else f"choose from: {', '.join(valid)}"

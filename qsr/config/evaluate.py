@@ -1,4 +1,4 @@
-"""Settings of scripts/evaluate.py: a network, and the images on which it is validated."""
+"""Settings of scripts/evaluate.py: a network, and the images to validate it on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +18,12 @@ from qsr.config.schema import STRICT, DataConfig, ModelConfig, PositiveInt
 from qsr.errors import ConfigError
 
 OF_NETWORK = ("data.image_size", "data.eval_crop_fraction", "data.mean", "data.std")
-"""How a network sees images: known of a model file, whichever data set is chosen."""
+"""Preprocessing of a network's input; a model file has it, whatever the data set."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class BatchConfig:
-    """How images go through the network."""
+    """Settings of the forward pass."""
 
     batch: PositiveInt
     """Images per forward pass."""
@@ -31,27 +31,27 @@ class BatchConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class DeviceConfig:
-    """Where it runs: in one process."""
+    """Where the one process runs."""
 
     device: Literal["auto", "cpu", "cuda"]
-    """auto: CUDA where there is a GPU."""
+    """auto: CUDA if there is a GPU."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """One validation."""
+    """Settings of one validation."""
 
     weights: str | None
-    """File of weights that does not say which network it is of: .safetensors, or of torch.save.
-    null: a run folder or a model file is given."""
+    """A weight file without a description of its network: .safetensors or torch.save. null: a run
+    folder or a model file is given instead."""
     model: ModelConfig | None
-    """The network of `weights`; null without it."""
+    """The network of `weights`; null without `weights`."""
     data: DataConfig
-    """Images: those of root/val; of the rest what validation needs."""
+    """Images in root/val; only the settings that validation needs are used."""
     precision: Literal["fp32", "bf16", "fp16"]
-    """Autocast type of the forward pass; that of the run, and fp32 for `weights`."""
+    """Autocast type of the forward pass; by default the run's, and fp32 for `weights`."""
     evaluation: BatchConfig
-    """Validation."""
+    """Batch size of the validation."""
     cluster: DeviceConfig
     """The device."""
 
@@ -61,15 +61,17 @@ def load_evaluate(
     known: Mapping[str, Any] | None = None,
     config_dir: Path = CONFIG_DIR,
 ) -> EvaluateConfig:
-    """From the command line; where that is silent, from what is `known` of a model file (by dotted
-    name; None: none is given), and then configs/evaluate.yaml. Raises ConfigError."""
+    """Settings from the command line, then from what is `known` from a model file (by dotted name;
+    None: no model file), then from configs/evaluate.yaml. Raises ConfigError."""
     if len(expand_sweeps(overrides)) > 1:
-        raise ConfigError("these settings ask for several evaluations: give one")
+        raise ConfigError("these settings ask for several evaluations: ask for one")
     parsed = parse_overrides(overrides)
     given = {override.key_or_group for override in parsed}
     of_network = sorted(key for key in given if key.split(".")[0] in ("weights", "model"))
     if known is not None and of_network:
-        raise ConfigError(f"{of_network[0]}: the model file says itself which network it is")
+        raise ConfigError(
+            f"{of_network[0]}: the model file already says which network it holds; leave it out"
+        )
     raw = compose_settings(parsed, config_dir, "evaluate")
     for name, value in (known or {}).items():
         other_data = "data" in given and name.startswith("data.") and name not in OF_NETWORK
@@ -85,7 +87,7 @@ def load_evaluate(
     config = parse(EvaluateConfig, raw)
     if known is None and (config.weights is None or config.model is None):
         raise ConfigError(
-            "give a run folder, a model.safetensors, or weights=FILE with model=NAME of the network"
+            "give a run folder, a model.safetensors file, or weights=FILE with its model=NAME"
         )
     if config.model is not None:
         check_model_name(config.model)
@@ -94,7 +96,7 @@ def load_evaluate(
 
 
 def settings_of_run(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.yaml of a run folder tells of its validation, by dotted name."""
+    """The settings of a run's validation from its config.yaml, by dotted name."""
     return {
         name: value
         for name, value in flatten(raw)

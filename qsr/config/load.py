@@ -1,7 +1,7 @@
 """Command line -> Config: composed by Hydra, parsed and checked once.
 
-Whatever is wrong raises ConfigError with one line that names the setting and the mend, before any
-process group, GPU or folder is touched.
+Any error raises ConfigError with one line that names the setting and says how to fix it, before any
+process group, GPU or folder is used.
 """
 
 import copy
@@ -73,28 +73,28 @@ EXECUTION = (
     "stop_after_steps",
     "tracking",
 )
-"""Settings that say how a run is carried out and not what it computes. They are no part of a
-run's identity: not of its folder's name, not of its hash, and they may change at a resumption."""
+"""Settings that say how a run is executed and not what it computes. They are not part of a run's
+identity, its folder's name or its hash, and they may change when it resumes."""
 
 LATER = {"sync.delay_steps": 0, "schedule.final_lr": 0.0, "fp16_overflow": "skip"}
-"""Settings that came after the first runs, with what those runs did. At that value they are no part
-of a run's identity, so that older runs stay what they are."""
+"""Settings added after the first runs, each with the value that matches what those runs did. With
+that value a setting is not part of a run's identity, so that older runs keep their identity."""
 
 _SBATCH_ELSEWHERE = {
     "account": "set cluster.account",
-    "array": "give seed=1,2,3: a job for each",
+    "array": "list seeds, as in seed=1,2,3: each gets a job",
     "constraint": "set cluster.constraint",
     "cpus-per-task": "set cluster.cpus_per_task",
-    "error": "logs are in slurm/ of the run's folder",
+    "error": "logs are written to slurm/ in the run folder",
     "gpus-per-node": "set cluster.gpus_per_node",
-    "job-name": "it is that of the run",
+    "job-name": "jobs are named after their run",
     "mem": "set cluster.memory_gb",
     "no-requeue": "set cluster.requeue",
     "nodes": "set cluster.nodes",
     "ntasks": "set cluster.nodes and cluster.ranks_per_node",
     "ntasks-per-node": "set cluster.ranks_per_node",
-    "open-mode": "logs go on where an earlier start of the job ended",
-    "output": "logs are in slurm/ of the run's folder",
+    "open-mode": "a restarted job appends to its logs",
+    "output": "logs are written to slurm/ in the run folder",
     "partition": "set cluster.partition",
     "qos": "set cluster.qos",
     "requeue": "set cluster.requeue",
@@ -106,8 +106,8 @@ _SBATCH_ELSEWHERE = {
 
 
 def load_configs(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> list[Config]:
-    """The runs that these command-line overrides ask for. Where an override lists values, as in
-    seed=1,2,3, there is a run for each; several lists give every combination."""
+    """The runs that these command-line overrides ask for. An override with a list of values, as in
+    seed=1,2,3, gives a run for each value; several lists give every combination."""
     return [_load(choice, config_dir) for choice in expand_sweeps(overrides)]
 
 
@@ -116,7 +116,7 @@ def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Conf
     ["experiment=demo/quadratic", "seed=2", "sync.alpha=0.02"]."""
     configs = load_configs(overrides, config_dir)
     if len(configs) > 1:
-        raise ConfigError(f"one run is wanted here, and these settings ask for {len(configs)}")
+        raise ConfigError(f"these settings ask for {len(configs)} runs: ask for one")
     return configs[0]
 
 
@@ -140,15 +140,15 @@ def _load(overrides: Sequence[str], config_dir: Path) -> Config:
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
-    """Parse and check plain nested dictionaries (what config.yaml of a run folder holds)."""
+    """Parse and check nested dictionaries, as config.yaml of a run folder holds them."""
     config = parse(Config, raw)
     check(config)
     return config
 
 
 def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Config:
-    """Parse what config.yaml of a run folder holds, but with the execution settings of train.yaml
-    in place of its own: those may be of another version, and a report has no use for them."""
+    """Parse config.yaml of a run folder, with the execution settings of train.yaml instead of its
+    own: its own may be from another version, and a report does not need them."""
     settings = without_execution(raw, config_dir)
     try:
         _translate_first_version(settings)
@@ -161,8 +161,8 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
 
 
 def without_execution(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> dict[str, Any]:
-    """What config.yaml of a run folder holds, with the execution settings of train.yaml in place of
-    its own. Raises ConfigError if these are not settings at all."""
+    """The settings from config.yaml of a run folder, with the execution settings of train.yaml
+    instead of its own. Raises ConfigError if `raw` does not have the structure of settings."""
     defaults = compose_defaults(config_dir)
     settings = copy.deepcopy(dict(raw))
     for name in EXECUTION:
@@ -180,11 +180,10 @@ def _inner(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
 
 
 def _translate_first_version(settings: dict[str, Any]) -> None:
-    """Settings of the first version into today's. Raises ConfigError if it trained otherwise."""
+    """Update settings of the first version. Raises ConfigError if it trained differently."""
     if settings["model"]["name"] in ("vit_b16", "small_vit") and "fp16_overflow" not in settings:
         raise ConfigError(
-            "an earlier version made it, whose vit_b16 and small_vit were other networks than the "
-            "paper's"
+            "an earlier version made it, whose vit_b16 and small_vit were not the paper's networks"
         )
     augmentation = settings["data"]["augmentation"]
     if "randaugment_strength" not in augmentation:
@@ -199,11 +198,11 @@ def _translate_first_version(settings: dict[str, Any]) -> None:
 
 
 def check(config: Config) -> None:
-    """Checks that need more than one setting. Raises ConfigError."""
+    """Checks across several settings. Raises ConfigError."""
     local, remainder = divmod(config.global_batch, config.workers)
     if remainder:
         raise ConfigError(
-            f"global_batch={config.global_batch} does not divide by workers={config.workers}"
+            f"global_batch={config.global_batch} is not divisible by workers={config.workers}"
         )
     if local % config.micro_batch_size:
         raise ConfigError(
@@ -213,16 +212,16 @@ def check(config: Config) -> None:
     ranks = config.cluster.ranks
     if ranks is not None and config.workers % ranks:
         raise ConfigError(
-            f"cluster.ranks={ranks} does not divide workers={config.workers}: every rank holds "
-            f"workers / ranks of them; try cluster.ranks={_divisors(config.workers)}"
+            f"cluster.ranks={ranks} does not divide workers={config.workers}: every rank holds the "
+            f"same number of workers; try cluster.ranks={_divisors(config.workers)}"
         )
     if isinstance(config.cluster, SlurmCluster):
         _check_slurm(config.cluster, config.workers)
         check_batch_script(config.cluster, config.experiment, run_folder(config))
         if config.cluster.signal not in config.checkpoint.stop_signals:
             raise ConfigError(
-                f"cluster.signal={config.cluster.signal} is none of checkpoint.stop_signals: the "
-                f"run would end without saving"
+                f"cluster.signal={config.cluster.signal} is not in checkpoint.stop_signals: add "
+                f"it, or the run would end without a checkpoint"
             )
     check_model_name(config.model)
     if config.schedule.warmup_steps is not None and config.schedule.warmup_epochs is not None:
@@ -246,7 +245,7 @@ def check(config: Config) -> None:
         raise ConfigError("sync.average_second_moment=true: sgd has no second moment")
     if config.sync.average_momentum and getattr(config.optimizer, "momentum", 1.0) == 0.0:
         raise ConfigError(
-            "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum"
+            "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum to average"
         )
     if config.sync.delay_steps:
         _check_delay(config.sync)
@@ -255,19 +254,19 @@ def check(config: Config) -> None:
 
 
 def check_model_name(model: ModelConfig) -> None:
-    """Raise ConfigError unless timm's models, and only they, have a name there."""
+    """Raise ConfigError unless model.timm_name is set exactly if model.name is timm."""
     if (model.timm_name is None) == (model.name == "timm"):
-        raise ConfigError("model.timm_name goes with model.name=timm, and only with it")
+        raise ConfigError("model.timm_name must be set if model.name=timm, and only then")
 
 
 def check_reading(data: DataConfig, device: str) -> None:
-    """Checks of how images are read. Raises ConfigError."""
+    """Checks of the settings for reading images. Raises ConfigError."""
     if min(data.std) <= 0:
         raise ConfigError(f"data.std must be positive, got {list(data.std)}")
     if data.decode == "gpu" and device == "cpu":
-        raise ConfigError("data.decode=gpu goes with a GPU: take data.decode=auto")
+        raise ConfigError("data.decode=gpu needs a GPU: use data.decode=auto")
     if data.decode == "gpu" and data.loader == "torchvision":
-        raise ConfigError("data.decode=gpu goes with DALI: take data.loader=dali")
+        raise ConfigError("data.decode=gpu needs DALI: use data.loader=dali")
 
 
 _RANDAUGMENT_SEVERITY = {"composer": 10, "torchvision": 30, "timm": 10}
@@ -280,7 +279,7 @@ def _check_randaugment(settings: AugmentationConfig) -> None:
     if settings.randaugment == "none":
         if depth is not None or severity is not None:
             raise ConfigError(
-                f"{kind}: then randaugment_depth and randaugment_severity must be null; or choose "
+                f"{kind}: set randaugment_depth and randaugment_severity to null, or choose "
                 f"composer (the paper's), torchvision or timm"
             )
         return
@@ -291,30 +290,30 @@ def _check_randaugment(settings: AugmentationConfig) -> None:
             f"randaugment_severity (0 to {highest})"
         )
     if severity > highest or (settings.randaugment == "torchvision" and severity % 1):
-        whole = ", and is a whole number" if settings.randaugment == "torchvision" else ""
+        whole = " and a whole number" if settings.randaugment == "torchvision" else ""
         raise ConfigError(
-            f"data.augmentation.randaugment_severity={severity:g}: {settings.randaugment}'s lies "
-            f"between 0 and {highest}{whole}"
+            f"data.augmentation.randaugment_severity={severity:g}: {settings.randaugment}'s must "
+            f"be between 0 and {highest}{whole}"
         )
 
 
 def _check_delay(sync: SyncConfig) -> None:
     delay, smallest = f"sync.delay_steps={sync.delay_steps}", sync.smallest_h
     if smallest is None:
-        raise ConfigError(f"{delay}: sync=swap averages once, at the run's end: take 0")
+        raise ConfigError(f"{delay}: sync=swap averages once, at the end of the run: set it to 0")
     if sync.delay_steps >= smallest:
         raise ConfigError(
-            f"{delay}: an average must be there before the next round ends, so it must be less "
-            f"than the smallest H, {smallest}"
+            f"{delay}: must be less than the smallest H, {smallest}, because an average must be "
+            f"applied before the next round ends"
         )
     if sync.average_momentum or sync.average_second_moment:
-        raise ConfigError(f"{delay}: only parameters can be averaged with a delay, not momenta")
+        raise ConfigError(f"{delay}: only parameters, not moments, can be averaged with a delay")
 
 
 def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
     each, ranks = cluster.tasks_per_node, cluster.job_ranks
     if not each:
-        raise ConfigError("cluster.gpus_per_node=0: then give cluster.ranks_per_node")
+        raise ConfigError("cluster.gpus_per_node=0 needs cluster.ranks_per_node: set it")
     if cluster.device != "cpu" and 0 < cluster.gpus_per_node < each:
         raise ConfigError(
             f"cluster.ranks_per_node={each} exceeds cluster.gpus_per_node={cluster.gpus_per_node}: "
@@ -323,13 +322,13 @@ def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
     if workers % ranks:
         raise ConfigError(
             f"cluster.nodes={cluster.nodes} x {each} ranks per node = {ranks} ranks do not divide "
-            f"workers={workers}: every rank holds workers / ranks of them; try "
+            f"workers={workers}: every rank holds the same number of workers; try "
             f"{_divisors(workers)} ranks"
         )
     if cluster.ranks not in (None, ranks):
         raise ConfigError(
             f"cluster.ranks={cluster.ranks}, but cluster.nodes x ranks per node = {ranks}: leave "
-            f"cluster.ranks out"
+            f"out cluster.ranks"
         )
     if cluster.signal_lead_seconds >= 60 * cluster.time_limit_minutes:
         raise ConfigError(
@@ -338,13 +337,13 @@ def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
             f"stop as soon as it starts"
         )
     for option in cluster.sbatch:
-        mend = _SBATCH_ELSEWHERE.get(option.replace("_", "-"))
-        if mend is not None:
-            raise ConfigError(f"cluster.sbatch.{option}: {mend}")
+        fix = _SBATCH_ELSEWHERE.get(option.replace("_", "-"))
+        if fix is not None:
+            raise ConfigError(f"cluster.sbatch.{option}: {fix}")
 
 
 def check_plan(config: Config, train_images: int) -> None:
-    """Checks that need the size of the training set: the plan must exist. Raises ConfigError."""
+    """Check the plan, which depends on the size of the training set. Raises ConfigError."""
     try:
         plan = make_plan(config, train_images)
     except ValueError as error:
@@ -361,7 +360,7 @@ def check_plan(config: Config, train_images: int) -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dictionaries, as config.yaml holds them."""
+    """Nested dictionaries, as config.yaml holds them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 
 
@@ -379,18 +378,18 @@ def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """16 hex digits that are equal for runs that compute the same."""
+    """16 hex digits, equal for runs that compute the same."""
     return settings_hash(to_dict(config))
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """The hash of the run whose config.yaml holds these, of an earlier version too."""
+    """The hash for settings from a config.yaml, also one of an earlier version."""
     text = json.dumps(_identity(settings), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(config: Config, stored: Config) -> list[str]:
-    """What distinguishes two runs, as "name: stored -> now" lines; empty if they are the same."""
+    """How two runs differ, as "name: stored -> now" lines; empty if they are the same."""
     now, before = LATER | identity(config), LATER | identity(stored)
     return [
         f"{key}: {before.get(key)} -> {now.get(key)}"
@@ -400,13 +399,13 @@ def differences(config: Config, stored: Config) -> list[str]:
 
 
 def run_folder(config: Config) -> Path:
-    """Where a run lives: a function of the experiment and the seed, without a timestamp, so that
-    the same command finds the same run."""
+    """The folder of a run. It depends only on the experiment and the seed, so that the same command
+    finds the same run."""
     return Path(config.runs_dir) / config.experiment / f"seed_{config.seed}"
 
 
 def _experiment_name(parsed: Iterable[Override]) -> str:
-    """The experiment's file name and, sorted, the overrides that change what it computes."""
+    """The experiment's name and the sorted overrides that change what it computes."""
     experiment, changes = "custom", []
     for override in parsed:
         key = override.key_or_group
@@ -418,7 +417,9 @@ def _experiment_name(parsed: Iterable[Override]) -> str:
     if not changes:
         return experiment
     text = ",".join(sorted(changes))
-    if len(text.encode()) > 120:  # folders' names end at 255 bytes, tables' columns before
+    if (
+        len(text.encode()) > 120
+    ):  # folder names are limited to 255 bytes, and tables need short ones
         short = text.encode()[:100].decode(errors="ignore")
         text = short + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{experiment}/{text}"

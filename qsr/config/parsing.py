@@ -1,4 +1,4 @@
-"""Plain dictionaries -> settings of the schema, with one line for whatever they refuse."""
+"""Plain dictionaries -> settings of the schema, with one-line errors."""
 
 import dataclasses
 import difflib
@@ -20,14 +20,14 @@ _KINDS = {
     "schedule": "name",
     "sync": "rule",
 }
-"""The settings that have kinds, and which of their fields names the kind."""
+"""The settings that have several kinds, and the field that names the kind."""
 
 
 def parse(kind: type[T], raw: Mapping[str, Any], prefix: str = "") -> T:
-    """A dataclass of the schema from what YAML holds. Raises ConfigError; `prefix` goes before the
-    names of settings there."""
+    """A dataclass of the schema from parsed YAML. Raises ConfigError, with `prefix` before setting
+    names."""
     try:
-        # as JSON, because strict parsing of Python objects takes no dictionary for a dataclass
+        # as JSON, because strict parsing of Python objects refuses a dictionary for a dataclass
         return TypeAdapter(kind).validate_json(json.dumps(raw))
     except ValidationError as error:
         lines = (prefix + line for line in _describe(error, raw, kind))
@@ -35,9 +35,9 @@ def parse(kind: type[T], raw: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Iterable[str]:
-    """One line for each thing that pydantic refused."""
+    """One line for each error that pydantic found."""
     for item in error.errors(include_url=False, include_context=False):
-        # a kind's own word stands in the location of its fields: ("sync", "quadratic", "alpha")
+        # the location of a kind's field includes the kind: ("sync", "quadratic", "alpha")
         location = [str(part) for part in item["loc"]]
         kind = ""
         if len(location) > 1 and location[0] in _KINDS:
@@ -51,20 +51,20 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
                 yield f"{name} is missing{kind}"
             case "union_tag_invalid" | "union_tag_not_found":
                 yield f"{name}.{_KINDS[location[0]]}: {_lower(item['msg'])}"
-            case _ if location[:2] == ["cluster", "environment"]:  # there may be keys in it
+            case _ if location[:2] == ["cluster", "environment"]:  # it may contain secrets
                 yield f"{name}: {_lower(item['msg'])}"
             case _:
                 yield f"{name}={item['input']!r}: {_lower(item['msg'])}"
 
 
 def _field_names(path: Sequence[str], raw: Mapping[str, Any], root: type) -> list[str]:
-    """The fields that exist at `path`, for the kind chosen there."""
+    """The names of the fields at `path`, for the kind chosen there."""
     node: Any = root
     parts = iter(path)
     for part in parts:
         hint = {field.name: field.type for field in dataclasses.fields(node)}[part]
         if get_origin(hint) is dict:
-            next(parts, None)  # a key, which is no field
+            next(parts, None)  # a key, not a field
         candidates = list(_dataclasses_of(hint))
         chosen = raw.get(part)
         word = chosen.get(_KINDS.get(part)) if isinstance(chosen, Mapping) else None
@@ -86,7 +86,7 @@ def _kind_of(cls: Any, setting: str) -> str | None:
 
 
 def _nearest_setting(location: Sequence[str], raw: Mapping[str, Any], root: type) -> str:
-    """The nearest setting beside the wrong one, or one of that name elsewhere."""
+    """A hint: the closest name of a setting there, or a setting of that name elsewhere."""
     *path, word = location
     wrong = ".".join(location)
     elsewhere = [n for n, _ in flatten(raw) if n.rpartition(".")[2] == word and n != wrong]
@@ -102,7 +102,7 @@ def _lower(message: str) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """The leaves of nested dictionaries, by dotted name."""
+    """The leaves of nested dictionaries, as (dotted name, value)."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""Config -> plan: the one place where settings become a schedule, a rule and a plan."""
+"""Config -> plan: the only place where settings become a schedule, a rule and a plan."""
 
 from typing import assert_never
 
@@ -15,22 +15,22 @@ from qsr.core.schedules import (
 )
 
 MOST_STEPS = 10_000_000
-"""Of a run. Its rounds are known before it starts, which takes a microsecond and some 200 bytes
-each; the longest runs of the paper have 187,000 steps."""
+"""Most steps of a run. Its rounds are computed before it starts, which takes about a microsecond
+and 200 bytes each; the paper's longest runs have 187,000 steps."""
 
 
 def make_sampler(config: schema.Config, train_images: int) -> Sampler:
-    """Who sees which of the `train_images` samples; it also counts the steps of an epoch."""
+    """The sampler for `train_images` samples, which also knows the steps per epoch."""
     return Sampler(train_images, config.global_batch, config.workers, config.seed)
 
 
 def make_plan(config: schema.Config, train_images: int) -> Plan:
-    """All rounds of the run on `train_images` samples. ValueError names a setting that is off."""
+    """The run's plan for `train_images` samples. Raises ValueError, which names the setting."""
     steps_per_epoch = make_sampler(config, train_images).steps_per_epoch
     if config.epochs * steps_per_epoch > MOST_STEPS:
         raise ValueError(
-            f"epochs={config.epochs} x {steps_per_epoch} steps are more than a run may have, "
-            f"{MOST_STEPS:,}: take fewer epochs, or a larger global_batch"
+            f"epochs={config.epochs} x {steps_per_epoch} steps exceed the limit of {MOST_STEPS:,} "
+            f"steps: use fewer epochs, or a larger global_batch"
         )
     schedule = make_schedule(config.schedule, config.epochs, steps_per_epoch)
     return Plan(schedule, config.sync.make_rule(steps_per_epoch))
@@ -59,7 +59,7 @@ def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch:
 
 
 def parameter_count(model: schema.ModelConfig, classes: int) -> int:
-    """Parameters of a network, without building it. timm's are counted by models.py instead."""
+    """Number of parameters of a network, without building it; not for timm (see train.models)."""
     match model.name:
         case "resnet152":
             return 58_143_808 + 2049 * classes
@@ -70,5 +70,5 @@ def parameter_count(model: schema.ModelConfig, classes: int) -> int:
         case "small_vit":
             return 202_400 + 65 * classes
         case "timm":
-            raise ValueError(f"only timm knows the parameters of {model.timm_name}")
+            raise ValueError(f"only timm knows the number of parameters of {model.timm_name}")
     assert_never(model.name)

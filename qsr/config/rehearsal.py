@@ -1,10 +1,10 @@
-"""Any experiment as a run of minutes on two cores, in the same shape.
+"""Rehearsals: any experiment scaled down to a run of minutes on two cores.
 
-What stays: the rule and H_base, the schedule's form, the warm-up's fraction of the run, alpha and
-every other coefficient relative to the peak rate, the number of micro-batches, the optimizer, the
-loss, RandAugment, and whatever else one row of a table does differently from the next. So the
-communication volume stays too, but for rounds being whole steps of a shorter run. What a rehearsal
-proves is that the machinery runs; its accuracies are those of another task.
+A rehearsal keeps the rule and H_base, the form of the schedule, the warm-up's fraction of the run,
+alpha and other coefficients relative to the peak rate, the number of micro-batches, the optimizer,
+the loss, RandAugment, and whatever else distinguishes the rows of a table. So the communication
+volume is the same too, except that rounds are whole steps of a shorter run. A rehearsal proves that
+the program runs; its accuracies belong to another task.
 """
 
 from dataclasses import replace
@@ -19,48 +19,48 @@ from qsr.config.planning import make_sampler
 
 @dataclass(frozen=True, config=schema.STRICT)
 class Rehearsal:
-    """How an experiment is made small (configs/rehearsal/*.yaml)."""
+    """How an experiment is scaled down (configs/rehearsal/*.yaml)."""
 
     data: str
-    """Data set, a name in configs/data/."""
+    """Name of the data set in configs/data/."""
     image_size: schema.PositiveInt
-    """Side of its images, in pixels."""
+    """Side of the images, in pixels."""
     models: dict[str, Literal["small_resnet", "small_vit"]]
     """The small counterpart of each model."""
     workers_divisor: schema.PositiveInt
-    """The experiment's workers over this, and at least two."""
+    """Divides the experiment's number of workers; the result is at least two."""
     local_batch: schema.PositiveInt
     """Samples per worker and step."""
     epochs: schema.PositiveInt
     """Passes over the small data set."""
     lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Of the peak and final rate and of the rule's coefficient. A power of two keeps the shape of
-    the schedule that rounds to powers of two."""
+    """Factor for the peak and final rate and for the rule's coefficient. A power of two keeps the
+    shape of the schedule that rounds to powers of two."""
     evaluate_every_epochs: schema.PositiveInt
     """Epochs between evaluations."""
     batchnorm_micro_batches: schema.PositiveInt
     """Micro-batches of the BatchNorm re-estimation, over all workers."""
     ranks: schema.PositiveInt
-    """Processes, where the command line does not say how many."""
+    """Processes, unless the command line gives another number."""
 
 
 def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfig) -> schema.Config:
     """The small counterpart of `config` on `data`.
 
-    Raises ValueError in one line if there is none: a model without counterpart, a number of
-    micro-batches that does not divide the local batch, a data set of unknown size.
+    Raises ValueError with one line if there is none: the model has no counterpart, the number of
+    micro-batches does not divide the local batch, or the size of a data set is unknown.
     """
     if config.model.name not in rehearsal.models:
         raise ValueError(
-            f"no rehearsal of model={config.model.name}: rehearsal.models knows "
+            f"no rehearsal of model={config.model.name}: rehearsal.models has only "
             f"{', '.join(rehearsal.models)}"
         )
     if config.data.train_images is None or data.train_images is None:
-        raise ValueError("a rehearsal needs data.train_images, to keep the fraction of the warm-up")
+        raise ValueError("a rehearsal needs data.train_images, to scale the warm-up: set it")
     micro_batches = config.local_batch // config.micro_batch_size
     if rehearsal.local_batch % micro_batches:
         raise ValueError(
-            f"rehearsal.local_batch={rehearsal.local_batch} does not divide into the experiment's "
+            f"rehearsal.local_batch={rehearsal.local_batch} is not divisible by the experiment's "
             f"{micro_batches} micro-batches"
         )
     workers = max(2, config.workers // rehearsal.workers_divisor)
@@ -102,7 +102,7 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
 def _small_schedule(
     schedule: schema.ScheduleConfig, *, epochs: float, warmup_steps: int, lr: float
 ) -> schema.ScheduleConfig:
-    """With rates times `lr` and epochs times `epochs`."""
+    """The schedule with rates scaled by `lr` and milestones by `epochs`."""
     small = replace(
         schedule,
         peak_lr=schedule.peak_lr * lr,

@@ -1,4 +1,4 @@
-"""Decides: schedules, rules, plan, sampling, seeds, cost: the paper in readable form.
+"""The paper in readable form: schedules, rules, plans, sampling, seeds, cost.
 
 May import: standard library only.
 """

@@ -1,9 +1,9 @@
 """What a run costs: seconds of computing and of all-reduces, bytes, GPU hours.
 
-The model: every step computes for the same time, every average is one all-reduce of the same
-bytes, before which ranks may wait for the slowest, and data parallel training may hide part of its
-all-reduces behind the backward pass. Evaluations, checkpoints and input are left out.
-docs/planning.md discusses it.
+The model: every step takes the same computing time. Every average is one all-reduce of the same
+size, before which ranks may wait for the slowest one. Data parallel training may overlap part of
+its all-reduces with the backward pass. Evaluations, checkpoints and data loading are left out.
+docs/planning.md discusses the model.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Protocol
 from qsr.core.plan import Plan
 
 BACKWARD_SHARE = 2 / 3
-"""Part of a step's computing that is the backward pass: two matrix products for every one of the
+"""Share of the backward pass in a step's computing: it has two matrix products for each one of the
 forward pass."""
 
 
@@ -24,32 +24,32 @@ class AllReduce(Protocol):
 
     @property
     def ranks(self) -> int:
-        """Processes that take part."""
+        """Number of processes."""
 
     @property
     def machines(self) -> int:
-        """Machines that they live on."""
+        """Number of machines that the processes run on."""
 
     def seconds(self, num_bytes: float) -> float:
-        """Of one all-reduce of `num_bytes`; 0 for one rank."""
+        """Time of one all-reduce of `num_bytes`; 0 for one rank."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """All-reduces by bandwidth and latency.
+    """All-reduce times from bandwidth and latency.
 
-    2 ceil(log2 ranks) latency + 2 (ranks - 1) / ranks bytes / bandwidth: the bandwidth term of a
-    ring, which crosses the link of each machine once per direction however many ranks the machine
-    has, and the latency term of a tree (reduce, then broadcast), which NCCL takes where latency
-    decides.
+    2 ceil(log2 ranks) latency + 2 (ranks - 1) / ranks bytes / bandwidth. The bandwidth term is that
+    of a ring, which crosses the link of each machine once per direction, however many ranks the
+    machine has. The latency term is that of a tree (reduce, then broadcast), which NCCL uses where
+    latency dominates.
     """
 
     ranks: int
     machines: int
     bytes_per_second: float
-    """Of a machine's link, per direction; within one machine, of the way from rank to rank."""
+    """Bandwidth of a machine's link, per direction; for one machine, that between its ranks."""
     latency_seconds: float
-    """Of one message."""
+    """Latency of one message."""
 
     def seconds(self, num_bytes: float) -> float:
         latency = _latencies(self.ranks) * self.latency_seconds
@@ -58,8 +58,8 @@ class Link:
 
 @dataclass(frozen=True)
 class MeasuredAllReduce:
-    """All-reduces as measured at some sizes, in rising order: straight lines between them, the
-    smallest one's time below them, the largest one's bytes per second above them."""
+    """All-reduce times from measurements at some sizes, in rising order: linear interpolation
+    between them, the time of the smallest below them, the bandwidth of the largest above them."""
 
     ranks: int
     machines: int
@@ -85,14 +85,14 @@ class MeasuredAllReduce:
 
 
 def ring_bytes(ranks: int, num_bytes: float) -> float:
-    """What one of `ranks` sends in a ring all-reduce of `num_bytes`: 2 (ranks - 1) / ranks of
-    them. As much crosses the link of a machine, per direction, if there are several machines."""
+    """Bytes that each of `ranks` sends in a ring all-reduce of `num_bytes`: 2 (ranks - 1) / ranks
+    times `num_bytes`. With several machines as much crosses each machine's link, per direction."""
     return 2 * (ranks - 1) / ranks * num_bytes
 
 
 def averaged_bytes(plan: Plan, parameter_bytes: int, moment_bytes: int = 0) -> int:
-    """What one worker gives to all averages of a plan. Gradients are as large as parameters;
-    moments are averaged at the end of rounds of local steps only."""
+    """Bytes that one worker contributes to all averages of a plan. Gradients are as large as
+    parameters; moments are averaged only at the end of rounds of local steps."""
     moments = (plan.num_rounds - plan.gradient_rounds) * moment_bytes
     return plan.num_rounds * parameter_bytes + moments
 
@@ -104,10 +104,10 @@ def _latencies(ranks: int) -> int:
 def fit_link(
     ranks: int, machines: int, sizes: Sequence[int], seconds: Sequence[float]
 ) -> tuple[Link, float]:
-    """The link that explains measured all-reduces of `sizes` bytes best, by least squares on the
-    relative error, and the root mean square of what relative error is left.
+    """The link that fits measured all-reduces of `sizes` bytes best, by least squares on the
+    relative error, and the root mean square of the remaining relative error.
 
-    A latency below zero becomes zero. Raises ValueError if times do not grow with the bytes.
+    A negative latency is set to zero. Raises ValueError if times do not grow with the bytes.
     """
     # seconds ~ a + b * ring bytes, every row divided by its seconds
     rows = [(1 / t, ring_bytes(ranks, size) / t) for size, t in zip(sizes, seconds, strict=True)]
@@ -126,18 +126,18 @@ def fit_link(
 
 
 def exposed_seconds(allreduce: float, window: float, last_bucket: float) -> float:
-    """What DDP cannot hide of an all-reduce: what exceeds the `window` of computing that it
-    overlaps with, and at least the last bucket, whose gradients exist when the pass is over."""
+    """The part of an all-reduce that DDP cannot hide: what exceeds the `window` of computing that
+    it overlaps with, and at least the last bucket, whose gradients are ready only at the end."""
     return min(allreduce, max(last_bucket, allreduce - window))
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run takes."""
+    """Time of a run, without evaluations and checkpoints."""
 
     compute_seconds: float
     communication_seconds: float
-    """Of all-reduces that nothing hides, and of waiting for the slowest rank before them."""
+    """All-reduces that are not hidden, and waiting for the slowest rank before them."""
     ranks: int
 
     @property
@@ -147,31 +147,30 @@ class RunCost:
 
     @property
     def gpu_hours(self) -> float:
-        """Total time, on every rank."""
+        """Total time, summed over the ranks."""
         return self.ranks * self.total_seconds / 3600
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What the steps and the averages of a run take."""
+    """Times of the steps and the averages of a run."""
 
     allreduce: AllReduce
     compute_seconds: float
-    """Of a rank in one step: forward and backward passes and updates of all its workers."""
+    """Computing of a rank per step: forward and backward passes, and updates, of its workers."""
     micro_batches: int
     """Backward passes of a rank in one step."""
     parameter_bytes: int
     moment_bytes: int = 0
     """Optimizer states that are averaged with the parameters."""
     delay_steps: int = 0
-    """Steps behind which the average of a round of local steps hides, but for the run's last."""
+    """Steps that the average of a local round overlaps with, except for the run's last."""
     bucket_bytes: float = 25 * 2**20
-    """Of gradients, in which DDP reduces them. Its default."""
+    """Size of DDP's gradient buckets; the default is DDP's."""
     waiting_seconds: float = 0.0
-    """What one step takes longer if all ranks end it together, beside the all-reduce: on average
-    they wait that long for the slowest."""
+    """How long ranks wait for the slowest one, on average, if all must end a step together."""
     overlapped_step_seconds: float | None = None
-    """Of a data parallel step that overlaps, as measured; None: by the formula."""
+    """Measured time of an overlapped data parallel step; None: use the formula."""
 
     @property
     def gradient_seconds(self) -> float:
@@ -180,9 +179,9 @@ class CostModel:
 
     @property
     def exposed_gradient_seconds(self) -> float:
-        """What a step takes longer than its computing when DDP overlaps the all-reduce with the
-        backward pass: of the last micro-batch only, because gradients are accumulated over those
-        before."""
+        """How much longer than its computing a step takes when DDP overlaps the all-reduce with the
+        backward pass. It overlaps only with that of the last micro-batch, because gradients are
+        accumulated over the earlier ones."""
         if self.overlapped_step_seconds is not None:
             return max(0.0, self.overlapped_step_seconds - self.compute_seconds)
         window = BACKWARD_SHARE * self.compute_seconds / self.micro_batches
@@ -190,13 +189,13 @@ class CostModel:
         return exposed_seconds(self.gradient_seconds, window, last_bucket) + self.waiting_seconds
 
     def round_waiting_seconds(self, h: int) -> float:
-        """At the end of a round of `h` local steps: what a step takes longer here and shorter there
-        evens out, so that waiting grows as the square root of the steps."""
+        """Waiting at the end of a round of `h` local steps. Slow and fast steps partly cancel, so
+        waiting grows with the square root of the steps."""
         return math.sqrt(h) * self.waiting_seconds
 
     @property
     def average_seconds(self) -> float:
-        """All-reduces at the end of a round of local steps: moments take one of their own."""
+        """All-reduces at the end of a round of local steps; moments have a separate one."""
         moments = self.allreduce.seconds(self.moment_bytes) if self.moment_bytes else 0.0
         return self.allreduce.seconds(self.parameter_bytes) + moments
 
@@ -205,7 +204,7 @@ class CostModel:
         return self._run(steps, steps * self._gradient_step_seconds(overlapped))
 
     def run(self, plan: Plan, *, overlapped: bool) -> RunCost:
-        """The rounds of a plan; `overlapped` concerns those that average gradients."""
+        """The rounds of a plan; `overlapped` applies to those that average gradients."""
         seconds = plan.gradient_rounds * self._gradient_step_seconds(overlapped)
         hidden = self.delay_steps * self.compute_seconds
         if plan.gradient_rounds < plan.num_rounds:
@@ -217,7 +216,7 @@ class CostModel:
         return self._run(plan.total_steps, seconds)
 
     def _gradient_step_seconds(self, overlapped: bool) -> float:
-        """What a data parallel step takes beside its computing."""
+        """Time of a data parallel step in addition to its computing."""
         if overlapped:
             return self.exposed_gradient_seconds
         return self.gradient_seconds + self.waiting_seconds

@@ -1,10 +1,10 @@
 """How much faster local steps drift towards flat minima: the slow SDE under label noise.
 
-Near a manifold of minima, a worker's distance x from it along an eigenvector of the Hessian, of
-eigenvalue L, follows x <- (1 - lr L) x + lr sqrt(L) noise. On average over the workers the model
-moves along the manifold by the third derivative of the loss times E[x x^T] / 2, so by the gradient
-of L times half the variance of x, over all eigenvectors. In data parallel training that variance
-is V / K; after an average all workers have V / K as well, and then each goes to its own V:
+Near a manifold of minima, a worker's distance x from it along an eigenvector of the Hessian with
+eigenvalue L follows x <- (1 - lr L) x + lr sqrt(L) noise. The mean of the workers moves along the
+manifold by the third derivative of the loss times E[x x^T] / 2, that is, by the gradient of L times
+half the variance of x, summed over the eigenvectors. In data parallel training that variance is
+V / K. After an average it is V / K on all workers too, and then it grows towards V on each:
 
     variance after s steps = V (a^2s / K + 1 - a^2s),
     a = 1 - lr L,   V = noise^2 lr^2 L / (1 - a^2)
@@ -13,17 +13,17 @@ Its mean over a round's steps s = 0 .. H - 1, over V / K, is 1 + (K - 1) psi wit
 
     psi = 1 - (1 - a^2H) / (H (1 - a^2)),    for small lr L: (exp(-x) - 1 + x) / x,  x = 2 H lr L
 
-The latter is the function of Gu et al. 2023, whose slow SDE has the drift of SGD and
-K - 1 times that by the gradient of sum F(2 H lr L) / (2 H lr) over the eigenvalues, F' = psi. psi
+The latter is the function of Gu et al. 2023, whose slow SDE has the drift of SGD plus K - 1 times
+the drift by the gradient of sum F(2 H lr L) / (2 H lr) over the eigenvalues, with F' = psi. psi
 rises from 0 to 1: rounds much shorter than 1 / (lr L) steps gain nothing, much longer ones a factor
-of K. docs/evidence.md has the derivation in full.
+of K. docs/evidence.md has the full derivation.
 """
 
 import math
 
 
 def psi(x: float) -> float:
-    """(exp(-x) - 1 + x) / x of x = 2 H lr L >= 0; 0 at 0."""
+    """(exp(-x) - 1 + x) / x for x = 2 H lr L >= 0; 0 at 0."""
     if x < 1e-4:
         return x / 2 - x * x / 6  # where the formula's terms cancel
     return (math.expm1(-x) + x) / x
@@ -36,6 +36,6 @@ def psi_discrete(h: float, lr: float, eigenvalue: float) -> float:
 
 
 def drift_multiplier(workers: int, psi: float) -> float:
-    """Drift along the minima relative to data parallel training's: 1 + (K - 1) psi, where the
-    Hessian has one eigenvalue that is not 0."""
+    """Drift along the minima relative to that of data parallel training: 1 + (K - 1) psi, for a
+    Hessian with one non-zero eigenvalue."""
     return 1 + (workers - 1) * psi

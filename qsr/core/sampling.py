@@ -1,8 +1,9 @@
 """Which training samples a worker sees at a step: a pure function of the seed.
 
-Every epoch is one permutation of the data, shared by all workers and dealt out without
-replacement: floor(N / B) steps of B samples, the rest left out (others each epoch). Nothing here
-knows about processes, so K workers see the same samples however they are spread over ranks.
+Every epoch is one permutation of the data, divided among all workers without replacement:
+floor(N / B) steps of B samples; the remaining samples are left out, different ones in each epoch.
+Nothing here depends on processes, so K workers see the same samples however they are spread over
+ranks.
 """
 
 import random
@@ -17,7 +18,7 @@ from qsr.core.seeds import seed_for
 class Sampler:
     """Deals `num_samples` samples to `num_workers` workers, `global_batch` per step.
 
-    Raises ValueError if the batch does not divide by the workers or exceeds the data.
+    Raises ValueError if the batch is not divisible by the workers or exceeds the data.
     """
 
     num_samples: int
@@ -59,8 +60,8 @@ class Sampler:
 
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> "array[int]":
-    """A permutation of 0..num_samples - 1, by a run's seed and the epoch. Cached: a loader that
-    reads ahead crosses the border of two epochs, and 1.3 million indices take 0.5 s to shuffle."""
+    """A permutation of 0..num_samples - 1 for a run's seed and the epoch. Two are cached, because a
+    loader reads ahead into the next epoch and shuffling 1.3 million indices takes 0.5 s."""
     order = array("q", range(num_samples))
     random.Random(seed_for(seed, "order", epoch=epoch)).shuffle(order)
     return order

@@ -1,8 +1,8 @@
 """The learning rate as a function of the step.
 
 A schedule is a frozen dataclass that is called with a 0-based step and returns the rate that the
-optimizer uses in that step. `schedule(total_steps)` is also defined: it is where the curve ends,
-and what a scheduler that looks one step ahead asks for after the last update.
+optimizer uses in that step. `schedule(total_steps)`, the end of the curve, is defined too, because
+schedulers that look one step ahead ask for it after the last update.
 """
 
 import itertools
@@ -97,7 +97,7 @@ class _DecayingSchedule:
         return self.final_lr + (self.peak_lr - self.final_lr) * self._share(step)
 
     def _share(self, step: int) -> float:
-        """What is left of the decay at a step after the warm-up: 1 at its start, 0 at the end."""
+        """Share of the decay that is left at a step: 1 after the warm-up, 0 at the end."""
         raise NotImplementedError
 
 
@@ -138,7 +138,7 @@ class LinearSchedule(_DecayingSchedule):
 
 @dataclass(frozen=True)
 class ExponentialSchedule:
-    """peak_lr in step 0, and in each step less by the same factor, down to final_lr at the end."""
+    """Exponential decay from peak_lr in step 0 to final_lr at the end."""
 
     peak_lr: float
     final_lr: float
@@ -198,9 +198,9 @@ class StepSchedule:
 class PowerOfTwoSchedule:
     """Another schedule, its values after the warm-up rounded to the nearest power of two.
 
-    "Nearest" is in the exponent, 2^round(log2 lr), as in the paper's step schedule, which is made
-    from a cosine this way. The rate jumps at the end of the warm-up when the peak is no power of
-    two (0.8 -> 1.0), as in the authors' code.
+    "Nearest" refers to the exponent, 2^round(log2 lr). The paper makes its step schedule from a
+    cosine this way. If the peak is not a power of two, the rate jumps at the end of the warm-up
+    (0.8 -> 1.0), as in the authors' code.
     """
 
     schedule: Schedule

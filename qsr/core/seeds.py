@@ -1,9 +1,9 @@
 """Named random streams.
 
-Every random choice of a run is drawn from a seed with a name, for example
-`seed_for(1, "augment", worker=3, step=7)`. No generator runs on from step to step, so a run that
-resumes at step 7 draws what the uninterrupted run drew there, and a worker draws the same numbers
-whether it has a process of its own or shares one.
+Every random choice of a run uses a named seed, for example
+`seed_for(1, "augment", worker=3, step=7)`. No generator keeps its state from step to step, so a run
+that resumes at step 7 draws the same numbers as an uninterrupted run, and so does a worker whether
+or not it shares its process with others.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Argues: simulations and small deep networks on which the effect of a rule is seen.
+"""Evidence: simulations and small deep networks that show the effect of a rule.
 
 May import: session and below.
 """

@@ -1,5 +1,5 @@
-"""Deep networks under the rules, each at its own best rate, through the trainer: the runs behind
-results/evidence/deep.json, and what is measured of them."""
+"""Deep networks trained with each rule at its own best rate: the runs behind
+results/evidence/deep.json, and their measurements."""
 
 import dataclasses
 import statistics
@@ -30,18 +30,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class DeepStudy:
-    """What is compared. There is an experiment evidence/MODEL_RULE for each pair."""
+    """What is compared; each pair has an experiment evidence/MODEL_RULE."""
 
     models: tuple[str, ...] = ("resnet", "vit")
     rules: tuple[str, ...] = ("parallel", "constant", "linear", "quadratic")
     rate_factors: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """The peak rates that are tried for every rule, relative to the experiment's."""
+    """The peak rates to try for every rule, relative to the experiment's."""
     tuning_seeds: tuple[int, ...] = (101, 102)
-    """Of the runs that choose the rate: others than those that are reported."""
+    """Seeds of the runs that choose the rate; different from those that are reported."""
     seeds: tuple[int, ...] = tuple(range(1, 9))
-    """Of the runs that are reported."""
+    """Seeds of the runs that are reported."""
     probes: int = 64
-    """Of the estimate of tr(Hessian)."""
+    """Probes of the tr(Hessian) estimate."""
     settings: tuple[str, ...] = ()
     """Further settings of every run, for example epochs=5."""
 
@@ -57,14 +57,14 @@ class Trial(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a run came to. Errors in percent; losses are plain cross entropy."""
+    """Results of a run. Errors are in percent; losses are plain cross entropy."""
 
     error: float
-    """Of the validation images: the tuning or the test part."""
+    """On the validation images: the tuning or the test part."""
     loss: float
     volume: float
     train_error: float
-    """Of the training images as they are, without augmentation, like all that follows."""
+    """On the training images without augmentation, as are all values below."""
     train_loss: float
     hessian_trace: float
     hessian_trace_error: float
@@ -72,11 +72,11 @@ class Measured(NamedTuple):
 
 
 Rates = Mapping[tuple[str, str], float]
-"""The peak rate of each model and rule."""
+"""The peak rate for each (model, rule)."""
 
 
 def tuning_runs(study: DeepStudy) -> dict[Trial, Config]:
-    """The runs that choose the rates: validated on images that are not in the test part."""
+    """The runs that choose the rates, validated on images outside the test part."""
     return {
         Trial(model, rule, rate, seed): at_rate(
             model, rule, rate, (*study.settings, "data=few_digits_tuning", f"seed={seed}")
@@ -108,8 +108,8 @@ def _rates(study: DeepStudy, model: str, rule: str) -> list[float]:
 
 
 def at_rate(model: str, rule: str, rate: float, settings: Sequence[str]) -> Config:
-    """The experiment with another peak rate, and the rule's coefficient scaled with it: H at the
-    peak stays what it is."""
+    """The experiment with another peak rate. The rule's coefficient is scaled with it, so that H at
+    the peak stays the same."""
     command = [f"experiment=evidence/{model}_{rule}", "tracking.progress=false", *settings]
     config = load_config(command)
     if rate == config.schedule.peak_lr:
@@ -127,8 +127,8 @@ def at_rate(model: str, rule: str, rate: float, settings: Sequence[str]) -> Conf
 def side_by_side(
     function: Callable[[Task], Result], tasks: Sequence[Task], processes: int
 ) -> Iterator[Result]:
-    """`function` of each task, in their order, computed in so many processes. The first error is
-    raised, and no further task begun."""
+    """`function` of each task, in order, computed in this many processes. The first error is
+    raised, and no more tasks are started."""
     context = get_context(START_METHOD)
     context.set_forkserver_preload([__name__])  # imported once, not in every process
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -136,8 +136,8 @@ def side_by_side(
 
 
 def choose_rates(tried: Measurements) -> dict[tuple[str, str], float]:
-    """For each model and rule the rate with the lowest mean error over seeds; of equal ones that
-    with the lowest loss."""
+    """For each model and rule the rate with the lowest mean error over the seeds; the mean loss
+    breaks ties."""
     chosen = {}
     for model, rule in dict.fromkeys((trial.model, trial.rule) for trial in tried):
         scores: dict[float, list[tuple[float, float]]] = {}
@@ -153,13 +153,13 @@ def choose_rates(tried: Measurements) -> dict[tuple[str, str], float]:
 
 
 def measure(config: Config, probes: int) -> Measured:
-    """Carry out a run, or what is left of it, and measure the averaged model that it ended with.
-    Raises as `execute`, and RunFailedError if a signal stopped it."""
+    """Execute a run, or what is left of it, and measure its final averaged model. Raises the errors
+    of `execute`, and RunFailedError if a signal stopped the run."""
     (outcome,) = execute([config])
     if isinstance(outcome, Stopped):
-        raise RunFailedError(f"stopped by {outcome.reason}; the same command goes on")
-    assert isinstance(outcome, dict)  # a run that fails alone raises
-    torch.set_num_threads(1)  # another run is beside
+        raise RunFailedError(f"stopped by {outcome.reason}; run the same command to resume")
+    assert isinstance(outcome, dict)  # a single run that fails raises
+    torch.set_num_threads(1)  # other runs execute at the same time
     batch = _training_images(config)
     model = load_model(run_folder(config)).module
     trace = hessian_trace(model, batch.images, batch.labels, probes=probes, seed=config.seed)
@@ -177,7 +177,7 @@ def measure(config: Config, probes: int) -> Measured:
 
 
 def _training_images(config: Config) -> Batch:
-    """All of them, seen as validation images are."""
+    """All training images, preprocessed like validation images."""
     images, _ = open_image_folders(config.data.root)
     _, transform = transforms(config.data)
     loader = make_loader(

@@ -1,4 +1,4 @@
-"""The drift along a valley of minima, measured by simulation and predicted: core/drift.py."""
+"""Drift along a valley of minima: measured by simulation, and predicted with core/drift.py."""
 
 import math
 from collections.abc import Callable
@@ -17,40 +17,40 @@ from qsr.core.seeds import seed_for
 
 @dataclass(frozen=True)
 class Valley:
-    """Outputs f_i = c_i u v_i of parameters (u, v_1, ..., v_m), all with target 1 and half the
-    squared error: the minima are a curve, v_i = 1 / (c_i u). One output is the model with one
-    non-zero eigenvalue, u^2 + v^2 (c = 1)."""
+    """A model with outputs f_i = c_i u v_i of parameters (u, v_1, ..., v_m); every target is 1, the
+    loss is half the squared error. The minima form a curve, v_i = 1 / (c_i u). With one output and
+    c = 1 the only non-zero eigenvalue is u^2 + v^2."""
 
     scales: tuple[float, ...]
-    """c_i: one for each output, and as many non-zero eigenvalues."""
+    """c_i, one for each output; there are as many non-zero eigenvalues."""
     u: float
-    """Where on the curve."""
+    """Position on the curve."""
 
     def eigenvalues(self, u: float | None = None) -> NDArray[np.floating[Any]]:
-        """Of the Hessian there, rising: of J J^T, J the outputs' derivatives."""
+        """Non-zero eigenvalues of the Hessian at `u`, rising: those of J J^T, J the Jacobian."""
         u = self.u if u is None else u
         scales = np.array(self.scales)
         return np.linalg.eigvalsh(1 / u**2 + np.diag(scales**2 * u**2))
 
     def predicted(self, workers: int, psi_of: Callable[[float], float]) -> float:
-        """Drift along the curve relative to data parallel training's. `psi_of` an eigenvalue."""
+        """Drift relative to that of data parallel training; `psi_of` maps an eigenvalue to psi."""
         step = 1e-5 * self.u
         slopes = self.eigenvalues(self.u + step) - self.eigenvalues(self.u - step)
         psis = [psi_of(float(each)) for each in self.eigenvalues()]
         return drift_multiplier(workers, float(slopes @ psis / slopes.sum()))
 
     def predicted_continuous(self, workers: int, h: int, lr: float) -> float:
-        """By the slow SDE."""
+        """Prediction of the slow SDE."""
         return self.predicted(workers, lambda eigenvalue: psi(2 * h * lr * eigenvalue))
 
     def predicted_discrete(self, workers: int, h: int, lr: float) -> float:
-        """For steps of finite size."""
+        """Prediction for steps of finite size."""
         return self.predicted(workers, lambda eigenvalue: psi_discrete(h, lr, eigenvalue))
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Of u^2 - v^2, which gradient flow leaves as it is, per step; over many simulated runs."""
+    """Drift of u^2 - v^2, which gradient flow conserves, per step; over many simulated runs."""
 
     per_step: float
     standard_error: float
@@ -59,9 +59,9 @@ class Drift:
 def measure_drift(
     valley: Valley, plan: Plan, *, workers: int, noise: float, runs: int, settle_steps: int
 ) -> Drift:
-    """Simulate `runs` runs of local SGD from the valley's point, with label noise of the standard
-    deviation `noise`, through the rounds of a plan, and see how far they went after those rounds
-    that the first `settle_steps` are in: so long the fluctuations need to become stationary."""
+    """Simulate `runs` runs of local SGD from the valley's point through the rounds of a plan, with
+    label noise of standard deviation `noise`, and measure how far they move. Rounds that begin in
+    the first `settle_steps`, while fluctuations become stationary, are not counted."""
     generator = torch.Generator().manual_seed(seed_for(1, "drift", workers=workers))
     scales = torch.tensor(valley.scales, dtype=torch.float64)
     u = torch.full((runs, workers, 1), valley.u, dtype=torch.float64)

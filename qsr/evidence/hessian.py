@@ -1,4 +1,4 @@
-"""The trace of the Hessian of the training loss: how sharp the minimum is that a run ended in."""
+"""The trace of the Hessian of the training loss: the sharpness of a run's final minimum."""
 
 from typing import NamedTuple
 
@@ -16,25 +16,25 @@ class TraceEstimate(NamedTuple):
 
     mean: float
     standard_error: float
-    """Over the probes: of the estimate, not of the trace from run to run."""
+    """Over the probes; it does not include differences between runs."""
 
 
 def hessian_trace(
     module: nn.Module, images: Tensor, labels: Tensor, *, probes: int, seed: int
 ) -> TraceEstimate:
-    """tr(H) of the mean cross entropy on all `images` [n, 3, size, size] and `labels` [n], in the
+    """tr(H) of the mean cross entropy on all `images` [n, 3, size, size] and `labels` [n], for the
     trainable parameters of `module`.
 
-    The module is put into evaluation mode: BatchNorm with its running statistics, no dropout; the
-    loss has neither label smoothing nor mixup. Hutchinson's estimate: the mean of v'Hv over at
-    least two `probes` v of independent random signs, drawn from `seed`. It is exact where H is
-    diagonal.
+    The module is put into evaluation mode (BatchNorm uses running statistics, no dropout); the loss
+    has neither label smoothing nor mixup. Hutchinson's estimate: the mean of v'Hv over `probes`
+    vectors v of independent random signs, drawn from `seed`. It is exact if H is diagonal. Raises
+    ValueError for fewer than two probes.
     """
     if probes < 2:
         raise ValueError(f"a standard error needs at least two probes, got {probes}")
     evaluation_mode(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    # the fused kernels of attention cannot be differentiated twice
+    # fused attention kernels cannot be differentiated twice
     with sdpa_kernel(SDPBackend.MATH):
         loss = functional.cross_entropy(module(images), labels)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True)
@@ -48,7 +48,7 @@ def hessian_trace(
 def _quadratic_form(
     parameters: list[nn.Parameter], gradients: tuple[Tensor, ...], generator: torch.Generator
 ) -> Tensor:
-    """v'Hv for one probe v, where `gradients` still have their graph."""
+    """v'Hv for one probe v; `gradients` must still have their graph."""
     signs = [
         torch.randint(2, p.shape, generator=generator).to(p).mul_(2).sub_(1) for p in parameters
     ]

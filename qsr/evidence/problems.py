@@ -1,9 +1,9 @@
-"""Small problems in which the effect of local steps on generalization can be seen, as tensor
-programs over many replicas at once.
+"""Small problems that show the effect of local steps on generalization, as tensor programs over
+many replicas at once.
 
 A replica is one copy of the parameters. Parameters have leading dimensions [seeds, workers], and
-every function here treats the replicas alike and apart. All losses are half a squared error, and
-workers see targets with fresh noise ("label noise"), as in the theory (Gu et al. 2023).
+functions here treat every replica independently. All losses are half a squared error, and workers
+see targets with new noise in every step ("label noise"), as in the theory (Gu et al. 2023).
 """
 
 import math
@@ -21,32 +21,32 @@ Parameters = Sequence[Tensor]
 
 
 class Problem(Protocol):
-    """What a simulation needs of a problem; it has its own data or weights for each seed."""
+    """The interface of a problem; data or initial weights differ for each seed."""
 
     train_size: int
     """Training samples."""
     outputs: int
-    """Outputs of the model: so many noises a sample has."""
+    """Outputs of the model; each has its own label noise."""
 
     def start(self) -> list[Tensor]:
-        """Where every worker begins, [seeds, ...] each."""
+        """Initial parameters of every worker, [seeds, ...] each."""
 
     def losses(self, parameters: Parameters, samples: Tensor, noise: Tensor) -> Tensor:
         """Mean loss [seeds, workers] of each replica on training `samples` [seeds, workers, batch]
         (indices), with `noise` [seeds, workers, batch, outputs] on the targets."""
 
     def measure(self, parameters: Parameters) -> dict[str, Tensor]:
-        """What is reported of models [seeds, ...], each [seeds]; always `train_loss`, which is
-        noise-free, `test_error` and `hessian_trace`: of the noise-free training loss, exact."""
+        """Measurements of models [seeds, ...], each [seeds]. Always `train_loss` without noise,
+        `test_error`, and `hessian_trace`, the exact trace for the training loss without noise."""
 
 
 class DigitsMlp:
     """A two-layer network on handwritten digits, in one split for all seeds.
 
     Inputs are the leading whitened principal components of all images, scaled to a mean norm of 1,
-    and a constant; targets are one-hot. Each seed's network starts where noise-free full-batch
-    gradient descent has brought its random weights: all training samples are fitted, so what
-    differs later is which of the many perfect fits label noise leads to. Needs scikit-learn.
+    and a constant; targets are one-hot. Each seed's network starts from random weights that were
+    trained by noise-free full-batch gradient descent until they fit all training samples. So runs
+    differ only in which of the many perfect fits label noise leads to. Needs scikit-learn.
     """
 
     outputs = 10
@@ -67,7 +67,7 @@ class DigitsMlp:
 
         images, labels = load_digits(return_X_y=True)
         order = torch.randperm(len(images), generator=_generator(split_seed, "split")).numpy()
-        # whitened by all images, as no labels enter: 80 of them would not tell 20 components well
+        # whitened with all images, which uses no labels: 80 images are too few for 20 components
         reduction = PCA(self.COMPONENTS, whiten=True, svd_solver="full")
         inputs = torch.from_numpy(reduction.fit_transform(images)[order]).float()
         inputs /= inputs.norm(dim=1).mean()
@@ -123,9 +123,9 @@ class DigitsMlp:
         return self._activation(inputs @ first.mT) @ second.mT
 
     def _hessian_trace(self, weights: Parameters) -> Tensor:
-        """The loss is sum_o r_o^2 / 2 with r = W2 h - y, h = h(z), z = W1 x. Its second
-        derivative by W2[o, j] is h_j^2; that by W1[j, k] is x_k^2 (sum_o W2[o, j]^2 h'_j^2 +
-        sum_o r_o W2[o, j] h''_j)."""
+        """The loss is sum_o r_o^2 / 2 with r = W2 h - y, h = h(z), z = W1 x. Its second derivative
+        with respect to W2[o, j] is h_j^2, and with respect to W1[j, k] it is
+        x_k^2 (sum_o W2[o, j]^2 h'_j^2 + sum_o r_o W2[o, j] h''_j)."""
         first, second = weights
         hidden = self._activation(self._inputs @ first.mT)  # [seeds, samples, hidden]
         residuals = hidden @ second.mT - self._targets
@@ -142,14 +142,14 @@ class DigitsMlp:
 
 
 class DiagonalNetwork:
-    """A diagonal linear network f(x) = <u * u - v * v, x> with a sparse truth: a regression with
-    more weights than samples, in which flat solutions are sparse. Every seed is a problem of its
-    own: Gaussian inputs, and a random start."""
+    """A diagonal linear network f(x) = <u * u - v * v, x> with a sparse true weight vector: a
+    regression with more weights than samples, in which flat solutions are sparse. Every seed has
+    its own Gaussian inputs and random start."""
 
     outputs = 1
     START = math.sqrt(0.75)
-    """u and v begin uniform in [0, START), independently: from u = v the trace of the Hessian falls
-    and the test error does not."""
+    """u and v start uniform in [0, START), independently: if they start equal, the trace of the
+    Hessian falls but the test error does not."""
 
     def __init__(
         self, seeds: Sequence[int], train_size: int, weights: int, truth: Sequence[float]
@@ -183,9 +183,9 @@ class DiagonalNetwork:
         u, v = parameters
         weights = u.square() - v.square()
         outputs = (self._inputs @ weights.unsqueeze(-1)).squeeze(-1)
-        # of a Gaussian input: E <w - w*, x>^2
+        # for Gaussian inputs: E <w - w*, x>^2
         test = (weights - self._truth).square().sum(-1)
-        # r_i (u_j^2 - v_j^2)'' x_ij adds up to nothing over u_j and v_j
+        # the terms r_i (u_j^2 - v_j^2)'' x_ij for u_j and v_j cancel
         by_weight = 4 * self._inputs.square().mean(1) * (u.square() + v.square())
         return {
             "test_error": test,

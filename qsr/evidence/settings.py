@@ -27,11 +27,11 @@ class DigitsMlpConfig:
     kind: Literal["digits_mlp"]
     """Kind of problem."""
     train_size: Annotated[int, Field(ge=20, le=1700)]
-    """Training images; the rest of the 1,797 are for the test. At least the 20 components."""
+    """Training images, at least the 20 components; the rest of the 1,797 are for testing."""
     split_seed: Annotated[int, Field(ge=0)]
-    """Which images these are, the same for all seeds."""
+    """Seed of the choice of these images, the same for all seeds."""
     activation: Literal["tanh", "relu"]
-    """Of the hidden units."""
+    """Activation of the hidden units."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,54 +43,54 @@ class DiagonalConfig:
     train_size: PositiveInt
     """Training samples."""
     weights: PositiveInt
-    """Inputs, d."""
+    """Number of inputs, d."""
     truth: tuple[Finite, ...]
-    """The first weights of the truth; the others are 0."""
+    """The first of the true weights; the others are 0."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class ExponentConfig:
-    """A rule H = max(h_base, floor((coefficient / lr)^exponent)), matched at the peak: all rules of
-    the same h_base begin with rounds of h_base steps."""
+    """A rule H = max(h_base, floor((coefficient / lr)^exponent)), matched at the peak: all rules
+    with the same h_base begin with rounds of h_base steps."""
 
     exponent: NonNegative | None
     """0: constant H. 1: H ~ 1 / lr. 2: QSR. null: data parallel training."""
     h_base: PositiveInt | None = None
     """Shortest round; null: the simulation's h_base."""
     scale: Positive = 1.0
-    """Of the coefficient; 1: (coefficient / peak_lr)^exponent is h_base."""
+    """Factor of the coefficient; with 1, (coefficient / peak_lr)^exponent is h_base."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SimulationConfig:
-    """One problem, and rules that are compared on it with everything else the same."""
+    """One problem, and the rules to compare on it with everything else equal."""
 
     problem: Annotated[DigitsMlpConfig | DiagonalConfig, Field(discriminator="kind")]
-    """What is learned."""
+    """The problem."""
     workers: PositiveInt
-    """K."""
+    """Number of workers, K."""
     local_batch: PositiveInt
-    """Samples of a worker in a step, drawn with replacement."""
+    """Samples per worker and step, drawn with replacement."""
     label_noise: NonNegative
-    """Standard deviation of the noise on every target, drawn anew each time."""
+    """Standard deviation of the noise on every target, drawn anew in every step."""
     schedule: Literal["exponential", "cosine"]
-    """How the learning rate falls."""
+    """Decay of the learning rate."""
     peak_lr: Positive
     """Learning rate of the first step."""
     final_fraction: Fraction
-    """Of the peak, at the last step."""
+    """Final learning rate / peak learning rate."""
     total_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     """Steps of every worker."""
     h_base: PositiveInt
-    """Shortest round of the rules that do not give their own."""
+    """Shortest round of the rules that do not set their own."""
     seeds: PositiveInt
-    """1 to this one."""
+    """Number of seeds; they are 1 to this."""
     rules: dict[str, ExponentConfig]
-    """What is compared, by the name in tables; the first one is what others are compared with."""
+    """The rules, by their names in tables; the others are compared with the first."""
 
 
 def load_simulation(overrides: Sequence[str], config_dir: Path = SIMULATIONS) -> SimulationConfig:
-    """From configs/simulation/ and the command line. Raises ConfigError."""
+    """Settings from configs/simulation/ and the command line. Raises ConfigError."""
     settings = compose_settings(parse_overrides(overrides), config_dir, "simulate")
     config = parse(SimulationConfig, settings)
     try:
@@ -104,7 +104,7 @@ def load_simulation(overrides: Sequence[str], config_dir: Path = SIMULATIONS) ->
 
 
 def simulation_names(config_dir: Path = SIMULATIONS) -> list[str]:
-    """All experiments."""
+    """Names of all experiments."""
     folder = config_dir / "experiment"
     return sorted(
         path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
@@ -112,7 +112,7 @@ def simulation_names(config_dir: Path = SIMULATIONS) -> list[str]:
 
 
 def make_simulated_plan(config: SimulationConfig, settings: ExponentConfig) -> Plan:
-    """The rounds of one of the rules. ValueError names a setting that is off."""
+    """The plan of one of the rules. Raises ValueError, which names the setting."""
     h_base = config.h_base if settings.h_base is None else settings.h_base
     rule = _make_rule(replace(settings, h_base=h_base), config.peak_lr)
     return Plan(_make_schedule(config), rule)

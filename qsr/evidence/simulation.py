@@ -1,5 +1,5 @@
-"""Local SGD on a small problem: K workers times S seeds as one tensor program, by the same plan as
-the trainer's."""
+"""Local SGD on a small problem: K workers x S seeds as one tensor program, with the trainer's
+plans."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from qsr.core.seeds import seed_for
 from qsr.evidence.problems import Problem
 
 _CHUNK = 200
-"""Steps whose random numbers are drawn at once."""
+"""Number of steps whose random numbers are drawn at once."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of every seed under one plan."""
+    """Results of all seeds under one plan."""
 
     volume: float
     diverged: list[bool]
-    """Per seed: a parameter is not finite, or the training loss above that at the start by more
-    than the noise alone can do."""
+    """Per seed: whether a parameter is not finite, or the training loss is larger than noise alone
+    can explain."""
     measured: dict[str, list[float]]
-    """What the problem measures of the averaged model, per seed; nonsense where it diverged."""
+    """Measurements of the averaged model, per seed; meaningless for a seed that diverged."""
 
 
 def simulate(
@@ -36,10 +36,10 @@ def simulate(
     local_batch: int,
     label_noise: float,
 ) -> Outcome:
-    """Train by SGD. Every worker draws `local_batch` training samples with replacement in each
-    step, and noise of standard deviation `label_noise` for each of their outputs. What a seed
-    draws depends on nothing but the seed, the workers and the batch: under all plans, and beside
-    whichever other seeds, it is the same."""
+    """Train by SGD. In each step every worker draws `local_batch` training samples, with
+    replacement, and noise of standard deviation `label_noise` for each of their outputs. The draws
+    of a seed depend only on the seed, the number of workers and the batch: they are the same under
+    all plans and with any other seeds."""
     state = [
         start.unsqueeze(1).repeat(1, workers, *[1] * (start.dim() - 1)).requires_grad_()
         for start in problem.start()
@@ -78,7 +78,7 @@ def _diverged(model: Sequence[Tensor], train_loss: Tensor) -> Tensor:
 def _draws(
     problem: Problem, steps: int, seeds: Sequence[int], workers: int, local_batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples [seeds, workers, batch] and standard normal noise [..., outputs] of every step."""
+    """Samples [seeds, workers, batch] and standard normal noise [..., outputs] for every step."""
     generators = [torch.Generator().manual_seed(seed_for(seed, "simulation")) for seed in seeds]
     for _ in range(0, steps, _CHUNK):
         shape = (_CHUNK, workers, local_batch)

@@ -1,4 +1,4 @@
-"""The laptop studies behind docs/evidence.md: what is simulated, and the records of it."""
+"""The laptop studies behind docs/evidence.md: the simulations and their records."""
 
 import dataclasses
 import functools
@@ -32,11 +32,11 @@ VALLEYS = {
     "nine eigenvalues": Valley((2.0, *[0.5] * 8), u=3.0),
 }
 SMALL_NOISE = 0.05
-"""Of the labels: so little that the model hardly moves along the valley within a round, as the
+"""Label noise so small that the model hardly moves along the valley within a round, as the
 expansion assumes."""
 RUNS = 1000
 STEPS = 1024
-"""Of a drift, at least; and several rounds."""
+"""Least number of steps to measure a drift; rounded up to whole rounds."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class DriftCase:
 
 
 def drift_cases() -> list[DriftCase]:
-    """One eigenvalue (4.25): H * lr over four decades. Nine, of 2.25 to 36. Then more noise, until
-    a round's own movement along the valley is no longer small: it grows with noise^2 lr^2 H."""
+    """Cases with one eigenvalue (4.25) and H * lr over four decades, with nine eigenvalues (2.25 to
+    36), and with more noise, until the movement along the valley within a round, which grows with
+    noise^2 lr^2 H, is no longer small."""
     one, nine = VALLEYS
     every = [2**power for power in range(11)]
     grid = [(h, 0.001) for h in every[:7]] + [(h, 0.02) for h in every[:10]]
@@ -65,7 +66,7 @@ def drift_cases() -> list[DriftCase]:
 
 
 def measure_case(case: DriftCase) -> Drift:
-    """The drift of one case."""
+    """Measure the drift of one case."""
     torch.set_num_threads(1)
     valley = VALLEYS[case.valley]
     # in whole rounds
@@ -82,8 +83,8 @@ def measure_case(case: DriftCase) -> Drift:
 
 
 def drift_rows(measured: Mapping[DriftCase, Drift]) -> list[dict[str, Any]]:
-    """Every case beside the predictions: the drift relative to that of H = 1, which is data
-    parallel training, of the same valley, workers, learning rate and noise."""
+    """Every case with its predictions. The drift is relative to that with H = 1, which is data
+    parallel training, for the same valley, workers, learning rate and noise."""
     rows = []
     for case, drift in measured.items():
         valley = VALLEYS[case.valley]
@@ -103,7 +104,7 @@ def drift_rows(measured: Mapping[DriftCase, Drift]) -> list[dict[str, Any]]:
 
 
 def drift_record(measured: Mapping[DriftCase, Drift]) -> dict[str, Any]:
-    """results/theory/drift.json"""
+    """The record for results/theory/drift.json."""
     valleys = {
         name: {
             "scales": list(valley.scales),
@@ -116,11 +117,11 @@ def drift_record(measured: Mapping[DriftCase, Drift]) -> dict[str, Any]:
 
 
 def make_problem(config: SimulationConfig) -> Problem:
-    """What the simulation learns, for all of its seeds."""
+    """The problem of a simulation, for all of its seeds."""
     return _make_problem(config.problem, config.seeds)
 
 
-@functools.lru_cache(maxsize=1)  # the rules of a simulation begin alike
+@functools.lru_cache(maxsize=1)  # the rules of a simulation share their start
 def _make_problem(settings: DigitsMlpConfig | DiagonalConfig, seeds: int) -> Problem:
     numbers = range(1, seeds + 1)
     match settings:
@@ -132,8 +133,8 @@ def _make_problem(settings: DigitsMlpConfig | DiagonalConfig, seeds: int) -> Pro
 
 
 def simulate_rule(config: SimulationConfig, rule: str) -> Outcome:
-    """One of the simulation's rules, on all of its seeds."""
-    torch.set_num_threads(1)  # tensors are small; other rules run beside
+    """Simulate one rule for all seeds."""
+    torch.set_num_threads(1)  # tensors are small, and other rules run at the same time
     return simulate(
         make_problem(config),
         make_simulated_plan(config, config.rules[rule]),
@@ -147,7 +148,7 @@ def simulate_rule(config: SimulationConfig, rule: str) -> Outcome:
 def simulation_record(
     name: str, config: SimulationConfig, outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
-    """results/theory/NAME.json. What a diverged seed measures is null."""
+    """The record for results/theory/NAME.json; measurements of diverged seeds are null."""
     rows = {}
     for rule in config.rules:
         outcome = outcomes[rule]
@@ -171,8 +172,8 @@ def simulation_record(
 def run_studies(
     simulations: Mapping[str, SimulationConfig], cases: Sequence[DriftCase]
 ) -> Iterator[tuple[tuple[str, str] | DriftCase, Outcome | Drift]]:
-    """All rules of the simulations and all cases, side by side on the processors of this machine:
-    (simulation, rule) or case, and what came of it, as they finish."""
+    """Run all rules of the simulations and all cases in parallel on this machine's processors.
+    Yields ((simulation, rule) or case, result) as they finish."""
     processes = os.cpu_count() or 1
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         jobs: dict[Any, tuple[str, str] | DriftCase] = {}
@@ -186,7 +187,7 @@ def run_studies(
 
 
 def study_environment() -> dict[str, Any]:
-    """Versions, revision and hardware, for a record of a study on this machine's processors."""
+    """Versions, revision and hardware of this machine, for the record of a study."""
     about = environment(Topology(0, 1, 0, 1), "cpu")
-    del about["host"]  # nobody else's concern
+    del about["host"]  # not for publication
     return about

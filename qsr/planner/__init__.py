@@ -1,4 +1,4 @@
-"""Predicts: hours, bytes and disk of a run before it starts; `calibrate` measures.
+"""Planning: predicts hours, bytes and disk space of a run; `calibrate` measures speeds.
 
-May import: train and below; all but `calibrate` need no torch.
+May import: train and below; only `calibrate` needs torch.
 """

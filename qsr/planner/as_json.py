@@ -1,4 +1,4 @@
-"""Forecasts for scripts: plain values whose keys carry their units and stay as they are."""
+"""Forecasts for scripts: plain values under stable keys that include the units."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from qsr.planner.forecast import Forecast, Method
 
 
 def forecast_record(forecast: Forecast) -> dict[str, Any]:
-    """One run; times are null where the cluster's profile does not tell."""
+    """The forecast of one run; times are null if the cluster's profile does not have them."""
     config, plan, model = forecast.config, forecast.plan, forecast.model
     longest, rounds = plan.longest_round, list(plan.rounds())
     return {
@@ -75,7 +75,7 @@ def _method_record(forecast: Forecast, method: Method) -> dict[str, Any]:
 
 
 def what_if_record(cases: Sequence[what_if.Case]) -> dict[str, Any]:
-    """Where QSR pays."""
+    """The cases of what_if, with their assumptions."""
     return {
         "assumptions": what_if.assumptions(),
         "cases": [

@@ -1,4 +1,4 @@
-"""How fast these machines are, measured: steps on all ranks at once, and all-reduces."""
+"""Measures how fast these machines are: steps on all ranks at once, and all-reduces."""
 
 import itertools
 import os
@@ -27,18 +27,18 @@ from qsr.train.step import Stepper
 from qsr.train.worker import make_workers
 
 WARMUP = 3
-"""Repetitions before those that count: kernels are chosen, buffers made, loss scales found."""
+"""Repetitions before timing: kernels are selected, buffers allocated, loss scales found."""
 BLOCKS, STEPS = 3, 10
-"""Of each kind of steps, so many blocks of so many steps; the kinds take turns. Their mean counts,
-not the median: a run takes the sum of its steps, slow ones included."""
+"""Number of blocks, and steps per block, for each kind of steps; the kinds alternate. The mean is
+used, not the median, because a run takes the sum of its steps, slow ones included."""
 ALLREDUCE_REPETITIONS = 30
-"""Of an all-reduce, which is short, so that one of them says little on a busy machine."""
+"""Repetitions of an all-reduce: many, because a single one is too short to be reliable."""
 
 
 def measure(config: Config, num_classes: int, train_images: int, command: str) -> Measurement:
-    """Collective: time steps of the run on images in memory, on all ranks at once, alone and with
-    data parallel training's all-reduces, and all-reduces up to the size of its parameters.
-    `command` is named as the source. Raises ClusterError if the run does not fit the ranks."""
+    """Collective: time steps of the run on images in memory, on all ranks at once, without and with
+    the all-reduces of data parallel training, and all-reduces up to the size of its parameters.
+    `command` is recorded as the source. Raises ClusterError if the run does not fit the ranks."""
     calibration = Calibration(config, num_classes, train_images)
     for _ in range(BLOCKS):
         calibration.time_steps()
@@ -47,13 +47,13 @@ def measure(config: Config, num_classes: int, train_images: int, command: str) -
 
 
 class Calibration:
-    """What `measure` does, in pieces, for who does other things between them. All is collective."""
+    """The parts of `measure`, for callers that interleave other work. All are collective."""
 
     def __init__(self, config: Config, num_classes: int, train_images: int) -> None:
         self._config = config
         self._communicator = join(config)
         place = self._communicator.topology
-        # the rule, and DDP's buckets
+        # rule and bucket size
         kinds: dict[str, tuple[Rule, float | None]] = {"alone": (ConstantRule(1), None)}
         if place.ranks > 1:
             kinds["blocking"] = EveryStepRule(), None
@@ -70,7 +70,7 @@ class Calibration:
             steps.settle()
 
     def time_steps(self) -> None:
-        """One block of each kind of steps."""
+        """Time one block of each kind of steps."""
         for kind, steps in self._kinds.items():
             self._communicator.barrier()
             work = partial(steps.take, STEPS)
@@ -78,7 +78,7 @@ class Calibration:
             steps.settle()
 
     def time_allreduces(self) -> None:
-        """All sizes; what was measured before is forgotten."""
+        """Time all-reduces of all sizes; replaces earlier measurements."""
         if self._communicator.topology.ranks > 1:
             self._allreduce_seconds = {
                 size: _allreduce_seconds(self._communicator, size)
@@ -86,7 +86,7 @@ class Calibration:
             }
 
     def measurement(self, command: str, blocks: int) -> Measurement:
-        """What the last `blocks` of steps and the all-reduces have shown."""
+        """The result from the last `blocks` blocks of steps and the all-reduces."""
         config, communicator = self._config, self._communicator
         place = communicator.topology
         images = config.local_batch * len(place.workers)
@@ -139,7 +139,7 @@ class _Steps:
             make_sampler(config, train_images),
         )
         plan = replace(make_plan(config, train_images), rule=rule)
-        # as when the loss scale is settled, which it is in most steps of a run
+        # no repeated batches, as in most steps of a run
         self._workers = make_workers(
             replace(config, fp16_overflow="skip"), num_classes, communicator
         )
@@ -173,8 +173,8 @@ class _Steps:
         return parameter_bytes(sum(p.numel() for p in parameters))
 
     def take(self, steps: int) -> None:
-        """Collective: as the trainer takes them, with the questions that ranks ask each other, for
-        whose answers local steps do not wait; but no average of parameters."""
+        """Collective: take steps like the trainer, with the agreement checks between ranks (for
+        which local steps do not wait), but without averaging parameters."""
         average = self._round.averages == "gradients"
         for _ in range(steps):
             self._synchronizer.begin_step(self._round, 0)
@@ -182,11 +182,11 @@ class _Steps:
                 batches = itertools.repeat(self._batch)
                 self._stepper.find_gradients(group, batches, 0, average=average)
             for worker in self._workers:
-                self._stepper.update(worker, lr=0.0)  # the same work, and no loss that grows
+                self._stepper.update(worker, lr=0.0)  # the same work, but the loss cannot grow
             self._synchronizer.stop_agreed(wait=average)
 
     def settle(self) -> None:
-        """Collective: after the last step that is timed."""
+        """Collective: call after the last timed step."""
         self._synchronizer.stop_agreed(wait=True)
 
 
@@ -199,7 +199,7 @@ def _synthetic_batch(config: Config, num_classes: int, device: torch.device) -> 
 
 
 def _sizes(largest: int) -> list[int]:
-    """The largest, and quarters of it down to 4 KiB; at least three, for a fit."""
+    """The largest size, divided by 4 repeatedly down to 4 KiB; at least three sizes, for a fit."""
     sizes = [largest]
     while sizes[-1] >= 4 * 4096 or len(sizes) < 3:
         sizes.append(sizes[-1] // 16 * 4)  # whole float32
@@ -216,7 +216,7 @@ def _allreduce_seconds(communicator: Communicator, num_bytes: int) -> float:
 
     seconds = []
     for _ in range(WARMUP + ALLREDUCE_REPETITIONS):
-        communicator.barrier()  # all begin together
+        communicator.barrier()  # all begin at the same time
         seconds.append(timed())
     medians = communicator.gather_floats([statistics.median(seconds[WARMUP:])])
     return max(median for (median,) in medians)

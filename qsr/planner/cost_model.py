@@ -1,4 +1,4 @@
-"""Config -> cost model: the one place where a cluster's profile becomes seconds and bytes."""
+"""Config -> cost model: the only place where a cluster's profile becomes seconds and bytes."""
 
 import math
 from dataclasses import replace
@@ -8,11 +8,11 @@ from qsr.core.cost import AllReduce, CostModel, Link, MeasuredAllReduce
 from qsr.errors import ConfigError, UnknownSpeedError
 
 BYTES_PER_PARAMETER = 4
-"""Parameters, gradients and averages are float32 under every precision."""
+"""Parameters, gradients and averages are float32 with every precision."""
 
 
 def parameter_bytes(parameters: int) -> int:
-    """Size of what an average of parameters or gradients moves."""
+    """Size of the tensors in an average of parameters or gradients."""
     return BYTES_PER_PARAMETER * parameters
 
 
@@ -29,8 +29,8 @@ def speed_key(config: schema.Config) -> str:
 
 
 def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tuple[int, int]:
-    """What a run takes of a cluster: a Slurm job's ranks and nodes; elsewhere cluster.ranks, or as
-    many as share the workers evenly, on as few machines as hold them. Raises ConfigError if the
+    """Ranks and machines of the run: those of a Slurm job; otherwise cluster.ranks, or the largest
+    number that shares the workers evenly, on as few machines as possible. Raises ConfigError if the
     cluster is too small."""
     most = speed.machines * speed.ranks_per_machine
     cluster = config.cluster
@@ -42,15 +42,15 @@ def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tupl
     if ranks > most:
         raise ConfigError(
             f"cluster.ranks={ranks}, but {config.cluster.name} has {speed.machines} x "
-            f"{speed.ranks_per_machine}: set cluster.speed.machines or cluster.speed."
-            f"ranks_per_machine too"
+            f"{speed.ranks_per_machine} ranks: use fewer, or raise cluster.speed.machines or "
+            f"cluster.speed.ranks_per_machine"
         )
     return ranks, math.ceil(ranks / speed.ranks_per_machine)
 
 
 def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
-    """What the run's steps and averages take on its cluster. Raises UnknownSpeedError if the
-    cluster's profile does not tell, ConfigError if it makes no sense for the run."""
+    """The cost model of the run on its cluster. Raises UnknownSpeedError if the cluster's profile
+    lacks a speed, ConfigError if the profile is not valid for the run."""
     speed, key = config.cluster.speed, speed_key(config)
     calibrate = "measure it: python scripts/plan.py calibrate"
     if speed is None:
@@ -60,7 +60,7 @@ def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
     allreduce = _allreduce(config, speed)
     if key not in speed.seconds_per_image:
         raise UnknownSpeedError(
-            f"no hours: cluster={config.cluster.name} does not know {key}; {calibrate}, or give "
+            f"no hours: cluster={config.cluster.name} has no speed for {key}; {calibrate}, or set "
             f"cluster.speed.seconds_per_image={{{key}:SECONDS}}"
         )
     images = config.local_batch * (config.workers // allreduce.ranks)
@@ -97,7 +97,7 @@ def _allreduce(config: schema.Config, speed: schema.SpeedConfig) -> AllReduce:
     gbit_per_second = speed.link_gbit_per_second
     if gbit_per_second is None and ranks > 1:
         raise UnknownSpeedError(
-            f"no hours: cluster={config.cluster.name} does not know the link between ranks; give "
+            f"no hours: cluster={config.cluster.name} has no speed of the link between ranks; set "
             f"cluster.speed.link_gbit_per_second"
         )
     return Link(ranks, machines, (gbit_per_second or math.inf) * 1e9 / 8, speed.latency_seconds)

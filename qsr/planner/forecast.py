@@ -1,4 +1,4 @@
-"""What a run would take, beside data parallel training and a constant H: config -> forecast."""
+"""Config -> forecast: what a run would take, beside data parallel training and constant H."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ PRICE = "price_per_gpu_hour"
 
 
 def is_unverified(source: str) -> bool:
-    """Whether numbers that a constant of this source enters must be marked."""
+    """Whether results that depend on a constant from this source must be marked."""
     return source.startswith("unverified")
 
 
 class Source(NamedTuple):
-    """A constant of the cluster's profile that entered a forecast, and where it comes from."""
+    """A constant of the cluster's profile that a forecast uses, and where it comes from."""
 
     name: str
     value: float
@@ -36,26 +36,26 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train over the run's steps."""
+    """One way to train for the run's steps."""
 
     label: str
     plan: Plan
     overlapped: bool | None
-    """Whether DDP overlaps the averages of gradients; None: there are none, or no times."""
+    """Whether DDP overlaps gradient averages; None: there are none, or no times."""
     planned: bool
-    """Whether it is the run itself, as the trainer would carry it out."""
+    """Whether this is the run itself, as the trainer would execute it."""
     bytes_sent_per_worker: int
-    """In ring all-reduces, each worker a machine of its own: as in a run's summary."""
+    """For ring all-reduces with one worker per machine, as in a run's summary."""
     bytes_per_link: int | None
-    """Across the link of each machine, per direction; None: the machines are not known."""
+    """Over the link of each machine, per direction; None: the machines are not known."""
     cost: RunCost | None
     fitted_hours: float | None
-    """The published time of this very run that the cluster's profile was fitted to, if it was."""
+    """The published time of this run, if the cluster's profile was fitted to it."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run before it starts. Times are None where the cluster's profile does not tell."""
+    """Forecast of a run. Times are None if the cluster's profile lacks a speed."""
 
     config: schema.Config
     plan: Plan
@@ -65,7 +65,7 @@ class Forecast:
     sources: tuple[Source, ...]
     model: CostModel | None
     why_no_times: str
-    """What the profile lacks, and the mend; empty if nothing."""
+    """What the profile lacks and how to fix it; empty if nothing."""
 
     @property
     def planned(self) -> Method:
@@ -73,11 +73,11 @@ class Forecast:
         return next(method for method in self.methods if method.planned)
 
     def by_volume(self) -> list[Method]:
-        """The methods, the one that communicates most first."""
+        """The methods, in order of decreasing communication."""
         return sorted(self.methods, key=lambda m: (-m.plan.num_rounds, m.overlapped is True))
 
     def data_parallel(self, *, overlapped: bool) -> Method:
-        """Data parallel training over the same steps. Where there are times."""
+        """Data parallel training for the same steps. Only if there are times."""
         return next(
             method
             for method in self.methods
@@ -86,7 +86,7 @@ class Forecast:
         )
 
     def plans(self) -> dict[str, Plan]:
-        """The run's rounds, and those of the constant H beside it, by method."""
+        """The plans of the run and of the constant H beside it, by method."""
         return {
             method.label: method.plan
             for method in self.methods
@@ -94,7 +94,7 @@ class Forecast:
         }
 
     def speedup(self, *, overlapped: bool) -> float | None:
-        """Time of data parallel training over the time of the run."""
+        """Time of data parallel training / time of the run; None without times."""
         if self.planned.cost is None:
             return None
         reference = self.data_parallel(overlapped=overlapped).cost
@@ -102,8 +102,8 @@ class Forecast:
         return reference.total_seconds / self.planned.cost.total_seconds
 
     def unverified(self, method: Method) -> frozenset[str]:
-        """Which of the method's numbers an unverified constant enters: "compute",
-        "communication", "total"."""
+        """Which of the method's numbers ("compute", "communication", "total") depend on an
+        unverified constant."""
         if method.cost is None:
             return frozenset()
         key = speed_key(self.config)
@@ -111,40 +111,40 @@ class Forecast:
         found = set()
         if key in names:
             found.add("compute")
-        # what DDP hides depends on the time of the backward pass
+        # what DDP hides depends on the backward pass's time
         if names - {key} or (key in names and method.overlapped):
             found.add("communication")
         return frozenset(found | {"total"}) if found else frozenset()
 
     def notes(self) -> list[str]:
-        """What a reader of the times must know."""
+        """What a reader must know about the times."""
         if self.model is None:
             return [self.why_no_times]
         speed, allreduce = self.config.cluster.speed, self.model.allreduce
         assert speed is not None
         notes = []
         if any(method.fitted_hours for method in self.methods):
-            notes.append("fitted: the profile was fitted to this time; that it agrees says nothing")
+            notes.append(
+                "fitted: the profile was fitted to this time, so it proves nothing that they agree"
+            )
         if any(self.unverified(method) for method in self.methods):
-            notes.append("?: an unverified constant enters this number, see the sources")
+            notes.append("?: this number depends on an unverified constant, see the sources")
         if allreduce.ranks > 1 and self.model.overlapped_step_seconds is None:
             notes.append(
-                "overlapped: assumes that the backward pass hides all-reduces without slowing down"
+                "overlapped: assumes that hidden all-reduces do not slow down the backward pass"
             )
         if allreduce.ranks < self.config.workers and self.config.cluster.overlap_gradients:
-            notes.append(
-                "a rank holds several workers here, and then scripts/train.py does not overlap"
-            )
+            notes.append("a rank holds several workers here, so scripts/train.py does not overlap")
         if allreduce.machines == 1 < speed.machines and allreduce.ranks > 1:
             notes.append(
-                "the run fits on one machine, whose own links the profile does not know: "
+                "the run fits on one machine, whose internal links are not in the profile: "
                 "communication is an upper bound, at the speed of the link between machines"
             )
         return notes
 
 
 def forecast(config: schema.Config, parameters: int | None = None) -> Forecast:
-    """What the run would take. `parameters` of the network need be given for timm's only.
+    """The forecast of a run. `parameters` of the network are needed only for timm's networks.
 
     Raises ConfigError if the number of training images or of classes is not known.
     """
@@ -169,21 +169,21 @@ def forecast(config: schema.Config, parameters: int | None = None) -> Forecast:
 
 
 def known_images(config: schema.Config) -> int:
-    """The number of training images. Raises ConfigError if only the folder tells."""
+    """Number of training images. Raises ConfigError if the settings do not say it."""
     if config.data.train_images is None:
         raise ConfigError(
-            f"data={config.data.name}: a plan needs the number of training images; give "
+            f"data={config.data.name}: a plan needs the number of training images; set "
             f"data.train_images=N"
         )
     return config.data.train_images
 
 
 def known_classes(config: schema.Config) -> int:
-    """The number of classes. Raises ConfigError if only the folder tells."""
+    """Number of classes. Raises ConfigError if the settings do not say it."""
     if config.data.classes is None:
         raise ConfigError(
-            f"data={config.data.name}: the size of the network needs the number of classes; give "
-            f"data.classes=N"
+            f"data={config.data.name}: the size of the network depends on the number of classes; "
+            f"set data.classes=N"
         )
     return config.data.classes
 
@@ -192,7 +192,7 @@ def _methods(
     config: schema.Config, plan: Plan, parameters: int, model: CostModel | None
 ) -> Iterator[Method]:
     schedule, label = plan.schedule, config.sync.label
-    # DDP overlaps where every rank is one worker; the trainer sums a rank's workers first
+    # DDP overlaps only if every rank is one worker; else the trainer sums a rank's workers first
     overlaps = (
         config.cluster.overlap_gradients
         and model is not None
@@ -243,7 +243,7 @@ def _method(
 
 
 def _constant_h(sync: schema.SyncConfig) -> int | None:
-    """The constant H to compare with: H_base, or the H that follows data parallel training."""
+    """The constant H to compare with: H_base, or the H after data parallel training."""
     match sync:
         case schema.QuadraticSync(h_base=h) | schema.PowerSync(h_base=h):
             return h

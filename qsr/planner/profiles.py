@@ -25,34 +25,34 @@ MARK = "# Written by `python scripts/plan.py calibrate`, which renews it; edit a
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a calibration found."""
+    """Result of a calibration."""
 
     key: str
-    """Of cluster.speed.seconds_per_image."""
+    """Key in cluster.speed.seconds_per_image."""
     machines: int
     ranks_per_machine: int
     seconds_per_image: float
-    """Of the slowest rank, while all compute and none waits."""
+    """Time of the slowest rank, while all ranks compute and none waits."""
     sizes_bytes: tuple[int, ...]
-    """Of the all-reduces, rising up to the model's size; empty for one rank."""
+    """Sizes of the all-reduces, rising to the model's size; empty for one rank."""
     allreduce_seconds: tuple[float, ...]
-    """Of the slowest rank."""
+    """Times of the slowest rank."""
     data_parallel: DataParallelSteps | None
     """Data parallel steps; None for one rank."""
     how: str
-    """On which hardware, by which command."""
+    """The hardware and the command."""
 
     @property
     def ranks(self) -> int:
-        """All ranks that took part."""
+        """Total number of ranks."""
         return self.machines * self.ranks_per_machine
 
 
 def profile_path(name: str, config_dir: Path = CONFIG_DIR) -> Path:
-    """Where a calibration writes its profile. Raises ConfigError if the name will not do, or if
-    another hand wrote the file that is there."""
+    """Where a calibration writes its profile. Raises ConfigError if the name is not valid, or if
+    the file exists and was not written by a calibration."""
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-        raise ConfigError(f"name={name}: letters, digits and underscores only, please")
+        raise ConfigError(f"name={name}: use only letters, digits and underscores")
     path = config_dir / "cluster" / f"{name}.yaml"
     if path.exists() and not path.read_text().startswith(MARK):
         raise ConfigError(f"{path} was not written by a calibration: choose another name")
@@ -60,27 +60,27 @@ def profile_path(name: str, config_dir: Path = CONFIG_DIR) -> Path:
 
 
 def read_profile(path: Path) -> ClusterConfig:
-    """A profile from its file. Raises ConfigError if this version cannot read it."""
+    """Read a profile. Raises ConfigError if this version cannot read it."""
     try:
         raw = json.dumps(yaml.safe_load(path.read_text()))
         profile: ClusterConfig = TypeAdapter(AnyCluster).validate_json(raw)
         return profile
     except (ValidationError, yaml.YAMLError):
-        raise ConfigError(f"{path} is no profile of this version: delete it") from None
+        raise ConfigError(f"{path} is not a profile of this version: delete it") from None
 
 
 def profile_text(cluster: ClusterConfig) -> str:
-    """A profile as its file holds it."""
+    """The contents of a profile's file."""
     return MARK + "\n" + yaml.safe_dump(dataclasses.asdict(cluster), sort_keys=False, width=100)
 
 
 def updated_profile(
     cluster: ClusterConfig, stored: ClusterConfig | None, found: Measurement
 ) -> ClusterConfig:
-    """`cluster`, as the calibration ran, with what it `found` and with what the `stored` profile
-    of an earlier one knows of other networks.
+    """`cluster`, the settings of the calibration, with the speeds that it `found` and those of
+    other networks from the `stored` profile of an earlier calibration.
 
-    Raises ConfigError if that one was measured on other ranks, or if the all-reduces make no sense.
+    Raises ConfigError if that one used other ranks, or if no link fits the all-reduces.
     """
     before = stored.speed if stored is not None else None
     if before is not None and (before.machines, before.ranks_per_machine) != (
@@ -89,7 +89,7 @@ def updated_profile(
     ):
         raise ConfigError(
             f"{cluster.name} was measured on {before.machines} x {before.ranks_per_machine} ranks, "
-            f"this is {found.machines} x {found.ranks_per_machine}: choose another name"
+            f"not {found.machines} x {found.ranks_per_machine}: choose another name"
         )
     link, latency, measured = None, 0.0, None
     sources = {**(before.sources if before else {}), found.key: found.how}
@@ -99,7 +99,7 @@ def updated_profile(
                 found.ranks, found.machines, found.sizes_bytes, found.allreduce_seconds
             )
         except ValueError as error:
-            raise ConfigError(f"{error}: measure again on machines that do nothing else") from None
+            raise ConfigError(f"{error}: measure again on idle machines") from None
         link, latency = _rounded(fit.bytes_per_second * 8 / 1e9), _rounded(fit.latency_seconds)
         measured = AllReduceTimes(found.ranks, found.sizes_bytes, found.allreduce_seconds)
         text = f"fitted to all-reduces of {len(found.sizes_bytes)} sizes, to within "

@@ -1,4 +1,4 @@
-"""Forecasts for people: tables of a terminal's width."""
+"""Forecasts as tables for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -17,7 +17,7 @@ WIDTH = 100
 
 
 def print_forecast(forecast: Forecast) -> None:
-    """One run: its rounds, and a row for each way to train."""
+    """Print one run: its rounds, and a row for each way to train."""
     console = _console()
     config, plan, longest = forecast.config, forecast.plan, forecast.plan.longest_round
     rounds = list(plan.rounds())
@@ -39,8 +39,8 @@ def print_forecast(forecast: Forecast) -> None:
     blocking, overlapped = (forecast.speedup(overlapped=flag) for flag in (False, True))
     if blocking is not None and overlapped is not None:
         console.print(
-            f"{forecast.planned.label}: {blocking:.2f} times as fast as data parallel training "
-            f"that blocks, {overlapped:.2f} times as fast as one that overlaps"
+            f"{forecast.planned.label}: {blocking:.2f} times as fast as blocking data parallel "
+            f"training, {overlapped:.2f} times as fast as overlapped data parallel training"
         )
     for note in forecast.notes():
         console.print(f"  {note}")
@@ -48,7 +48,7 @@ def print_forecast(forecast: Forecast) -> None:
 
 
 def plan_line(forecast: Forecast) -> str:
-    """One run in one line, for whoever is about to start it."""
+    """One line about a run, before it starts."""
     config, plan, run = forecast.config, forecast.plan, forecast.planned
     longest = plan.longest_round
     text = (
@@ -63,7 +63,7 @@ def plan_line(forecast: Forecast) -> str:
 
 
 def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forecast]) -> None:
-    """Several runs: a row for each, after the settings that distinguish it."""
+    """Print a row for each of several runs, with the settings that distinguish them."""
     console = _console()
     table = _table(
         *(".\n".join(name.rsplit(".", 1)) for name in settings[0]),
@@ -90,7 +90,7 @@ def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forec
 
 
 def print_calibration(profile: ClusterConfig, found: Measurement) -> None:
-    """What was measured, beside what the fit makes of it."""
+    """Print the measured times beside the fitted ones."""
     console, speed = _console(), profile.speed
     assert speed is not None  # it has just been measured
     console.print(f"{found.key}: {1000 * found.seconds_per_image:.4g} ms per image and rank")
@@ -103,7 +103,7 @@ def print_calibration(profile: ClusterConfig, found: Measurement) -> None:
         text += f"{1000 * found.seconds_per_image * steps.images:.4g} ms alone, "
         text += f"{1000 * steps.blocking_seconds:.4g} ms with its all-reduce"
         if steps.overlapped_seconds is not None:
-            text += f", {1000 * steps.overlapped_seconds:.4g} ms if that overlaps"
+            text += f", {1000 * steps.overlapped_seconds:.4g} ms if they overlap"
         console.print(text)
     link = Link(
         found.ranks,
@@ -124,13 +124,13 @@ def print_calibration(profile: ClusterConfig, found: Measurement) -> None:
 
 
 def print_what_if(cases: Sequence[what_if.Case]) -> None:
-    """A row for each network and GPU, a column for each link; the fewest workers only."""
+    """Print a row per network and GPU and a column per link, for the smallest number of workers."""
     console = _console()
     fewest = [case for case in cases if case.workers == min(case.workers for case in cases)]
     links = sorted({case.link_gbit_per_second for case in cases})
     console.print(
-        f"Time that QSR saves with {fewest[0].workers} workers, in % of data parallel training that"
-        f" blocks/overlaps; columns: effective link of a machine in Gbit/s"
+        f"Time that QSR saves with {fewest[0].workers} workers, in % of blocking/overlapped "
+        f"data parallel training; columns: effective link of a machine in Gbit/s"
     )
     table = _table("", "GPU", *(f"{link:g}" for link in links))
     for network, gpu in dict.fromkeys((case.network, case.gpu) for case in fewest):
@@ -141,13 +141,13 @@ def print_what_if(cases: Sequence[what_if.Case]) -> None:
         table.add_row(network + mark, f"{what_if.GPUS[gpu]}x", *cells)
     console.print(table)
     console.print(f"Up to {max(case.workers for case in cases):,} workers: {_spread(cases)}.")
-    console.print("All of it is predicted; ?: from an unverified speed. Assumptions:")
+    console.print("All times are predicted; ?: from an unverified speed. Assumptions:")
     for assumption in what_if.assumptions():
         console.print(f"  {assumption}")
 
 
 def _spread(cases: Sequence[what_if.Case]) -> str:
-    """How much the number of workers matters."""
+    """How much the saved time changes with the number of workers."""
     alike: dict[tuple[str, str, float], list[float]] = {}
     for case in cases:
         key = (case.network, case.gpu, case.link_gbit_per_second)
@@ -194,8 +194,8 @@ def _method_table(forecast: Forecast) -> Table:
 
 
 def hours_text(forecast: Forecast, method: Method, name: str) -> str:
-    """Hours of "compute", "communication" or "total"; with a question mark where an unverified
-    constant enters them, a dash where they are not known."""
+    """Hours of "compute", "communication" or "total": with a question mark if they depend on an
+    unverified constant, a dash if they are not known."""
     if method.cost is None:
         return "-"
     hours = getattr(method.cost, f"{name}_seconds") / 3600
@@ -209,7 +209,7 @@ def _number(hours: float) -> str:
 
 
 def basis_text(method: Method) -> str:
-    """Whether the profile was fitted to the method's time or predicts it."""
+    """Whether the profile was fitted to the method's time, or predicts it."""
     if method.cost is None:
         return ""
     return "fitted" if method.fitted_hours else "predicted"

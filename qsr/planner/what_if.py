@@ -1,6 +1,6 @@
 """Where QSR pays: time per step against data parallel training, over links, workers and GPUs.
 
-All of it is predicted from the profile that was fitted to the paper's smaller cluster, and from
+All times are predicted, from the profile that was fitted to the paper's smaller cluster and from
 the assumptions that `assumptions` lists.
 """
 
@@ -19,7 +19,7 @@ WORKERS = (16, 64, 256, 1024, 4096)
 LINKS_GBIT_PER_SECOND = (1, 2.5, 5, 10, 25, 50, 100, 200, 400)
 LATENCY_SECONDS = 20e-6
 GPUS = {"the paper's GPU": 1, "a GPU 10 times as fast": 10}
-"""How many times as fast as the GPU that the profile was fitted to."""
+"""Speed relative to the GPU that the profile was fitted to."""
 
 _RECIPE = (
     *("data=imagenet", "cluster=paper_2x8", "precision=fp16"),
@@ -33,7 +33,7 @@ _RESNET = (
     *("model=resnet152", "epochs=200", "micro_batch=32", "sync.alpha=0.25"),
     *("schedule.peak_lr=0.8", "schedule.warmup_epochs=5"),
 )
-# parameters and GFLOPs (multiply-adds) per image of 224 pixels, as torchvision's model cards state
+# parameters and GFLOPs (multiply-adds) per image of 224 pixels, from torchvision's model cards
 _VIT_B_GFLOPS = 17.564
 _LARGER = {"ViT-L/16": (304_326_632, 61.555), "ViT-H/14": (632_045_800, 167.295)}
 
@@ -44,13 +44,13 @@ class Network:
 
     name: str
     model: CostModel
-    """Of one worker per rank; its all-reduce is replaced."""
+    """The cost model for one worker per rank; its all-reduce is replaced."""
     volume: float
-    """Of QSR."""
+    """Communication volume of QSR."""
     assumption: str
     """Where its size and speed come from."""
     unverified: bool
-    """Whether its speed is."""
+    """Whether its speed is unverified."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Case:
 
     network: str
     unverified: bool
-    """Whether the network's speed is."""
+    """Whether the network's speed is unverified."""
     gpu: str
     workers: int
     link_gbit_per_second: float
@@ -71,18 +71,18 @@ class Case:
 
     @property
     def saved_of_blocking(self) -> float:
-        """Share of the time of data parallel training that QSR saves; negative: it costs."""
+        """Share of the time of blocking data parallel training that QSR saves; may be negative."""
         return 1 - self.qsr_seconds / self.blocking_seconds
 
     @property
     def saved_of_overlapped(self) -> float:
-        """The same, of data parallel training that overlaps."""
+        """The same for overlapped data parallel training."""
         return 1 - self.qsr_seconds / self.overlapped_seconds
 
 
 @cache
 def networks() -> tuple[Network, ...]:
-    """ViT-B and ResNet-152 as in the paper, and larger transformers."""
+    """The paper's ViT-B and ResNet-152, and larger transformers."""
     vit, resnet = _recipe("ViT-B/16", _VIT), _recipe("ResNet-152", _RESNET)
     larger = [
         Network(
@@ -148,7 +148,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def assumptions() -> list[str]:
-    """What the cases rest on, one sentence each."""
+    """The assumptions behind the cases, one line each."""
     shared = [
         "QSR: H_base 4 and the paper's alpha / peak rate at a global batch of 4,096, whose volume "
         "is taken for every number of workers: "

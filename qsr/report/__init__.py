@@ -1,4 +1,4 @@
-"""Tells: tables, plots, notebooks, from run folders and results/.
+"""Reports: tables, plots and notebooks from run folders and results/.
 
 May import: planner, config, core and `run.folder`; no torch.
 """

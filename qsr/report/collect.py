@@ -16,33 +16,33 @@ from qsr.run.folder import read_json, read_rows, read_yaml
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as its folder tells it."""
+    """A finished run, read from its folder."""
 
     folder: Path
     config: schema.Config
-    """With the execution settings of configs/train.yaml: a report is about what a run computes."""
+    """Execution settings are those of configs/train.yaml: a report does not depend on them."""
     summary: dict[str, Any]
     metrics: list[dict[str, Any]]
 
     @property
     def label(self) -> str:
-        """What distinguishes the run among those of one table."""
+        """Label of the run in a table."""
         return self.config.sync.label
 
     @property
     def plan(self) -> Plan:
-        """Its rounds."""
+        """The plan of the run."""
         return make_plan(self.config, self.summary["train_images"])
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of metrics of its evaluations."""
+        """The metrics rows of its evaluations."""
         return [row for row in self.metrics if row["kind"] == "eval"]
 
 
 def read_run(folder: Path) -> Run:
-    """A finished run. Raises ReportError if `folder` is none, or none that this version reads."""
+    """Read a finished run. Raises ReportError if `folder` is not one that this version can read."""
     if not (folder / "summary.json").exists():
-        raise ReportError(f"{folder} holds no finished run: its training command goes on with it")
+        raise ReportError(f"{folder} holds no finished run: run its training command to finish it")
     try:
         config = parse_identity(read_yaml(folder / "config.yaml"))
     except ConfigError as error:
@@ -61,14 +61,14 @@ def read_run(folder: Path) -> Run:
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """The folders at and below `root`, behind symbolic links too, each once, sorted by their paths;
-    those of runs are not gone through, nor are copies of the code."""
+    """`root` and the folders below it, through symbolic links too, each once, sorted by path. Skips
+    subfolders of runs and copies of the code."""
     seen, closed = set(), []
     found = os.walk(root, onerror=lambda error: closed.append(error.filename), followlinks=True)
     for path, folders, _ in found:
         try:
             about = Path(path).stat()
-        except OSError:  # removed since
+        except OSError:  # removed meanwhile
             continue
         if (about.st_dev, about.st_ino) in seen:
             folders.clear()
@@ -76,15 +76,15 @@ def walk(root: Path) -> Iterator[Path]:
         seen.add((about.st_dev, about.st_ino))
         folders[:] = sorted(set(folders) - _NO_RUNS)
         yield Path(path)
-    yield from map(Path, closed)  # they cannot be listed, and may be gone through all the same
+    yield from map(Path, closed)  # they cannot be listed, but known paths in them may be readable
 
 
 _NO_RUNS = {".snapshots", "checkpoints", "slurm", "wandb"}
 
 
 def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by rule, in order of first appearance. Raises ReportError if runs of one rule differ in
-    more than their seed."""
+    """Group runs by rule, in order of first appearance. Raises ReportError if runs of one rule
+    differ in more than the seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         group = groups.setdefault(run.label, [])
@@ -92,14 +92,14 @@ def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
         changed = differences(replace(run.config, seed=group[0].config.seed), group[0].config)
         if changed:
             raise ReportError(
-                f"{run.folder} and {group[0].folder} are no seeds of one run: {'; '.join(changed)}"
+                f"{run.folder} and {group[0].folder} differ in more than the seed: "
+                f"{'; '.join(changed)}"
             )
     return groups
 
 
 def label_runs(runs: Sequence[Run]) -> dict[str, Run]:
-    """Any runs by what tells them apart: their rules, where that is not enough with their seeds,
-    or else their folders."""
+    """Runs by a label that distinguishes them: the rule, the rule and the seed, or the folder."""
     rules = [run.label for run in runs]
     seeds = [f"{run.label}, seed {run.config.seed}" for run in runs]
     labels = next(

@@ -1,4 +1,4 @@
-"""The paper's tables beside what was planned and measured here."""
+"""The paper's tables beside the plans and measurements here."""
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -40,12 +40,11 @@ def comparison_table(
 ) -> pd.DataFrame:
     """One row per reference row: its values and tags, the plan's volume, means over the runs.
 
-    `summaries` holds what summary.json of finished runs holds, by the experiment of the row that
-    they stand beside, and `plan_of` gives the plan whose volume does. Where no value is known
-    numbers are NaN and tags empty. Only runs of the row's own experiment have a difference from
-    the paper; runs under another name, a rehearsal's or ones with overrides, have none. Raises
-    ReportError if the runs of a row are not seeds of one run, or if runs of the row's own
-    experiment did not follow its plan.
+    `summaries` has the contents of summary.json of finished runs, by the experiment of their row,
+    and `plan_of` returns an experiment's plan. Unknown numbers are NaN, unknown tags empty. Only
+    runs of the row's own experiment have a difference from the paper; runs under another name
+    (rehearsals, or with overrides) have none. Raises ReportError if the runs of a row are not seeds
+    of the same run, or if runs of the row's own experiment did not follow its plan.
     """
     return pd.DataFrame(
         [_row(row, summaries.get(row.experiment, ()), plan_of(row.experiment)) for row in rows]
@@ -55,7 +54,7 @@ def comparison_table(
 def _row(row: ReferenceRow, runs: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
     names = {run["experiment"] for run in runs}
     if len(names) > 1:
-        raise ReportError(f"{row.experiment}: {' and '.join(sorted(names))} are not one run")
+        raise ReportError(f"{row.experiment}: {' and '.join(sorted(names))} are different runs")
     comparable = names == {row.experiment}
     for run in runs if comparable else ():
         _check_plan(run, plan)
@@ -92,18 +91,18 @@ def _row(row: ReferenceRow, runs: Sequence[Mapping[str, Any]], plan: Plan) -> di
 
 
 def _check_plan(run: Mapping[str, Any], plan: Plan) -> None:
-    """The experiment may have changed since the run was recorded."""
+    """Raise ReportError if the experiment has changed since the run was recorded."""
     ran, planned = (run["steps"], run["averages"]), (plan.total_steps, plan.num_rounds)
     if ran != planned:
         raise ReportError(
-            f"{run['experiment']}/seed_{run['seed']} has {ran[1]} averages in {ran[0]} steps, the "
-            f"experiment as it is now {planned[1]} in {planned[0]}: run it again, or remove its "
+            f"{run['experiment']}/seed_{run['seed']} has {ran[1]} averages in {ran[0]} steps, but "
+            f"the experiment now has {planned[1]} in {planned[0]}: run it again, or remove its "
             f"record"
         )
 
 
 def _mean_volume(runs: Sequence[Mapping[str, Any]]) -> float:
-    """Percent."""
+    """Mean volume of the runs, in percent."""
     return 100 * fmean(run["averages"] / run["steps"] for run in runs) if runs else _NAN
 
 
@@ -116,7 +115,7 @@ def _tag(reference: Reference | None) -> str:
 
 
 def table_title(table: pd.DataFrame) -> str:
-    """What the rows of one table of the paper have in common, for a heading."""
+    """A heading for one table of the paper, from what its rows have in common."""
 
     def all_of(column: str) -> str:
         return " and ".join(str(value) for value in table[column].unique())
@@ -128,18 +127,18 @@ def table_title(table: pd.DataFrame) -> str:
 
 
 def read_comparison(paths: Iterable[Path]) -> pd.DataFrame:
-    """A comparison_table from the CSV files that hold it, table for table."""
+    """Read a comparison_table from CSV files, one for each table."""
     return pd.concat([pd.read_csv(path, dtype={"table": str}) for path in paths], ignore_index=True)
 
 
 def comparison_markdown(
     table: pd.DataFrame, *, title: str = "", marker: str = "", notes: bool = True
 ) -> str:
-    """A comparison_table for people, with notes on what its signs mean.
+    """A comparison_table as Markdown, with notes that explain it.
 
-    `title` becomes a heading, and `marker`, such as REHEARSAL, a line in bold above the table.
-    Model and global batch have a column where rows differ in them, the difference from the paper
-    where there is one.
+    `title` becomes a heading, and `marker`, such as REHEARSAL, a bold line above the table. Model
+    and global batch have a column only if rows differ in them, and the difference from the paper
+    only if there is one.
     """
     rows = table.to_dict("records")
     text = pd.DataFrame(
@@ -171,7 +170,7 @@ def comparison_markdown(
 
 
 def comparison_notes(table: pd.DataFrame) -> str:
-    """What the signs in its Markdown mean."""
+    """Notes that explain the table's Markdown."""
     compared, run = table["top1_difference"].notna().any(), table["seeds"].any()
     return " ".join([_SOURCES, *[_HERE] * bool(run), *[_DIFFERENCE] * bool(compared)])
 
@@ -196,5 +195,5 @@ def _difference(row: _Row) -> str:
     if pd.isna(value):
         return "-"
     spread = "" if pd.isna(error) else f" ± {error:.2f}"
-    # a difference from an unverified value is no better than that value
+    # a difference from an unverified value is unverified too
     return f"{value:+.2f}{spread}" + (" (unverified)" if row["top1_tag"] == "R" else "")

@@ -1,4 +1,4 @@
-"""What runs cost -> pictures."""
+"""Costs of runs -> figures."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,9 +34,9 @@ _LINKS_GBIT_PER_SECOND = (1, 2, 5, 10, 20, 50, 100)
 
 
 def hours_figure(forecasts: Mapping[str, Forecast], published: Iterable[ReferenceRow]) -> Figure:
-    """Hours of each way to train, in a panel for each forecast; published ones are diamonds.
+    """Hours of each way to train, with a panel for each forecast; diamonds are published hours.
 
-    All forecasts need times. What an unverified value enters is hatched, or hollow.
+    All forecasts need times. Values that depend on an unverified one are hatched or hollow.
     """
     rows = tuple(published)
     with mpl.rc_context(STYLE | {"hatch.linewidth": 2, "hatch.color": "white"}):
@@ -74,7 +74,7 @@ def hours_figure(forecasts: Mapping[str, Forecast], published: Iterable[Referenc
 
 
 def _short(method: Method) -> str:
-    """Without the rule's settings."""
+    """The method's label without the rule's settings."""
     return method.label.partition(",")[0] if method.overlapped is None else method.label
 
 
@@ -95,8 +95,8 @@ def _draw_hours(axes: Axes, height: float, forecast: Forecast, method: Method) -
 
 
 def link_figure(forecasts: Mapping[str, Forecast]) -> Figure:
-    """Hours of each way to train over the bandwidth of a machine's link, in a panel for each
-    forecast. The forecasts need links by bandwidth and latency."""
+    """Hours of each way to train against the bandwidth of a machine's link, with a panel for each
+    forecast. Each forecast's all-reduce must be a `Link`."""
     links = np.geomspace(_LINKS_GBIT_PER_SECOND[0], _LINKS_GBIT_PER_SECOND[-1], 200)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.3 * len(forecasts), 3.2), layout="constrained")
@@ -147,7 +147,7 @@ def _hours_with_link(forecast: Forecast, method: Method, gbit_per_second: float)
 
 
 def alpha_figure(forecast: Forecast, alphas: Sequence[float]) -> Figure:
-    """Volume, hours and longest round of a QSR run with other alphas; its own has a line."""
+    """Volume, hours and longest round of a QSR run for several alphas; a line marks its own."""
     rule, model = forecast.plan.rule, forecast.model
     assert isinstance(rule, QuadraticRule)
     assert model is not None
@@ -167,7 +167,7 @@ def alpha_figure(forecast: Forecast, alphas: Sequence[float]) -> Figure:
             _hours(overlapped.cost), color=COLORS[0], linestyle="--", label=overlapped.label
         )
         hours.set_ylabel("time (hours)")
-        # no line: where the last rounds fall within the run is a matter of luck
+        # no line: the longest round depends on how the last rounds happen to fit into the run
         epochs = [plan.longest_round.length / forecast.steps_per_epoch for plan in plans]
         longest.plot(alphas, epochs, ".", color=color)
         longest.set_ylabel("longest round (epochs)")
@@ -187,8 +187,8 @@ def _hours(cost: RunCost) -> float:
 
 
 def what_if_figure() -> Figure:
-    """Time that QSR saves of overlapped data parallel training over the link of a machine, for
-    the fewest and the most workers, a panel for each GPU."""
+    """Share of overlapped data parallel training's time that QSR saves, against the link of a
+    machine, for the fewest and the most workers, with a panel for each GPU."""
     links = np.geomspace(what_if.LINKS_GBIT_PER_SECOND[0], what_if.LINKS_GBIT_PER_SECOND[-1], 400)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.6), layout="constrained")

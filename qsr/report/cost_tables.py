@@ -13,8 +13,8 @@ from qsr.report.tables import markdown_table
 def published_hours(
     forecast: Forecast, method: Method, rows: Iterable[ReferenceRow]
 ) -> Reference | None:
-    """What the paper reports for a method of the forecast of one of its rows: for the run itself,
-    and for data parallel training, which in the paper blocks."""
+    """The paper's hours for a method in the forecast of one of its rows: for the run itself, or for
+    data parallel training, which blocks in the paper; otherwise None."""
     known = {row.experiment: row for row in rows}
     own = known[forecast.config.experiment]
     if method.planned:
@@ -56,7 +56,7 @@ def cost_table_markdown(forecasts: Mapping[str, Forecast], rows: Iterable[Refere
 
 
 def sources_markdown(forecasts: Iterable[Forecast]) -> str:
-    """The constants that enter the hours of forecasts, and where each comes from."""
+    """The constants behind the hours of forecasts, and where each comes from."""
     lines = [
         {
             "cluster": forecast.config.cluster.name,

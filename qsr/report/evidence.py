@@ -1,4 +1,4 @@
-"""Results of scripts/simulate.py -> Markdown: the tables of docs/evidence.md and its notebook."""
+"""Results of scripts/simulate.py -> Markdown tables for docs/evidence.md and its notebook."""
 
 import json
 import math
@@ -12,26 +12,26 @@ from qsr.report.statistics import Comparison, Estimate, compare, estimate
 from qsr.report.tables import markdown_table
 
 Record = Mapping[str, Any]
-"""What scripts/simulate.py wrote: results/theory/NAME.json."""
+"""A record that scripts/simulate.py wrote: results/theory/NAME.json."""
 
 DRIFT = "drift"
-"""Name of the record of the drift; the others are simulations."""
+"""Name of the drift record; the other records are simulations."""
 
 
 def read_theory(folder: Path) -> dict[str, Record]:
-    """The records in results/theory/, by name."""
+    """The records in the folder results/theory/, by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def theory_markdown(name: str, record: Record) -> str:
-    """The table of the record of this name."""
+    """The table for a record."""
     return drift_markdown(record) if name == DRIFT else simulation_markdown(record)
 
 
 def simulation_markdown(record: Record) -> str:
     """One row per rule: means and 95 % intervals over the seeds that did not diverge; the paired
-    difference in test error to the first rule's, in how many of the pairs that one's is smaller,
-    and p of a paired t-test."""
+    difference in test error from the first rule, the number of pairs in which the first rule is
+    better, and p of a paired t-test."""
     rules = record["rules"]
     seeds = record["config"]["seeds"]
     unit = " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else ""
@@ -59,12 +59,12 @@ def simulation_markdown(record: Record) -> str:
 
 
 def finite(values: Sequence[float | None]) -> list[float]:
-    """Of the seeds that did not diverge."""
+    """The values of the seeds that did not diverge."""
     return [value for value in values if value is not None]
 
 
 def estimate_text(about: Estimate, digits: int = 2) -> str:
-    """mean ± half width; empty where there is nothing."""
+    """mean ± half width; empty if there are no values."""
     if math.isnan(about.mean):
         return ""
     if math.isnan(about.half_width):
@@ -77,7 +77,7 @@ def _wins(about: Comparison) -> str:
 
 
 def p_text(p: float) -> str:
-    """Two digits; empty where there is none."""
+    """p with two digits; empty if it is not a number."""
     if math.isnan(p):
         return ""
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
@@ -85,7 +85,7 @@ def p_text(p: float) -> str:
 
 def drift_markdown(record: Record) -> str:
     """One row per valley, workers and learning rate at small noise: how far the measured multiplier
-    is from what the slow SDE says, and from the same for steps of finite size."""
+    is from the slow SDE's prediction, and from the prediction for steps of finite size."""
     rows = pd.DataFrame(record["rows"])
     small = rows[(rows["noise"] == rows["noise"].min()) & (rows["h"] > 1)]
     lines = []

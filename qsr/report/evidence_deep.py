@@ -14,7 +14,7 @@ from qsr.report.statistics import compare, estimate, needed_pairs
 from qsr.report.tables import markdown_table
 
 DeepRecord = Mapping[str, Any]
-"""What scripts/deep_evidence.py wrote: results/evidence/deep.json."""
+"""The record that scripts/deep_evidence.py wrote: results/evidence/deep.json."""
 
 REFERENCE = "quadratic"
 LABELS = {
@@ -28,13 +28,13 @@ HALF_A_POINT = 0.5
 
 
 def read_deep(results: Path) -> DeepRecord:
-    """The record in the folder results/."""
+    """Read the record in the folder results/."""
     record: DeepRecord = json.loads((results / "evidence" / "deep.json").read_text())
     return record
 
 
 def deep_report(record: DeepRecord) -> str:
-    """results/evidence/deep.md: both tables, and what they show in a line each."""
+    """results/evidence/deep.md: both tables, each with a line that explains it."""
     study = record["study"]
     return f"""\
 Each rule at the peak rate that was best for it on the tuning images, {len(study["seeds"])} seeds, \
@@ -50,17 +50,17 @@ All rules at the same peak rates: mean error % on the tuning images / tr(Hessian
 
 def deep_markdown(record: DeepRecord) -> str:
     """One row per model and rule, each at the peak rate that was best for it on the tuning images:
-    means and 95 % intervals over seeds, and the paired differences to QSR's with p of a t-test.
-    "Error of its estimate": the standard error of one run's tr(Hessian) over its probes. Then what
-    would have been needed: the number of seeds with which such a test finds, four times in five,
-    half a point of test error, and the difference that was seen.
+    means and 95 % intervals over seeds, and the paired differences from QSR with p of a t-test.
+    "Error of its estimate" is the standard error of one run's tr(Hessian) over its probes. The last
+    columns are the numbers of seeds with which such a test finds, with a probability of 80 %, a
+    difference of half a point of test error, and the difference that was seen.
     """
     return markdown_table(pd.DataFrame([_row(row, record) for row in record["rows"]]))
 
 
 def rates_markdown(record: DeepRecord) -> str:
-    """All rules at the same peak rates, in the runs that chose the rates: one row per model and
-    rate, the mean error in percent on the tuning images / the mean tr(Hessian) over their seeds."""
+    """The runs that chose the rates, with all rules at the same peak rates. One row per model and
+    rate: mean error in percent on the tuning images / mean tr(Hessian), over the seeds."""
     runs = pd.DataFrame(
         [
             {"model": row["model"], "rule": row["rule"], **run}
@@ -114,7 +114,7 @@ def _differences(row: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[s
 
 
 def _values(row: Mapping[str, Any], name: str) -> list[float]:
-    """Of the runs on the test part."""
+    """The values of the runs on the test part."""
     return [run[name] for run in row["test"]]
 
 
@@ -123,7 +123,7 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 
 def _rate(row: Mapping[str, Any]) -> str:
-    """With a note if a better one may lie beyond those that were tried."""
+    """The rate, with a note if it is the smallest or largest that was tried."""
     tried = {trial["rate"] for trial in row["tuning"]}
     edge = row["rate"] in (min(tried), max(tried)) and len(tried) > 1
     return f"{row['rate']:g}{' (edge)' if edge else ''}"

@@ -1,4 +1,4 @@
-"""Results of scripts/simulate.py, and what the theory says of a run -> pictures."""
+"""Results of scripts/simulate.py, and predictions of the theory for a run -> figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,16 +27,16 @@ from qsr.report.style import (
 )
 
 PAPER_WORKERS = 16
-"""Of the run in the picture of the multiplier."""
+"""Workers of the run in the figure of the multiplier."""
 AT_PEAK = 1.0
-"""2 H lr eigenvalue in the first round: an eigenvalue for which a round at the peak is as long as
-the fluctuations take to arise. The paper's networks have many, smaller and larger."""
+"""2 H lr eigenvalue in the first round, chosen so that a round at the peak is as long as
+fluctuations take to build up. The paper's networks have many smaller and larger eigenvalues."""
 _POINTS = 2000
-"""Of a curve over a run's steps."""
+"""Points of a curve over a run's steps."""
 
 
 def draw(folder: Path) -> None:
-    """The pictures of docs/evidence.md, from all records in the folder, beside them."""
+    """Draw the figures of docs/evidence.md from the records in the folder, and save them there."""
     records = read_theory(folder)
     for name in ("digits_mlp", "diagonal"):
         save(simulation_figure(records[name]), folder / name)
@@ -46,8 +46,8 @@ def draw(folder: Path) -> None:
 
 
 def paper_plans() -> dict[str, Plan]:
-    """The paper's ViT-B run on 16 workers by rules that all begin, at its peak rate of 0.008, with
-    H = 4: in that alone these are not the paper's."""
+    """The paper's ViT-B run on 16 workers under several rules. Their coefficients are not the
+    paper's: they are chosen so that all rules begin with H = 4 at the peak rate of 0.008."""
     runs = {
         "constant H": ("constant_h4",),
         "data parallel": ("parallel",),
@@ -62,8 +62,8 @@ def paper_plans() -> dict[str, Plan]:
 
 
 def simulation_figure(record: Record) -> Figure:
-    """Test error and tr(Hessian) over the volume: every seed as a dot, the rules' means and 95 %
-    intervals. Rules that diverged in all seeds are left out."""
+    """Test error and tr(Hessian) against the volume: a dot for every seed, and the means and 95 %
+    intervals of the rules. Rules that diverged with all seeds are left out."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 3.6), layout="constrained")
         test, trace = figure.subplots(1, 2)
@@ -102,9 +102,9 @@ def _unit(record: Record) -> str:
 
 
 def sensitivity_figure(records: Mapping[str, Record]) -> Figure:
-    """Test error of the rules over the number of workers, and of QSR over its alpha, with means and
-    95 % intervals over the seeds that did not diverge; how many of the cubic rule's and of QSR's
-    did is written below. `records`: all of results/theory/."""
+    """Test error of the rules against the number of workers, and of QSR against its alpha: means
+    and 95 % intervals over the seeds that did not diverge. The numbers of diverged seeds of the
+    cubic rule and of QSR are written below the ticks. `records`: all of results/theory/."""
     names = ("digits_mlp_4_workers", "digits_mlp_8_workers", "digits_mlp")
     by_workers = {records[name]["config"]["workers"]: records[name] for name in names}
     by_scale = records["digits_mlp_alpha"]
@@ -148,15 +148,15 @@ def sensitivity_figure(records: Mapping[str, Record]) -> Figure:
 
 
 def _diverged(record: Record, rule: str) -> str:
-    """A line below a tick's label; none where no seed diverged."""
+    """Text to append to a tick's label; empty if no seed diverged."""
     count = record["rules"][rule]["diverged"]
     return f"\n{count} of {record['config']['seeds']}\ndiverged" if count else ""
 
 
 def drift_figure(record: Record) -> Figure:
-    """Left: the drift of the model with one eigenvalue relative to data parallel training's,
-    measured (points) and predicted for steps of finite size (lines) and by the slow SDE (dotted).
-    Right: measured over predicted, as the noise grows until the expansion no longer holds."""
+    """Left: drift of the model with one eigenvalue relative to that of data parallel training,
+    measured (points), predicted for steps of finite size (lines), and by the slow SDE (dotted).
+    Right: measured / predicted with growing noise, until the expansion no longer holds."""
     rows = pd.DataFrame(record["rows"])
     (eigenvalue,) = record["valleys"]["one eigenvalue"]["eigenvalues"]
     one = rows[(rows["valley"] == "one eigenvalue") & (rows["h"] > 1)]
@@ -203,9 +203,9 @@ def drift_figure(record: Record) -> Figure:
 
 
 def multiplier_figure(plans: Mapping[str, Plan], workers: int, at_peak: float) -> Figure:
-    """What each rule makes of a run: the multiplier of the drift towards flat minima along an
-    eigenvalue for which 2 H lr eigenvalue is `at_peak` in the first plan's first round, and how far
-    a round goes along the minima, H lr^2 relative to that round."""
+    """The effect of each rule in a run: the multiplier of the drift towards flat minima, for an
+    eigenvalue with 2 H lr eigenvalue = `at_peak` in the first plan's first round, and the movement
+    along the minima in a round, H lr^2 relative to that round."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.6, 6.2), layout="constrained")
         rate, drift, moved = figure.subplots(3, 1, sharex=True, height_ratios=[1, 2, 2])

@@ -1,4 +1,4 @@
-"""The table of faults: what each test of tests/faults and tests/slurm promises, and how it went."""
+"""The table of faults: promises and results of the tests in tests/faults and tests/slurm."""
 
 import re
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ _KINDS = {
 
 
 def faults_markdown(record: Mapping[str, Any]) -> str:
-    """`record`: results/faults.json, as tests/fault_record.py writes it. Raises ReportError if a
-    fault has no test."""
+    """The table from `record`, results/faults.json as tests/fault_record.py writes it. Raises
+    ReportError if a fault has no test."""
     rows = ["| fault | promise | tests | result |", "| --- | --- | --- | --- |"]
     files = record["files"]
     for fault in FAULTS:
         of_fault = {path: about for path, about in files.items() if fault in about["faults"]}
         own = {path: about for path, about in of_fault.items() if path.startswith("tests/faults/")}
         if not own:
-            raise ReportError(f"results/faults.json has no test of {fault}: make test-faults")
+            raise ReportError(f"results/faults.json has no test of {fault}: run make test-faults")
         promise = " ".join(about["promise"] for about in own.values())
         links = "<br>".join(f"[{_stem(path)}](../{path})" for path in of_fault)
         rows.append(f"| {fault} | {promise} | {links} | {_result(of_fault)} |")

@@ -1,7 +1,7 @@
-"""Pictures in notebooks: after `%load_ext qsr.report.notebook` a matplotlib Figure shows itself.
+"""Figures in notebooks: after `%load_ext qsr.report.notebook` a notebook displays Figures.
 
-In place of `%matplotlib inline`, so that a picture is the same small file wherever the notebook is
-executed.
+It replaces `%matplotlib inline`, so that a figure gives the same small file wherever the notebook
+is executed.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ _SHOWN_DPI = 100
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """IPython calls it."""
-    assert shell.display_formatter is not None  # there is none in a shell that shows nothing
+    """Called by IPython."""
+    assert shell.display_formatter is not None  # only shells without output have none
     shell.display_formatter.formatters["image/png"].for_type(Figure, _show)
 
 
 def _show(figure: Figure) -> tuple[bytes, dict[str, Any]]:
-    """The picture, and its size on the screen in pixels."""
+    """PNG of the figure, and its size on the screen in pixels."""
     width, height = figure.get_size_inches() * _SHOWN_DPI
     return png(figure), {"width": round(width), "height": round(height)}

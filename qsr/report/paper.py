@@ -1,4 +1,4 @@
-"""The paper's tables: reference values, each with where it comes from (results/paper/README.md)."""
+"""The paper's tables: reference values and their sources (results/paper/README.md)."""
 
 import csv
 from pathlib import Path
@@ -10,8 +10,8 @@ from pydantic.dataclasses import dataclass
 from qsr.errors import ReportError
 
 Tag = Literal["A", "C", "O", "D", "R"]
-"""Where a value comes from: the abstract, a caption, the authors' code, derived from those by
-arithmetic, or recalled and not checked against the paper."""
+"""Source of a value: the abstract, a caption, the authors' code, arithmetic on those, or recalled
+and not checked against the paper."""
 
 _READ = ConfigDict(extra="forbid")
 _PositiveInt = Annotated[int, Field(ge=1)]
@@ -34,15 +34,15 @@ class Reference:
 
     @property
     def verified(self) -> bool:
-        """Whether it was checked against the paper or its code: shown as unverified if not, and
-        never tested against."""
+        """Whether the value was checked against the paper or its code. Others are shown as
+        unverified, and tests never compare with them."""
         return self.tag != "R"
 
 
 @dataclass(frozen=True, config=_READ)
 class ReferenceRow:
-    """One row of a table of the paper, with the experiment that reproduces it. A value is None
-    where none is known."""
+    """One row of a table of the paper, with the experiment that reproduces it. Unknown values are
+    None."""
 
     table: str
     experiment: str
@@ -81,8 +81,8 @@ _COLUMNS = {*_PLAIN, *(column for pair in _VALUES.values() for column in pair)}
 
 
 def reference_text(reference: Reference | None, digits: str) -> str:
-    """A value with its tag, an R said in words; a dash where none is known. `digits` is its format,
-    such as ".1f"."""
+    """The value with its tag ("unverified" for R), or a dash for None. `digits` is a format such as
+    ".1f"."""
     if reference is None:
         return "-"
     source = f"[{reference.tag}]" if reference.verified else "(unverified)"
@@ -90,7 +90,7 @@ def reference_text(reference: Reference | None, digits: str) -> str:
 
 
 def read_reference(path: Path) -> tuple[ReferenceRow, ...]:
-    """The rows of a tables.csv, in its order. Raises ReportError: one line that names the file, the
+    """The rows of a tables.csv, in order. Raises ReportError with one line that names the file, the
     line and the column."""
     try:
         with path.open(newline="") as file:
@@ -110,7 +110,7 @@ def read_reference(path: Path) -> tuple[ReferenceRow, ...]:
 
 def _parse(path: Path, number: int, line: dict[str, str]) -> ReferenceRow:
     if None in line or None in line.values():
-        raise ReportError(f"{path}, line {number}: not as many cells as the head has columns")
+        raise ReportError(f"{path}, line {number}: the number of cells differs from the header's")
     raw: dict[str, Any] = {name: line[name] or None for name in _PLAIN}
     for field, (value, source) in _VALUES.items():
         given = {"value": line[value], "tag": line[source]}
@@ -120,12 +120,14 @@ def _parse(path: Path, number: int, line: dict[str, str]) -> ReferenceRow:
     except ValidationError as error:
         raise ReportError(f"{path}, line {number}: {_describe(error)}") from None
     if (row.alpha is None) != (row.rule != "quadratic"):
-        raise ReportError(f"{path}, line {number}: alpha goes with rule=quadratic, and only there")
+        raise ReportError(
+            f"{path}, line {number}: alpha must be set if rule=quadratic, and only then"
+        )
     return row
 
 
 def _describe(error: ValidationError) -> str:
-    """The first thing that is wrong, under the name of its column."""
+    """The first error, with the name of its column."""
     first = error.errors(include_url=False)[0]
     field, *part = (str(word) for word in first["loc"])
     column = _VALUES[field][part == ["tag"]] if field in _VALUES else field

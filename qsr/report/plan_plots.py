@@ -1,4 +1,4 @@
-"""Plans -> pictures: the learning rate, and what each rule makes of it."""
+"""Plans -> figures: the learning rate, and the rounds of each rule."""
 
 from collections.abc import Mapping
 
@@ -12,12 +12,12 @@ from qsr.core.rules import UNTIL_THE_END, Rule
 from qsr.report.style import STYLE, nested_widths, rule_colors
 
 _MARKED_ROUNDS = 1000
-"""A plan with more rounds has no mark for each: marks would be all one sees."""
+"""Plans with more rounds get no marks, which would cover everything else."""
 
 
 def plan_figure(plans: Mapping[str, Plan], steps_per_epoch: int | None = None) -> Figure:
-    """Learning rate, and H under each plan, over the steps of the run, and over its epochs where
-    their length is given. A schedule that all plans share is drawn once, in grey."""
+    """Learning rate, and H of each plan, against steps, or against epochs and steps if the length
+    of an epoch is given. A schedule that all plans share is drawn once, in grey."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 5.0), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
@@ -49,7 +49,7 @@ def plan_figure(plans: Mapping[str, Plan], steps_per_epoch: int | None = None) -
 
 
 def length_figure(rules: Mapping[str, Rule], peak_lr: float) -> Figure:
-    """H under each rule over the learning rate, from the peak (left) to 1/32 of it."""
+    """H of each rule against the learning rate, from the peak (left) to 1/32 of it."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -73,8 +73,8 @@ def length_figure(rules: Mapping[str, Rule], peak_lr: float) -> Figure:
 
 
 def borders_figure(plan: Plan, steps_per_epoch: int) -> Figure:
-    """Where H is not what the rule makes of the learning rate, for a plan with a warm-up: in that
-    (left), and in the last round (right, the last fifth of the run)."""
+    """Where H of a plan with a warm-up differs from the rule: in the warm-up (left), and in the
+    last round (right, which shows the last fifth of the run)."""
     total, warmup = plan.total_steps, plan.schedule.warmup_steps
     last = plan.round_at(total - 1)
     with mpl.rc_context(STYLE):
@@ -116,7 +116,7 @@ def _draw_h(
     starts = [round_.start for round_ in rounds]
     edges = np.array([*starts, plan.total_steps]) / (steps_per_epoch or 1)
     axes.stairs(lengths, edges, baseline=None, color=color, linewidth=width, label=label)
-    # a mark at every average, so that the thinning is seen
+    # a mark at every average shows how they become rarer
     if len(rounds) <= _MARKED_ROUNDS:
         axes.plot(edges[1:], lengths, ".", color=color, markersize=4, clip_on=False)
 

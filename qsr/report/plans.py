@@ -1,4 +1,4 @@
-"""Plans of experiments, and what they say beside the paper."""
+"""Plans of experiments, and their comparison with the paper."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,9 +14,9 @@ from qsr.report.tables import markdown_table
 
 
 def experiment_plan(experiment: str, *settings: str, config_dir: Path = CONFIG_DIR) -> Plan:
-    """All rounds of an experiment of configs/, with these settings over its own.
+    """The plan of an experiment of configs/, with these settings as overrides.
 
-    Raises ConfigError if there is no such experiment, or if only its data tell its steps.
+    Raises ConfigError if there is no such experiment, or if its number of images is not known.
     """
     config = load_config([f"experiment={experiment}", *settings], config_dir)
     return make_plan(config, known_images(config))
@@ -25,8 +25,8 @@ def experiment_plan(experiment: str, *settings: str, config_dir: Path = CONFIG_D
 def volume_table_markdown(
     rows: Iterable[ReferenceRow], plan_of: Callable[[str], Plan] = experiment_plan
 ) -> str:
-    """The rounds of each published row as planned, and whether its volume is the published one to
-    the digit that the paper prints. Unverified values are shown and not compared."""
+    """The planned rounds of each published row, and whether the planned volume equals the published
+    one as printed in the paper. Unverified values are shown but not compared."""
     lines = []
     for row in rows:
         plan, paper = plan_of(row.experiment), row.volume_percent

@@ -1,4 +1,4 @@
-"""Records -> pictures."""
+"""Records -> figures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from qsr.report.plan_plots import plan_figure
 from qsr.report.style import COLORS, STYLE, label_log_ticks, legend_once, rule_colors
 
 _VOLUMES = (5, 10, 25, 50, 100)
-"""Percent, on the axis of the communication."""
+"""Ticks of the communication axis, in percent."""
 
 
 def schedule_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
-    """Learning rate, and H under each rule, over the steps of the runs."""
+    """Learning rate, and H of each rule, against the steps of the runs."""
     return plan_figure({label: runs[0].plan for label, runs in groups.items()})
 
 
 def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
-    """Top-1 error over the steps (mean, and the range over the seeds), and final top-1 over
+    """Top-1 error against steps (mean and range over the seeds), and final top-1 against
     communication."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.4), layout="constrained")
@@ -60,11 +60,11 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
 
 
 def communication_figure(table: pd.DataFrame, *, values: str, title: str = "") -> Figure:
-    """Top-1 over communication volume, a panel for each table of the paper.
+    """Top-1 against communication volume, with a panel for each table of the paper.
 
-    `table` is a comparison_table; `values` says whose: "paper" (unverified values hollow) or
-    "here" (mean and standard deviation over the seeds). QSR's points are joined to the constant H
-    that has their H_base.
+    `table` is a comparison_table; `values` is "paper" (unverified values are hollow) or "here"
+    (mean and standard deviation over the seeds). A line joins each QSR point with the constant H
+    that equals its H_base.
     """
     with mpl.rc_context(STYLE):
         panels = table.groupby("table", sort=False)
@@ -112,7 +112,7 @@ def _draw_rows(axes: Axes, rows: pd.DataFrame, values: str) -> None:
                 label=label + (" (unverified)" if hollow else ""),
             )
             if rule != "parallel" and not pd.isna(row[top1]):
-                # QSR lies left of the constant H that it is joined to; apart, labels do not meet
+                # QSR lies left of its constant H: labels on opposite sides do not overlap
                 constant = rule == "constant"
                 h = "H" if constant else "H_\\mathrm{base}"
                 axes.annotate(

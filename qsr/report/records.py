@@ -1,4 +1,4 @@
-"""results/runs: what finished runs leave to the repository, without weights."""
+"""results/runs: records of finished runs, without weights."""
 
 import json
 from collections.abc import Mapping
@@ -33,25 +33,25 @@ _ENVIRONMENT = (
     *("gpu", "ranks", "workers_per_rank", "threads_per_rank"),
 )
 _WORDS = ("experiment", "config_hash", "rule", "model", "data")
-"""What is copied into a record; of the summary these, and numbers. Of the settings those of
-execution are left out: account, paths, variables of the environment and the like may be there."""
+"""What a record keeps; of the summary these words and all numbers. Execution settings are left out,
+because they may contain accounts, paths, environment variables and the like."""
 
 Summary = dict[str, Any]
-"""What summary.json of a finished run holds."""
+"""The contents of summary.json of a finished run."""
 
 
 def add_record(folder: Path, records: Path) -> Path:
-    """Write what the finished run in `folder` came to, and nothing of where it ran but versions and
-    hardware, to `records`/EXPERIMENT/seed_SEED, and return that.
+    """Write the results of the finished run in `folder` to `records`/EXPERIMENT/seed_SEED, and
+    return that folder. Of where it ran, only versions and hardware are written.
 
-    A record of the same run is replaced. Raises ReportError, and writes nothing, if the run has
-    not finished, if its files contradict each other or its experiment's file, or if `records` holds
-    one of that name with other settings or data, whatever the seed: means over seeds are of one
-    run.
+    A record of the same run is replaced. Raises ReportError, and writes nothing, if the run has not
+    finished, if its files contradict each other or its experiment's file, or if `records` holds a
+    run of that name, with any seed, with other settings or data, because means over seeds need
+    seeds of the same run.
     """
     missing = [name for name in RECORD_FILES if not (folder / name).exists()]
     if missing and "summary.json" not in missing:
-        raise ReportError(f"{folder} has no {', '.join(missing)}: it is no complete run folder")
+        raise ReportError(f"{folder} has no {', '.join(missing)}: it is not a complete run folder")
     run = read_run(folder)
     try:
         settings = read_yaml(folder / "config.yaml")
@@ -85,13 +85,13 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def _check_run(run: Run, settings: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raise ReportError if the files of a run folder are not of one run that came to its end."""
+    """Raise ReportError unless the files of a run folder belong to one finished run."""
     config, summary, name = run.config, run.summary, run.config.experiment
     if Path(name).is_absolute() or not set(name.split("/")).isdisjoint(("", ".", "..")):
-        raise ReportError(f"{run.folder}: experiment={name} leads out of the records")
+        raise ReportError(f"{run.folder}: experiment={name} is not a path inside the records")
     images = data.get("train_images")
     if not isinstance(images, int) or images < config.global_batch:
-        raise ReportError(f"{run.folder}/data.json: train_images={images} makes no run")
+        raise ReportError(f"{run.folder}/data.json: train_images={images} is not enough for a run")
     plan = replace(run, summary={"train_images": images}).plan
     measured = {"kind": "eval", "step": plan.total_steps}
     nothing: dict[str, Any] = {}
@@ -123,18 +123,20 @@ def _check_run(run: Run, settings: Mapping[str, Any], data: Mapping[str, Any]) -
     ]
     if wrong:
         raise ReportError(
-            f"{run.folder}/summary.json is not what its config.yaml, data.json and metrics.jsonl "
-            f"say: {'; '.join(wrong)}"
+            f"{run.folder}/summary.json contradicts config.yaml, data.json or metrics.jsonl: "
+            f"{'; '.join(wrong)}"
         )
     _check_numbers(run.folder, {**summary, **_planned(run)})
     if max(row["step"] for row in run.metrics) > plan.total_steps or last["top1"] > 100:
-        raise ReportError(f"{run.folder}/metrics.jsonl goes beyond the run")
+        raise ReportError(
+            f"{run.folder}/metrics.jsonl has steps after the run's end, or a top1 above 100"
+        )
 
 
 def _planned(run: Run) -> dict[str, Any]:
     planned = run.summary.get("planned", {})
     if not isinstance(planned, dict):
-        raise ReportError(f"{run.folder}/summary.json: planned={planned!r} is no plan")
+        raise ReportError(f"{run.folder}/summary.json: planned={planned!r} is not a plan")
     return {f"planned.{name}": value for name, value in planned.items()}
 
 
@@ -143,11 +145,11 @@ def _check_numbers(folder: Path, values: Mapping[str, Any]) -> None:
         if name in _WORDS or name == "planned":
             continue
         if not is_number(value) or value < 0:
-            raise ReportError(f"{folder}/summary.json: {name}={value!r} cannot have been measured")
+            raise ReportError(f"{folder}/summary.json: {name}={value!r} is not a valid measurement")
 
 
 def _check_experiment(run: Run) -> None:
-    """A run that bears the name of an experiment's file, without changes, is that experiment."""
+    """Raise ReportError if a run has the name of an experiment's file but other settings."""
     name = run.config.experiment
     if not (CONFIG_DIR / "experiment" / f"{name}.yaml").is_file():
         return
@@ -156,15 +158,15 @@ def _check_experiment(run: Run) -> None:
     )
     if changed:
         raise ReportError(
-            f"{run.folder} is not what configs/experiment/{name}.yaml is now "
+            f"{run.folder} differs from configs/experiment/{name}.yaml "
             f"({'; '.join(changed)}): run it again"
         )
 
 
 def read_summaries(records: Path) -> dict[str, list[Summary]]:
-    """The summaries in `records` by experiment, each experiment's in order of the seeds.
+    """The summaries in `records` by experiment, in order of the seeds.
 
-    Raises ReportError if one cannot be read, or lies where another run belongs.
+    Raises ReportError if one cannot be read, or is in the folder of another run.
     """
     summaries: dict[str, list[Summary]] = {}
     for folder in walk(records):
@@ -177,13 +179,13 @@ def read_summaries(records: Path) -> dict[str, list[Summary]]:
             raise ReportError(str(error)) from None
         place = f"{summary.get('experiment')}/seed_{summary.get('seed')}"
         if folder != records / place:
-            raise ReportError(f"{path} is the summary of {place}: records are made by add")
+            raise ReportError(f"{path} is the summary of {place}: make records only with add")
         summaries.setdefault(summary["experiment"], []).append(summary)
     return {name: sorted(runs, key=lambda run: run["seed"]) for name, runs in summaries.items()}
 
 
 def _check_same(run: Run, data: Mapping[str, Any], stored: Path) -> None:
-    """Raise ReportError if the record in `stored` is not of `run`, the seed aside."""
+    """Raise ReportError if the record in `stored` differs from `run` in more than the seed."""
     other = read_run(stored)
     changed = differences(replace(run.config, seed=other.config.seed), other.config)
     try:
@@ -197,6 +199,6 @@ def _check_same(run: Run, data: Mapping[str, Any], stored: Path) -> None:
     ]
     if changed:
         raise ReportError(
-            f"{run.folder} is another run than {stored} of the same name ({'; '.join(changed)}): "
-            f"remove {stored.parent}, or give this one a name of its own"
+            f"{run.folder} and {stored} have the same name but differ ({'; '.join(changed)}): "
+            f"remove {stored.parent}, or give this run another name"
         )

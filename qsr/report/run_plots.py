@@ -1,4 +1,4 @@
-"""Single runs -> pictures: how they went, and where their time went."""
+"""Single runs -> figures: their progress, and where their time went."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +24,8 @@ from qsr.report.style import (
 
 
 def loss_figure(runs: Mapping[str, Run]) -> Figure:
-    """Training loss, validation loss and top-1 error over the epochs. Evaluations in the middle of
-    a round, of an average that was made for them only, are hollow."""
+    """Training loss, validation loss and top-1 error against epochs. Hollow marks are evaluations
+    in the middle of a round, of an average made only for them."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.2), layout="constrained")
         training, validation, error = figure.subplots(1, 3)
@@ -60,7 +60,7 @@ def _draw(
 
 
 def averages_figure(runs: Mapping[str, Run]) -> Figure:
-    """Averages over the steps: lines as planned, circles as counted while training."""
+    """Number of averages against steps: planned (lines) and counted in training (circles)."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -77,7 +77,7 @@ def averages_figure(runs: Mapping[str, Run]) -> Figure:
 
 
 def time_figure(runs: Mapping[str, Run]) -> Figure:
-    """Where the time of each run went; its total stands at the end of the bar."""
+    """A bar for each run, divided by where its time went; the total is at its end."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 1.4 + 0.35 * len(runs)), layout="constrained")
         axes = figure.subplots()
@@ -103,7 +103,7 @@ def time_figure(runs: Mapping[str, Run]) -> Figure:
 
 
 def _seconds(run: Run) -> dict[str, float]:
-    """Seconds by part of the run."""
+    """Seconds for each part of the run."""
     summary = run.summary
     communication = summary.get("communication_seconds")
     if communication is None:
@@ -120,7 +120,7 @@ def _seconds(run: Run) -> dict[str, float]:
 
 
 def _time_unit(seconds: float) -> tuple[str, int]:
-    """The unit to show such a time in, and its seconds."""
+    """The unit for times up to `seconds`, and the seconds in it."""
     if seconds >= 2 * 3600:
         return "hours", 3600
     return ("minutes", 60) if seconds >= 2 * 60 else ("seconds", 1)

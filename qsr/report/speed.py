@@ -1,4 +1,4 @@
-"""Results of benchmarks/ -> Markdown: the tables of docs/performance.md and of its notebook."""
+"""Results of benchmarks/ -> Markdown tables for docs/performance.md and its notebook."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ import pandas as pd
 from qsr.report.tables import markdown_table
 
 Record = Mapping[str, Any]
-"""What a benchmark wrote: results/bench/NAME.json."""
+"""The record that a benchmark wrote: results/bench/NAME.json."""
 
 
 def read_benchmarks(folder: Path) -> dict[str, Record]:
-    """By name, the records of the benchmarks that have a table."""
+    """The records of the benchmarks that have a table, by name."""
     return {
         name: json.loads(path.read_text())
         for name in SPEED_TABLES
@@ -31,8 +31,8 @@ def speed_markdown(name: str, record: Record) -> str:
 
 
 def slow_link_markdown(record: Record) -> str:
-    """One row per link: times relative to blocking data parallel training, measured and, in
-    brackets, predicted."""
+    """One row per link: times relative to blocking data parallel training, measured and (in
+    brackets) predicted."""
     lines = []
     for row in record["shares"]:
         methods = dict(row["methods"])
@@ -109,7 +109,7 @@ def host_memory_markdown(record: Record) -> str:
 
 
 def loaders_markdown(record: Record) -> str:
-    """One row per way to load: images a core loads in a second, and the ratio to the reference."""
+    """One row per way to load: images per CPU-second, and the ratio to the reference."""
     texts: dict[tuple[str, str], str] = {}
     for part, loads in record["parts"].items():
         for name, about in loads.items():
@@ -149,8 +149,8 @@ def delay_markdown(record: Record) -> str:
 
 
 def scale_markdown(record: Record) -> str:
-    """One row per number of workers: steps in 1,000 that averages take as long as, under QSR, for
-    each network and link."""
+    """One row per number of workers: time of QSR's averages in steps per 1,000 steps, for each
+    network and link."""
     rows = pd.DataFrame(record["modelled"])
     rows["workers"] = rows["workers"].map("{:,}".format)
     rows["of"] = rows["network"] + ", " + rows["link"]
@@ -178,4 +178,4 @@ SPEED_TABLES: dict[str, Callable[[Record], str]] = {
     "delay": delay_markdown,
     "scale": scale_markdown,
 }
-"""The benchmarks that have a table, and what makes it."""
+"""The benchmarks that have a table, and the functions that make it."""

@@ -1,4 +1,4 @@
-"""Results of benchmarks/ -> pictures."""
+"""Results of benchmarks/ -> figures."""
 
 import matplotlib as mpl
 import numpy as np
@@ -12,8 +12,8 @@ _METHOD_COLORS = (COLORS[0], COLORS[1], COLORS[2], COLORS[3])
 
 
 def slow_link_figure(record: Record) -> Figure:
-    """Time relative to blocking data parallel training over the share that communication has of
-    that one's: measured (median, middle half), predicted, and the paper's."""
+    """Time relative to blocking data parallel training against the share of communication in that
+    training: measured (median, quartiles), predicted, and the paper's."""
     shares = record["shares"]
     blocking, *names = shares[0]["methods"]
     x = [100 * row["measured_share"]["median"] for row in shares]
@@ -46,7 +46,7 @@ def slow_link_figure(record: Record) -> Figure:
 
 
 def average_figure(record: Record) -> Figure:
-    """Time and extra memory of one average, by who makes it."""
+    """Time and extra memory of one average for each implementation."""
     contenders = record["contenders"]
     names = list(contenders)
     seconds = [contenders[name]["seconds"]["median"] for name in names]
@@ -66,8 +66,8 @@ def average_figure(record: Record) -> Figure:
 
 
 def scale_figure(record: Record) -> Figure:
-    """Steps in 1,000 that averages take as long as, over the number of workers: under QSR, and
-    dotted for blocking data parallel training."""
+    """Time of averages, in steps per 1,000 steps, against the number of workers: with QSR, and
+    (dotted) with blocking data parallel training."""
     rows = pd.DataFrame(record["modelled"])
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Means, differences and how sure one can be of them, over seeds."""
+"""Means and differences over seeds, with their uncertainty."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ class Estimate:
 
     mean: float
     half_width: float
-    """Of the 95 % interval by Student's t distribution; not a number for fewer than two values."""
+    """Half width of the 95 % interval by Student's t; NaN for fewer than two values."""
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent values."""
+    """The mean of independent values, with its confidence interval."""
     if len(values) < 2:
         return Estimate(float(np.mean(values)) if values else math.nan, math.nan)
     error = np.std(values, ddof=1) / math.sqrt(len(values))
@@ -31,20 +31,20 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Values minus those of a reference, pair by pair."""
+    """Paired differences between values and those of a reference."""
 
     difference: Estimate
     pairs: int
     larger: int
-    """Pairs in which the value is larger than the reference's."""
+    """Number of pairs in which the value is larger than the reference."""
     p: float
-    """Of the two-sided paired t-test; not a number for fewer than two pairs, or all equal."""
+    """p of the two-sided paired t-test; NaN if there are no two different differences."""
     deviation: float
-    """Standard deviation of the differences; not a number for fewer than two pairs."""
+    """Standard deviation of the differences; NaN for fewer than two pairs."""
 
 
 def compare(values: Sequence[float | None], reference: Sequence[float | None]) -> Comparison:
-    """Of the same seeds; a pair with a missing value is left out."""
+    """Compare values of the same seeds; pairs with a missing value are left out."""
     pairs = zip(values, reference, strict=True)
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     p = math.nan
@@ -56,23 +56,25 @@ def compare(values: Sequence[float | None], reference: Sequence[float | None]) -
 
 
 def needed_pairs(difference: float, deviation: float) -> int | None:
-    """The smallest number of pairs with which the two-sided paired t-test at 5 % finds a true mean
-    `difference` of normal differences of this standard deviation with a probability of 80 %. None
-    if no number does: there is no difference, or the deviation is not known."""
+    """The smallest number of pairs with which a two-sided paired t-test at 5 % has a power of 80 %,
+    for normal differences with mean `difference` and this standard deviation. None if there is no
+    difference, or if the deviation is not known."""
     if difference == 0 or math.isnan(difference) or math.isnan(deviation):
         return None
     if deviation == 0:
         return 2
     effect = abs(difference) / deviation
     quantiles = float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))
-    pairs = max(2, math.floor((quantiles / effect) ** 2))  # of known deviation: the test needs more
+    pairs = max(
+        2, math.floor((quantiles / effect) ** 2)
+    )  # for a known deviation; the t-test needs more
     while _power(effect, pairs) < POWER:
         pairs += 1
     return pairs
 
 
 def _power(effect: float, pairs: int) -> float:
-    """Of the test, for a mean difference of `effect` standard deviations."""
+    """Power of the test for a mean difference of `effect` standard deviations."""
     freedom, shift = pairs - 1, effect * math.sqrt(pairs)
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
     return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))

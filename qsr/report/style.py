@@ -1,4 +1,4 @@
-"""What all pictures share: colours, type, axes, and how they become files."""
+"""Shared by all figures: colours, fonts, axes, and saving to files."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from PIL import Image
 
 from qsr.core.rules import ConstantRule, EveryStepRule, PowerRule, QuadraticRule, Rule
 
-# Okabe and Ito's palette: told apart by colour-blind readers too
+# Okabe and Ito's palette, which colour-blind readers can distinguish
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
@@ -25,9 +25,9 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "font.size": 9,
     "legend.frameon": False,
-    "svg.hashsalt": "qsr",  # the same picture gives the same file
+    "svg.hashsalt": "qsr",  # the same figure gives the same file
 }
-# the parts of a run's time, told apart in grey as well
+# the parts of a run's time, distinguishable in grey too
 COMPUTING, COMMUNICATION = "computing", "communication"
 COMPUTING_AND_COMMUNICATION = "computing and communication, overlapped"
 PART_STYLES: dict[str, dict[str, Any]] = {
@@ -38,12 +38,12 @@ PART_STYLES: dict[str, dict[str, Any]] = {
     "checkpoints": {"color": "0.3"},
 }
 NOTEBOOK_DPI = 200
-"""Dots per inch in notebooks, which show two of them as one pixel."""
+"""Dots per inch in notebooks, which show two dots as one pixel."""
 
 
 def rule_colors(rules: Sequence[Rule]) -> list[str]:
-    """A colour for each: every kind of rule has its own in all pictures, and where two would share
-    one they are taken in turn."""
+    """A colour for each rule. Every kind of rule has the same colour in all figures, unless two
+    rules would share one; then colours are assigned in order."""
     own = [_rule_color(rule) for rule in rules]
     return own if len(set(own)) == len(own) else list(islice(cycle(COLORS), len(own)))
 
@@ -60,31 +60,31 @@ def _rule_color(rule: Rule) -> str:
             return COLORS[3]
         case PowerRule():
             return COLORS[4]
-    return COLORS[5]  # data parallel first, local later
+    return COLORS[5]  # data parallel first, then local
 
 
 def nested_widths(count: int) -> list[float]:
-    """Line widths, in points, that fall from the first line to the last, so that all of them are
-    seen where they coincide."""
+    """Line widths in points, decreasing from the first line to the last, so that lines that
+    coincide all stay visible."""
     return [float(width) for width in np.linspace(2.8, 1.2, count)]
 
 
 def label_log_ticks(axis: Axis, ticks: Sequence[float]) -> None:
-    """Plain numbers at these places of a logarithmic axis, and none between them."""
+    """Label a logarithmic axis with plain numbers at these ticks only."""
     axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
     axis.set_minor_locator(NullLocator())
 
 
 def label_log_decades(axis: Axis) -> None:
-    """Plain numbers at 1, 2 and 5 times the powers of ten of a logarithmic axis."""
+    """Label a logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
 def legend_once(figure: Figure, *, ncols: int, by_label: bool = False) -> None:
-    """A legend below the figure, each label of its axes in it once: in the order in which they
-    were drawn, or in that of the alphabet, which puts what a word marks below what it does not."""
+    """A legend below the figure with each label of its axes once, in drawing order, or sorted with
+    `by_label`, so that a label comes before its variants."""
     found = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
     handles = {label: handle for pairs in found for handle, label in pairs}
     labels = sorted(handles) if by_label else list(handles)
@@ -101,7 +101,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A picture for a notebook: NOTEBOOK_DPI, and small, for it is kept in the notebook's text."""
+    """A small PNG for a notebook, at NOTEBOOK_DPI, because the notebook's file contains it."""
     drawn, small = io.BytesIO(), io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(drawn, format="png", dpi=NOTEBOOK_DPI)

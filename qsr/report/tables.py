@@ -1,4 +1,4 @@
-"""Records -> tables. Numbers stay numbers until they are written as Markdown."""
+"""Records -> tables. Numbers become text only in the Markdown."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +30,7 @@ def _row(label: str, runs: Sequence[Run]) -> dict[str, str | float]:
 
 
 def rule_table_markdown(table: pd.DataFrame) -> str:
-    """The table for people: units in the head, a dash where nothing was measured."""
+    """A rule_table as Markdown, with units in the header and a dash for missing values."""
     text = pd.DataFrame(
         {
             "rule": table["rule"],
@@ -55,7 +55,7 @@ def rule_table_markdown(table: pd.DataFrame) -> str:
 
 
 def averages_table_markdown(runs: Mapping[str, Run]) -> str:
-    """Averages and bytes of each run, as planned and as counted while it trained."""
+    """Averages and bytes of each run, planned and counted in training."""
     rows = []
     for label, run in runs.items():
         planned = run.summary["planned"]
@@ -74,7 +74,7 @@ def averages_table_markdown(runs: Mapping[str, Run]) -> str:
 
 
 def markdown_table(text: pd.DataFrame) -> str:
-    """A table of strings as Markdown whose columns line up in the source too."""
+    """A table of strings as Markdown; columns are aligned in the source too."""
     rows = [text.columns.tolist(), *text.to_numpy().tolist()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

@@ -1,4 +1,4 @@
-"""Averages: what workers do together, from one all-reduce to the rounds of a plan.
+"""Averages over the workers: from one all-reduce to the rounds of a plan.
 
 May import: torch and core only.
 """

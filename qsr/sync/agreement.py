@@ -1,5 +1,5 @@
-"""The question that the ranks ask each other in every step: do all do the same, and is any of them
-asked to stop? The answer travels while they compute, so that it costs no waiting."""
+"""The check that ranks make in every step: do all ranks do the same, and was any of them asked to
+stop? It runs while they compute, so that no rank waits for it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from qsr.sync.communicator import Communicator, PendingSum
 from qsr.sync.fingerprint import Fingerprint
 
 MAX_PENDING = 8
-"""Questions of an `Agreement` that may be under way within a round: so many steps one rank may be
-ahead of another, whose step just takes longer, without waiting for it, and so many steps later may
-a stop be noticed. With one alone every step would take as long as its slowest rank's."""
+"""Checks of an `Agreement` that may be pending within a round. A fast rank may be this many steps
+ahead of a slow one before it waits, and a stop may be noticed this many steps late. With 1, every
+step would take as long as on its slowest rank."""
 
 
 class StopRequestedError(Exception):
-    """A stop was agreed in the middle of something that can be done again. On every rank."""
+    """The ranks agreed to stop during something that can be repeated; raised on every rank."""
 
 
 class Agreement:
-    """That all ranks do the same, and whether any was asked to stop, as all ranks know it."""
+    """Checks that all ranks do the same, and tells all of them whether any was asked to stop."""
 
     def __init__(self, communicator: Communicator, asked_to_stop: Callable[[], bool]) -> None:
         self._communicator = communicator
@@ -28,9 +28,9 @@ class Agreement:
 
     def begin(self, mark: Fingerprint) -> None:
         """Collective: tell the other ranks what this one is about to do, and whether it was asked
-        to stop. The answer travels while the ranks compute on."""
+        to stop, without waiting for their answers."""
         asked = self._asked_to_stop()
-        if self._communicator.topology.ranks == 1:  # agrees with itself
+        if self._communicator.topology.ranks == 1:  # nobody to ask
             self._stop = self._stop or asked
             return
         numbers = mark.encode()
@@ -38,9 +38,9 @@ class Agreement:
         self._pending.append((mark, numbers, total))
 
     def settle(self, pending: int = 0) -> bool:
-        """Collective: whether any rank had been asked to stop, as far as the answers tell. Waits
-        until `pending` of them are under way, the last ones. Raises DisagreementError on a rank
-        whose mark was not the others'."""
+        """Collective: whether any rank was asked to stop, according to the answers so far. Waits
+        for all but the last `pending` answers. Raises DisagreementError on a rank whose mark
+        differs from the others'."""
         while len(self._pending) > pending:
             mark, numbers, answer = self._pending.popleft()
             asked, *sums = answer.wait().tolist()
@@ -52,7 +52,7 @@ class Agreement:
         return self._stop
 
     def check(self, mark: Fingerprint) -> None:
-        """Collective: raise StopRequestedError if a stop is agreed; otherwise ask again."""
+        """Collective: raise StopRequestedError if a stop was agreed; otherwise start a check."""
         if self.settle():
             raise StopRequestedError
         self.begin(mark)

@@ -1,4 +1,4 @@
-"""The average over the workers, in place on their flat buffers."""
+"""Averages over the workers, in place on their flat buffers."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from qsr.sync.flat import FlatBuffers
 class Averager:
     """Averages flat buffers over all workers.
 
-    `replicas` holds, for each worker of this rank, its buffers; all have the same layout, and the
-    first float32 buffer's tail has room for a fingerprint.
+    `replicas` are the buffers of this rank's workers. All have the same layout, and the tail of the
+    float32 buffer has space for a fingerprint.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -27,9 +27,9 @@ class Averager:
     def average_(self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint | None) -> None:
         """Collective: replace every replica, in place, by the mean over all workers.
 
-        The fingerprint (of buffers that have room for one) travels in the same all-reduce. On the
-        CPU ranks that disagree raise DisagreementError here; on a GPU, where a look at the result
-        would make the host wait, at the next `check`.
+        The fingerprint (None for buffers without space for it) is part of the same all-reduce. On
+        the CPU, ranks that disagree raise DisagreementError here; on a GPU only at the next
+        `check`, because reading the result here would make the host wait.
         """
         own = self._sign_(replicas, fingerprint)
         mean_(self._communicator, [replica.buffers for replica in replicas])
@@ -38,8 +38,8 @@ class Averager:
     def begin(
         self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint, into: FlatBuffers
     ) -> "PendingAverage":
-        """Collective: as `average_`, but write the mean to `into` alone, and do not wait for it.
-        Until it is there the replicas must not be written to."""
+        """Collective: like `average_`, but write the mean only to `into`, without waiting for it.
+        The replicas must not be changed before the average is complete."""
         own = self._sign_(replicas, fingerprint)
         first, *others = (replica.buffers for replica in replicas)
         sums = []
@@ -59,7 +59,7 @@ class Averager:
     def _sign_(
         self, replicas: Sequence[FlatBuffers], fingerprint: Fingerprint | None
     ) -> Tensor | None:
-        """Write the fingerprint to the replicas' tails; return it."""
+        """Write the fingerprint to the replicas' tails and return it as a tensor."""
         if fingerprint is None:
             return None
         own = torch.tensor(fingerprint.encode())
@@ -90,14 +90,14 @@ class Averager:
 
 
 class PendingAverage(NamedTuple):
-    """An average that is on its way."""
+    """An average in progress."""
 
     wait: Callable[[], None]
-    """Collective: until it is there. Raises DisagreementError, as `Averager.average_` does."""
+    """Collective: wait for the average. Raises DisagreementError like `Averager.average_`."""
 
 
 def mean_(communicator: Communicator, replicas: Sequence[dict[torch.dtype, Tensor]]) -> None:
-    """Collective: the mean over all workers, in place: local sum, one all-reduce, one division."""
+    """Collective: mean over all workers, in place: a local sum, one all-reduce, one division."""
     first, *others = replicas
     for dtype, buffer in first.items():
         for other in others:
@@ -109,10 +109,10 @@ def mean_(communicator: Communicator, replicas: Sequence[dict[torch.dtype, Tenso
 
 
 class MomentBuffers:
-    """The optimizers' states of the given names, in flat buffers: one per worker of the rank.
+    """The optimizer states of the given names in flat buffers, one for each worker of the rank.
 
-    The states come into being in the optimizers' first steps, so they are moved into the buffers
-    when first asked for. A parameter without a state takes part as zeros.
+    Optimizers create their states in the first step, so the states are moved into the buffers when
+    these are first used. A parameter without a state counts as zeros.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], keys: Sequence[str]) -> None:
@@ -121,7 +121,7 @@ class MomentBuffers:
         self._flat: list[FlatBuffers] = []
 
     def buffers(self) -> Sequence[FlatBuffers]:
-        """The states' flat buffers; the optimizers update them in place from now on."""
+        """The flat buffers; from now on the optimizers update their states there, in place."""
         if self._keys and not self._flat:
             self._flat = [self._flatten(optimizer) for optimizer in self._optimizers]
         return self._flat

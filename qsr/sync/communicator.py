@@ -1,7 +1,7 @@
-"""Processes, devices, and every collective of the project.
+"""Processes, devices, and all collectives of the project.
 
-All collectives stand here, so that it is plain where ranks wait for each other. A method marked
-"collective" must be called by every rank, in the same order. With one rank nothing is sent.
+All collectives are in this module, so that it is clear where ranks wait for each other. A method
+marked "Collective:" must be called by every rank, in the same order. With one rank nothing is sent.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from qsr.output import warn
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands: `rank` of `ranks`, holding `workers` of the run's K."""
+    """Place of this process: `rank` of `ranks`, with `workers` of the run's K workers."""
 
     rank: int
     ranks: int
     local_rank: int
-    """Number of this rank on its machine."""
+    """Index of this rank on its machine."""
     num_workers: int
-    """K."""
+    """Number of workers of the run, K."""
 
     @property
     def workers(self) -> range:
-        """The workers of this rank: consecutive, equally many on each."""
+        """The workers of this rank: consecutive, the same number on each rank."""
         each = self.num_workers // self.ranks
         return range(self.rank * each, (self.rank + 1) * each)
 
@@ -44,17 +44,17 @@ class Topology:
 
 
 class RollCall(Protocol):
-    """Knows which ranks are missing when the network between them has failed."""
+    """Finds out which ranks are missing after a collective failed."""
 
     def not_waiting(self) -> list[int]:
-        """The ranks that are not waiting for the others, as this one is."""
+        """The ranks that do not wait for the others, as this one does."""
 
     def gone(self) -> list[int]:
-        """The ranks whose process is gone."""
+        """The ranks whose process has ended."""
 
 
 class Communicator:
-    """The collectives of a run, and the time that training's own averages took."""
+    """The collectives of a run; measures the time that training waits for averages."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class Communicator:
         timeout_seconds: float,
         roll_call: RollCall | None = None,
     ) -> None:
-        """`timeout_seconds`: how long the process group waits in a collective. With several ranks
-        the default process group must exist (see qsr.cluster.group)."""
+        """`timeout_seconds`: timeout of the process group's collectives. With several ranks the
+        default process group must exist (see qsr.cluster.group)."""
         self.topology = topology
         self.device = device
         self._seconds = 0.0
@@ -79,8 +79,8 @@ class Communicator:
                 dist.all_reduce(tensor)
 
     def begin_sum_(self, tensor: Tensor) -> "PendingSum":
-        """Collective: as `sum_`, without waiting for it; what is waited later is timed. Until then
-        `tensor` must not be touched."""
+        """Collective: like `sum_`, but do not wait; the later wait is timed. `tensor` must not be
+        touched before."""
         work = None
         if self.topology.ranks > 1:
             with self.missing("an average"):
@@ -89,7 +89,7 @@ class Communicator:
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
-        """Around what training waits for: counts its time, and names who is missing."""
+        """Context for what training waits for: adds to its time; see `missing` for errors."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -104,8 +104,8 @@ class Communicator:
             self._seconds += time.perf_counter() - started
 
     def seconds(self) -> float:
-        """Time that training waited for sums so far. Waits for the GPU; call it where the host
-        waits anyway."""
+        """Seconds that training has waited for sums so far. Waits for the GPU, so call it where
+        the host waits anyway."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000.0
@@ -121,7 +121,7 @@ class Communicator:
         return result
 
     def gather_floats(self, values: Sequence[float]) -> list[list[float]]:
-        """Collective: every rank's `values` (equally many), in the order of the ranks."""
+        """Collective: the `values` of every rank, in rank order; each has the same number."""
         own = torch.tensor(values, dtype=torch.float64)
         if self.topology.ranks == 1:
             return [own.tolist()]
@@ -131,7 +131,7 @@ class Communicator:
         return [row.tolist() for row in everyone]
 
     def gather_texts(self, text: str) -> list[str]:
-        """Collective: every rank's `text`, in the order of the ranks."""
+        """Collective: the `text` of every rank, in rank order."""
         own = torch.tensor(list(text.encode(errors="surrogateescape")), dtype=torch.uint8)
         sizes = [int(row[0]) for row in self.gather_floats([len(own)])]
         if self.topology.ranks == 1 or max(sizes) == 0:
@@ -146,8 +146,8 @@ class Communicator:
         ]
 
     def first_difference(self, record: Mapping[str, Any]) -> "Difference | None":
-        """Collective: the first rank whose `record`, of what JSON holds, is not rank 0's; None if
-        all are the same."""
+        """Collective: the first rank whose `record` (JSON values) differs from rank 0's; None if
+        all are equal."""
         main, *others = map(json.loads, self.gather_texts(json.dumps(record)))
         for rank, other in enumerate(others, start=1):
             changed = [
@@ -160,8 +160,8 @@ class Communicator:
         return None
 
     def try_on_all(self, action: Callable[[], object]) -> None:
-        """Collective: do `action`. Where it raises OSError on any rank, every rank raises one: that
-        of the first of them, with its number."""
+        """Collective: call `action`. If it raises OSError on any rank, every rank raises the error
+        of the first such rank, with its number."""
         problem = ""
         try:
             action()
@@ -172,7 +172,7 @@ class Communicator:
             raise OSError(reason)
 
     def say(self, line: str) -> None:
-        """Tell the user something beside the metrics, on stderr; rank 0 alone speaks."""
+        """Write a line for the user to stderr, on rank 0 only."""
         if self.topology.is_main:
             warn(line)
 
@@ -181,21 +181,21 @@ class Communicator:
         return any(row[0] for row in self.gather_floats([float(flag)]))
 
     def begin_sum(self, values: Sequence[float]) -> "PendingSum":
-        """Collective: add up `values` (equally many) over the ranks, without waiting for it."""
+        """Collective: sum `values` (the same number on each rank) over the ranks; do not wait."""
         own, work = torch.tensor(values, dtype=torch.float64), None
         if self.topology.ranks > 1:
-            with self.missing("a question"):
+            with self.missing("an agreement"):
                 work = dist.all_reduce(own, async_op=True)
-        return PendingSum(own, work, partial(self.missing, "a question"))
+        return PendingSum(own, work, partial(self.missing, "an agreement"))
 
     def barrier(self) -> None:
-        """Collective: wait until every rank is here."""
+        """Collective: wait for all ranks."""
         self.any(False)
 
     @contextlib.contextmanager
     def missing(self, collective: str) -> Iterator[None]:
-        """Around `collective`: if it fails because of other ranks, raises LostRankError, which
-        names those that do not answer."""
+        """Context for `collective`: if it fails because of other ranks, raise LostRankError, which
+        names the ranks that do not respond."""
         started = time.monotonic()
         try:
             yield
@@ -206,39 +206,42 @@ class Communicator:
             raise LostRankError(self._describe(collective, waited, error)) from error
 
     def _describe(self, collective: str, waited: float, error: RuntimeError) -> str:
-        during = f"rank {self.topology.rank} was in {collective}"
+        during = f"rank {self.topology.rank} was waiting for {collective}"
         if waited < 0.9 * self._timeout_seconds:
             gone = self._roll_call.gone() if self._roll_call is not None else []
             if gone:
-                return f"{_ranks(gone)} gone: {during} when the connection was closed"
-            return f"{during} when the network failed, and all ranks are there ({error})"
+                return f"{_ranks(gone)} gone: {during} when the connection closed"
+            return f"{during} when the network failed; all ranks are running ({error})"
         absent = self._roll_call.not_waiting() if self._roll_call is not None else []
         if absent:
             return (
-                f"{_ranks(absent)} not there: {during} for {waited:.0f} s "
-                f"(cluster.timeout_seconds); it hangs, or is slower than that"
+                f"{_ranks(absent)} not responding: {during} for {waited:.0f} s; if it is only "
+                f"slow, raise cluster.timeout_seconds"
             )
-        return f"{during} for {waited:.0f} s, and so were all ranks: is the network that slow?"
+        return (
+            f"{during} for {waited:.0f} s, and so were all other ranks: check the network; if it "
+            f"is only slow, raise cluster.timeout_seconds"
+        )
 
 
 class Difference(NamedTuple):
-    """Of a rank from rank 0."""
+    """How a rank differs from rank 0."""
 
     rank: int
     what: str
-    """What differs, as "name: of rank 0 -> of this rank"."""
+    """What differs, as "name: value on rank 0 -> value on this rank"."""
 
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum over the ranks that is on its way."""
+    """A sum over the ranks in progress."""
 
     _sum: Tensor
     _work: dist.Work | None
     _waiting: Callable[[], contextlib.AbstractContextManager[None]]
 
     def wait(self) -> Tensor:
-        """Collective: the sum. With NCCL the device waits for it, not the host."""
+        """Collective: wait for the sum and return it. With NCCL the device waits, not the host."""
         if self._work is not None:
             with self._waiting():
                 self._work.wait()
@@ -246,17 +249,17 @@ class PendingSum:
 
 
 def first_text(texts: Iterable[str]) -> str | None:
-    """The first that is not empty."""
+    """The first text that is not empty, if any."""
     return next(filter(None, texts), None)
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    """Whether a collective failed for want of other ranks. gloo has no type of its own for it."""
+    """Whether a collective failed because of other ranks. gloo has no error type for it."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "pair closure" in text
 
 
 def _ranks(numbers: Sequence[int]) -> str:
-    """As the subject of a sentence, with its verb."""
+    """ "rank 1 is" or "ranks 1, 2 are"."""
     listed = ", ".join(map(str, numbers))
     return f"rank {listed} is" if len(numbers) == 1 else f"ranks {listed} are"

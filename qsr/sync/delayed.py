@@ -1,4 +1,4 @@
-"""Averages that travel while training goes on: a change of the algorithm, off by default."""
+"""Averages that overlap with training: a change of the algorithm, off by default."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,16 +10,17 @@ from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers, FlatModule
 
 PREFIX = "correction/"
-"""What the names of the corrections begin with in a checkpoint."""
+"""Prefix of the corrections' names in a checkpoint."""
 
 
 class DelayedAverage:
-    """The average of a round, applied some steps after the round's end.
+    """The average of a round, applied some steps after the end of the round.
 
-    At the round's end the parameters of the `replicas`, this rank's workers, are copied; the copies
-    are averaged while the workers train on. When the average is due, each worker adds its
-    correction, the average minus its copy, to its parameters: the steps taken meanwhile stay. Takes
-    the memory of one more model for each worker of the rank, and of one for the average.
+    At the end of the round the parameters of the `replicas`, this rank's workers, are copied, and
+    the copies are averaged while the workers continue to train. When the average is due, each
+    worker adds its correction, the average minus its copy, to its parameters, so that the steps
+    taken meanwhile are kept. This needs memory for one more model per worker of the rank, and for
+    one average.
     """
 
     def __init__(self, averager: Averager, replicas: Sequence[FlatModule]) -> None:
@@ -29,10 +30,10 @@ class DelayedAverage:
         self._average = _like(replicas[0])
         self._pending: PendingAverage | None = None
         self.due: int | None = None
-        """The step at whose end the average is applied; None: none is under way."""
+        """The average is applied at the end of this step; None: no average is in progress."""
 
     def begin(self, fingerprint: Fingerprint, due: int) -> None:
-        """Collective: a round has ended; its average is applied at the end of step `due`."""
+        """Collective: begin the average of a round, to be applied at the end of step `due`."""
         for copy, replica in zip(self._copies, self._replicas, strict=True):
             for dtype, buffer in replica.flat.buffers.items():
                 copy.buffers[dtype].copy_(buffer)
@@ -40,8 +41,8 @@ class DelayedAverage:
         self.due = due
 
     def corrections(self) -> list[dict[str, Tensor]]:
-        """Collective: the correction of each worker of the rank, by the parameters' names; empty
-        if no average is under way."""
+        """Collective: the correction of each worker of the rank, by parameter name; empty if no
+        average is in progress."""
         if self.due is None:
             return [{} for _ in self._replicas]
         if self._pending is not None:
@@ -56,7 +57,7 @@ class DelayedAverage:
         ]
 
     def apply_(self) -> None:
-        """Collective: move the workers' parameters by the corrections."""
+        """Collective: add the corrections to the workers' parameters."""
         self.corrections()
         for copy, replica in zip(self._copies, self._replicas, strict=True):
             for dtype, buffer in replica.flat.buffers.items():
@@ -64,7 +65,7 @@ class DelayedAverage:
         self.due = None
 
     def load(self, corrections: Sequence[Mapping[str, Tensor]], due: int) -> None:
-        """Restore what `corrections` and `due` gave."""
+        """Restore saved values of `corrections` and `due`."""
         for replica, copy, stored in zip(self._replicas, self._copies, corrections, strict=True):
             for name, view in zip(_names(replica), copy.views, strict=True):
                 view.copy_(stored[name])

@@ -1,4 +1,4 @@
-"""What all ranks must agree on in every step, as numbers that travel with an all-reduce."""
+"""What all ranks must agree on in every step, as numbers that an all-reduce can compare."""
 
 import hashlib
 from collections.abc import Hashable, Sequence
@@ -9,12 +9,12 @@ from qsr.core.sampling import Sampler
 from qsr.errors import DisagreementError
 
 _DIGITS = 2
-"""12-bit numbers per field of a fingerprint. Sums of such numbers over up to 4,096 workers are
-exact in float32, and so is their division by the number of workers."""
+"""12-bit numbers per field of a fingerprint. In float32 their sum over up to 4,096 workers is
+exact, and so is its division by the number of workers."""
 
 
 class Fingerprint(NamedTuple):
-    """What must be equal on all workers in every step."""
+    """The values that must be equal on all workers in every step."""
 
     step: int
     round: int
@@ -24,12 +24,12 @@ class Fingerprint(NamedTuple):
     config: str
 
     def encode(self) -> list[float]:
-        """Every field as `_DIGITS` numbers below 4,096, drawn from its hash."""
+        """Every field as `_DIGITS` numbers below 4,096, taken from its hash."""
         return [number for value in self for number in _draw_numbers(value)]
 
     def disagreement(self, rank: int, wrong: Sequence[bool]) -> DisagreementError:
-        """The error of a `rank` that has this fingerprint while others have another; `wrong`: which
-        of its numbers differ."""
+        """The error of a `rank` with this fingerprint, where others have another one; `wrong` says
+        which of its numbers differ."""
         digits = range(_DIGITS)
         fields = [
             name
@@ -38,9 +38,8 @@ class Fingerprint(NamedTuple):
         ]
         here = ", ".join(f"{name}={value}" for name, value in self._asdict().items())
         return DisagreementError(
-            f"rank {rank}: the ranks disagree on {', '.join(fields)} (here {here}); the run cannot "
-            f"go on from here: start all ranks from the same code, settings and data, and it "
-            f"resumes from the last checkpoint"
+            f"rank {rank}: the ranks disagree on {', '.join(fields)} (here {here}): start all "
+            f"ranks with the same code, settings and data; the run resumes from its last checkpoint"
         )
 
 
@@ -52,4 +51,4 @@ def _draw_numbers(value: Hashable) -> tuple[float, ...]:
 
 
 FINGERPRINT_SIZE = _DIGITS * len(Fingerprint._fields)
-"""float32 elements that a fingerprint takes in a flat buffer's tail."""
+"""float32 elements of a fingerprint in the tail of a flat buffer."""

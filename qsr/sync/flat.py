@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 _ALIGNMENT_BYTES = 64
-"""Where tensors may begin, as those that torch allocates do: kernels that read several numbers at
-once are slower elsewhere, or are not taken."""
+"""Alignment of the tensors, the same as torch's allocations have: vectorized kernels are slower on
+other addresses, or are not used."""
 
 
 class FlatBuffers:
-    """One contiguous buffer per dtype that holds `tensors` (on one device) one after the other,
-    with zeros between them where the next one would not be aligned.
+    """One contiguous buffer per dtype that holds `tensors` (on one device) one after another, with
+    zeros as padding for alignment.
 
-    `views[i]` has the shape, memory format (channels_last too) and value of `tensors[i]` and lies
-    in the buffer of its dtype. `tail` is `extra` more float32 elements, at the end of the float32
-    buffer, that travel with the tensors. `bytes` is the size of the tensors, without what lies
-    between them and the tail.
+    `views[i]` has the shape, memory format (channels_last too) and values of `tensors[i]` and is a
+    view of the buffer of its dtype. `tail` is `extra` more float32 elements at the end of the
+    float32 buffer, which are communicated with the tensors. `bytes` is the size of the tensors,
+    without padding and tail.
     """
 
     def __init__(self, tensors: Sequence[Tensor], extra: int = 0) -> None:
@@ -36,8 +36,7 @@ class FlatBuffers:
         }
         self.views = []
         for tensor, offset in zip(tensors, offsets, strict=True):
-            # empty_like keeps the order of the dimensions of a dense tensor and makes any other
-            # tensor contiguous
+            # empty_like keeps the dimension order of a dense tensor; others become contiguous
             strides = torch.empty_like(tensor, device="meta").stride()
             view = self.buffers[tensor.dtype].as_strided(tensor.shape, strides, offset)
             view.copy_(tensor.detach())
@@ -47,9 +46,9 @@ class FlatBuffers:
 
 
 class FlatModule:
-    """A module whose parameters have been moved into flat buffers, where they stay.
+    """A module whose parameters are views of flat buffers.
 
-    `gradients` holds its gradients in flat buffers too, once `flatten_gradients` was called.
+    After `flatten_gradients`, `gradients` holds its gradients in flat buffers too.
     """
 
     def __init__(self, module: nn.Module, extra: int = 0) -> None:
@@ -65,14 +64,14 @@ class FlatModule:
         return dict(self.module.named_parameters())
 
     def flatten_gradients(self) -> None:
-        """Keep the gradients in flat buffers from now on, for an average without packing."""
+        """Keep the gradients in flat buffers from now on, so that averages need no packing."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.gradients = FlatBuffers([torch.zeros_like(p) for p in parameters])
         for parameter, view in zip(parameters, self.gradients.views, strict=True):
             parameter.grad = view
 
     def zero_gradients(self) -> None:
-        """Forget the last step's gradients."""
+        """Clear the gradients of the last step."""
         if self.gradients is None:
             self.module.zero_grad(set_to_none=True)
         else:

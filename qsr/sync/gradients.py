@@ -1,4 +1,4 @@
-"""Data parallel training: the average of the gradients in every step."""
+"""Data parallel training: averages of the gradients in every step."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from qsr.sync.flat import FlatModule
 
 
 class GradientAverager:
-    """Averages the gradients of all workers, of which `replicas` are this rank's.
+    """Averages the gradients of all workers; `replicas` are this rank's workers.
 
-    Where every rank is one worker this is torch's DDP, which hides the all-reduces, in buckets of
-    `bucket_mib` MiB, behind the backward pass. Otherwise, or with None, gradients lie in flat
-    buffers, are summed on the rank first where it holds several workers, and averaged after the
-    backward pass.
+    With one worker per rank this is torch's DDP, which overlaps the all-reduces, in buckets of
+    `bucket_mib` MiB, with the backward pass. With several workers per rank, or if `bucket_mib` is
+    None, gradients are kept in flat buffers, summed on the rank, and averaged after the backward
+    pass.
     """
 
     def __init__(
@@ -30,31 +30,31 @@ class GradientAverager:
         topology = communicator.topology
         if bucket_mib is not None and topology.num_workers > 1 and len(replicas) == 1:
             with warnings.catch_warnings():
-                # deprecated by torch 2.15 for a name that older versions do not have
+                # torch 2.15 deprecates it for a name that older versions do not have
                 warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
                 self._ddp = DistributedDataParallel(
                     replicas[0].module,
                     broadcast_buffers=False,  # each worker's BatchNorm statistics are its own
                     bucket_cap_mb=bucket_mib,
                     gradient_as_bucket_view=True,
-                    static_graph=True,  # the same parameters, as often, in every step
+                    static_graph=True,  # every step uses the same parameters equally often
                 )
         elif topology.num_workers > 1:
             for replica in replicas:
                 replica.flatten_gradients()
 
     def forward_of(self, replica: FlatModule) -> nn.Module:
-        """What the replica's batches go through: DDP around its module, or the module itself."""
+        """The module for the replica's forward passes: DDP around its module, or that module."""
         return replica.module if self._ddp is None else self._ddp
 
     def settle(self, images: Tensor) -> None:
-        """Collective: two backward passes whose gradients are thrown away, before the first step
-        of a session.
+        """Collective: two backward passes before the first step of a session; their gradients are
+        discarded.
 
-        DDP records the graph in its first backward pass and reorders its buckets after it, and
-        with them the order in which the ranks' gradients are added. Without this a resumed run
-        would take more steps with the first order than an uninterrupted one, and differ in the
-        last bits.
+        DDP records the graph in its first backward pass and then reorders its buckets, which
+        changes the order in which the ranks' gradients are added. Without this a resumed run would
+        take more steps with the initial order than an uninterrupted one, and differ in the last
+        bits.
         """
         if self._ddp is None:
             return
@@ -68,12 +68,12 @@ class GradientAverager:
 
     @property
     def overlaps(self) -> bool:
-        """Whether DDP hides the communication, so that its time cannot be measured by itself."""
+        """Whether DDP overlaps communication and computing, so that they cannot be timed apart."""
         return self._ddp is not None
 
     def backward_context(self, *, average: bool) -> AbstractContextManager[object]:
-        """Context of a forward and backward pass; `average`: the last one of a data parallel
-        step, after which the gradients are averaged."""
+        """Context for a forward and backward pass; `average`: the gradients are averaged after it,
+        because it is the last one of a data parallel step."""
         if self._ddp is None:
             return nullcontext()
         return self._communicator.missing("an average") if average else self._ddp.no_sync()

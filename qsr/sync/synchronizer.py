@@ -1,9 +1,9 @@
-"""What the workers of a run do together: the communication of Algorithm 1 (Gu et al. 2024).
+"""The communication of Algorithm 1 (Gu et al. 2024).
 
-In a round of a local method each worker trains alone for H steps; `end_round` then replaces the
-parameters of all by their mean. In a data parallel round the gradients are averaged before every
-update instead. Besides, the ranks tell each other in every step what they are about to do, so that
-ranks that disagree stop before anything is mixed.
+In a round of a local method each worker trains alone for H steps; then `end_round` replaces the
+parameters of all workers by their mean. In a data parallel round the gradients are averaged before
+every update instead. In every step the ranks also tell each other what they are about to do, so
+that ranks that disagree stop before their parameters are mixed.
 """
 
 import hashlib
@@ -29,29 +29,29 @@ from qsr.sync.gradients import GradientAverager
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How averages are made, beside the plan that says when."""
+    """How averages are made; the plan says when."""
 
     moments: Sequence[str] = ()
-    """Optimizer states that are averaged with the parameters, by their keys in torch."""
+    """torch's keys of the optimizer states that are averaged with the parameters."""
     bucket_mib: float | None = None
-    """Data parallel rounds: size of DDP's buckets in MiB; None: average after the backward pass."""
+    """Data parallel rounds: DDP's bucket size in MiB; None: average after the backward pass."""
     delay_steps: int = 0
-    """Steps of the next round after which a round's average is applied; 0: at its end."""
+    """Steps after the end of a round at which its average is applied; 0: at the end."""
 
 
 def expected_state(replica: FlatModule, options: SyncOptions) -> dict[str, Tensor]:
-    """The tensors of a worker that `Synchronizer.state` gives at most, for their names and sizes;
-    a replica on the meta device will do."""
+    """All tensors that `Synchronizer.state` may return for a worker, for their names and sizes. The
+    replica may be on the meta device."""
     if not options.delay_steps:
         return {}
     return {f"{PREFIX}parameters/{name}": p for name, p in replica.parameters().items()}
 
 
 class Synchronizer:
-    """Keeps the workers of all ranks together through the rounds of a plan.
+    """Synchronizes the workers of all ranks through the rounds of a plan.
 
-    Every rank builds one with the same arguments, but for `replicas` and `optimizers`, those of its
-    own workers. `sampler` and `config_hash` are what the ranks must agree on besides the plan.
+    Every rank builds one with the same arguments, except for `replicas` and `optimizers`, which are
+    those of its own workers. Besides the plan, the ranks must agree on `sampler` and `config_hash`.
     """
 
     def __init__(
@@ -89,41 +89,41 @@ class Synchronizer:
         self._agreement.begin(self._mark(round_, step + 1))
 
     def forward_of(self, replica: FlatModule) -> nn.Module:
-        """What the replica's batches go through."""
+        """The module for the replica's forward passes."""
         return replica.module if self._gradients is None else self._gradients.forward_of(replica)
 
     def backward_context(self, *, average: bool) -> AbstractContextManager[object]:
-        """Context of a forward and backward pass; `average`: the last one of a step whose gradients
-        are averaged."""
+        """Context for a forward and backward pass; `average`: the last one of a step whose
+        gradients are averaged."""
         if self._gradients is None:
             return nullcontext()
         return self._gradients.backward_context(average=average)
 
     def average_gradients(self) -> int:
         """Collective: complete the average after the last backward pass of a data parallel step.
-        Returns the bytes that each worker gave."""
+        Returns the bytes that each worker contributed."""
         assert self._gradients is not None  # the plan has data parallel rounds
         self._gradients.finish()
         return self._replicas[0].flat.bytes
 
     def end_step(self, step: int) -> None:
-        """Collective: after the update of the 0-based `step`; apply a delayed average if due."""
+        """Collective: call after the update of the 0-based `step`; applies a delayed average."""
         if self._delayed is not None and self._delayed.due == step + 1:
             self._delayed.apply_()
 
     def end_round(self, round_: Round) -> int:
         """Collective: after the last step of a local round, replace the parameters of all workers
-        by their mean. Returns the bytes that each worker gave.
+        by their mean. Returns the bytes that each worker contributed.
 
         Raises DisagreementError if the ranks do not do the same.
         """
-        self._agreement.settle()  # ranks that disagree would mix, or wait for each other
+        self._agreement.settle()  # otherwise ranks that disagree would mix parameters, or deadlock
         flat = [replica.flat for replica in self._replicas]
         mark = self._mark(round_, round_.end)
         if self._delayed is not None and round_.end < self.plan.total_steps:
             following = self.plan.round_at(round_.end).length
             self._delayed.begin(mark, due=round_.end + min(self._delay_steps, following))
-        else:  # the paper's; and the last one, which nothing follows
+        else:  # as in the paper; also for the last round, which no steps follow
             self._averager.average_(flat, mark)
         moments = self._moments.buffers()
         if moments:
@@ -133,25 +133,26 @@ class Synchronizer:
     # Agreement
 
     def stop_agreed(self, *, wait: bool) -> bool:
-        """Collective: whether any rank was asked to stop. `wait`: for the answers of all steps so
-        far; otherwise some may still be on their way. Raises DisagreementError."""
+        """Collective: whether any rank was asked to stop. `wait`: wait for the answers of all steps
+        so far; otherwise some may still be pending. Raises DisagreementError."""
         return self._agreement.settle(0 if wait else MAX_PENDING)
 
     def check(self) -> None:
-        """Raise DisagreementError if an average so far mixed ranks that disagree. Waits for the
+        """Raise DisagreementError if any average so far mixed ranks that disagree. Waits for the
         device."""
         self._averager.check()
 
     def checks_between(self, round_: Round, step: int) -> Callable[[], None]:
-        """Collective: a function for something long after `step` steps, such as an evaluation. All
-        ranks call it now and then alike; it raises StopRequestedError once a stop is agreed."""
+        """Collective: a function for long work after `step` steps, such as an evaluation. It is
+        collective; all ranks call it equally often. Raises StopRequestedError once a stop is
+        agreed."""
         mark = self._mark(round_, step)
         self._agreement.begin(mark)
         return lambda: self._agreement.check(mark)
 
     def check_equal_start(self) -> None:
-        """Collective: see that all workers begin with the same weights, because no later average
-        would tell. Raises TrainingError."""
+        """Collective: raise TrainingError unless all workers begin with the same weights; after an
+        average a difference would no longer show."""
         digests = set()
         for replica in self._replicas:
             digest = hashlib.blake2b(digest_size=6)
@@ -160,13 +161,16 @@ class Synchronizer:
             digests.add(float(int.from_bytes(digest.digest(), "big")))
         rows = self.communicator.gather_floats([min(digests), max(digests)])
         if len({value for row in rows for value in row}) > 1:
-            raise TrainingError("the workers' initial weights differ: the same seed gave others")
+            raise TrainingError(
+                "the workers' initial weights differ, though their seed is the same: use the same "
+                "code, torch and kind of device on all ranks"
+            )
 
     # What is true now
 
     def parameters_are_equal(self, round_: Round, step: int) -> bool:
-        """Whether all workers have the same parameters after `step` steps, in this round or at its
-        end."""
+        """Whether all workers have the same parameters after `step` steps, within this round or at
+        its end."""
         if round_.averages == "gradients":
             return True
         under_way = self._delayed is not None and self._delayed.due is not None
@@ -174,19 +178,19 @@ class Synchronizer:
 
     @property
     def measures_communication(self) -> bool:
-        """Whether all averages are timed: not where DDP overlaps them with the backward pass."""
+        """Whether all averages are timed; False if DDP overlaps them with the backward pass."""
         return self._gradients is None or not self._gradients.overlaps
 
-    # A session's begin and end
+    # Begin and end of a session
 
     def settle(self, images: Tensor) -> None:
-        """Collective: before the first step of a session, with some images of it."""
+        """Collective: call before the first step of a session, with some of its images."""
         if self._gradients is not None:
             self._gradients.settle(images)
 
     def state(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-        """Collective: what a checkpoint needs in the middle of something: tensors of each of this
-        rank's workers, and what all share."""
+        """Collective: what a checkpoint must hold of a delayed average: tensors for each worker of
+        this rank, and values that all share."""
         if self._delayed is None:
             return [{} for _ in self._replicas], {"correction_due": None}
         return self._delayed.corrections(), {"correction_due": self._delayed.due}
@@ -194,16 +198,16 @@ class Synchronizer:
     def load_state(
         self, tensors: Sequence[Mapping[str, Tensor]], shared: Mapping[str, Any]
     ) -> None:
-        """Restore what `state` gave."""
+        """Restore what `state` returned."""
         if self._delayed is not None and shared["correction_due"] is not None:
             self._delayed.load(tensors, shared["correction_due"])
 
     @staticmethod
     def is_state(name: str) -> bool:
-        """Whether a tensor of this name in a checkpoint is from `state`."""
+        """Whether a checkpoint's tensor of this name comes from `state`."""
         return name.startswith(PREFIX)
 
     def _mark(self, round_: Round, step: int) -> Fingerprint:
-        """What all ranks must agree on in their `step`-th step, counted from 1, of this round."""
+        """What all ranks must agree on in the 1-based `step`, which is in this round."""
         lr = self.plan.schedule(step - 1)
         return Fingerprint(step, round_.index, round_.length, lr, self._sampler, self.config_hash)

@@ -1,4 +1,4 @@
-"""Learns: network, optimizer, loss, step, trainer, evaluation, model file.
+"""Training: networks, optimizers, losses, steps, the trainer, evaluation, model files.
 
 May import: run, data, sync, config, core.
 """

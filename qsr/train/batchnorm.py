@@ -1,9 +1,9 @@
 """BatchNorm statistics of an averaged model.
 
-The running statistics that the workers gathered in training belong to their own parameters, not to
-the average. So before an evaluation they are estimated anew: training batches pass through a copy
-of the averaged model, and each layer's mean and variance are those of its inputs pooled over all
-batches of all workers, the variance between batches and workers included.
+The running statistics that workers collect in training belong to their own parameters, not to the
+average. So they are re-estimated before an evaluation: training batches pass through a copy of the
+averaged model, and each layer's mean and variance are computed from its inputs, pooled over all
+batches of all workers. The variance includes that between batches and between workers.
 """
 
 from collections.abc import Iterable
@@ -25,9 +25,9 @@ def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
 def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Communicator) -> None:
     """Collective: set the running statistics of `model` from `batches` of images on every rank.
 
-    Each batch is normalised by its own statistics, as in training, and counts by its number of
-    values; some ranks may have none. The variance is the unbiased one, as torch keeps it. The model
-    is left in evaluation mode.
+    Each batch is normalised by its own statistics, as in training, and weighted by its number of
+    values; a rank may have no batch. The variance is unbiased, as in torch. The model is left in
+    evaluation mode.
     """
     layers = batchnorm_layers(model)
     if not layers:
@@ -54,7 +54,7 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
     evaluation_mode(model)
     hooks = []
     for layer in layers:
-        layer.reset_running_stats()  # the count of batches too: nothing of an earlier pass stays
+        layer.reset_running_stats()  # with the batch count, so nothing of an earlier pass is left
         layer.train()
         hooks.append(layer.register_forward_pre_hook(gather))
     for images in batches:

@@ -1,4 +1,4 @@
-"""Validation, every image exactly once: of the averaged model of a run, and of any other."""
+"""Validation of a run's averaged model, or of any other model; every image counts once."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from qsr.train.precision import Precision
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one validation. `top5` is None where there are no more than five classes."""
+    """Result of one validation. `top5` is None if there are at most five classes."""
 
     loss: float
     top1: float
@@ -34,18 +34,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class BatchNormSource:
-    """Training images for re-estimating BatchNorm statistics: its own loader and random draws, so
-    that training sees nothing of it."""
+    """Training images for re-estimating BatchNorm statistics. It has its own loader and random
+    draws, so that training is not affected."""
 
     loader: Loader
     sampler: Sampler
     micro_batch: int
     """Images per forward pass."""
     micro_batches: int
-    """Forward passes over all workers; at least one each, and no more than the data gives."""
+    """Forward passes over all workers: at least one each, at most what the data set provides."""
 
     def requests(self, step: int, workers: range) -> Iterator[Request]:
-        """What the given workers read in the evaluation after `step` steps."""
+        """The batches that the given workers read in the evaluation after `step` steps."""
         num_workers, samples = self.sampler.num_workers, self.sampler.num_samples
         wanted = max(self.micro_batches, num_workers)
         count = max(1, min(wanted, samples // self.micro_batch))
@@ -58,7 +58,7 @@ class BatchNormSource:
 
 
 class Evaluator:
-    """Validates the mean of all workers on a model of its own; training is left untouched.
+    """Validates the mean of all workers in a separate model; training is not affected.
 
     `loader` reads the validation set of `num_images` images, in batches of at most `batch`.
     """
@@ -96,9 +96,9 @@ class Evaluator:
     ) -> Evaluation:
         """Collective: validate the mean of the workers' parameters after `step` steps.
 
-        `replicas` are the buffers of this rank's workers; `averaged` says that all workers hold
-        the mean already. `between` is collective, called now and then by all ranks alike; what it
-        raises ends the evaluation. Raises RuntimeError if the images counted are not all images.
+        `replicas` are the buffers of this rank's workers. `averaged`: all workers already hold the
+        mean. `between` is collective; all ranks call it equally often during the evaluation, and an
+        exception from it ends the evaluation. Raises RuntimeError if not every image was counted.
         """
         self._take_mean(replicas, averaged)
         model, topology = self.model, self._communicator.topology
@@ -144,18 +144,18 @@ def validate(
     shadow: bool = False,
     between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Collective: count loss, top-1 and top-5 of `model`, in evaluation mode, over the `num_images`
-    images of `loader`, each image on one rank, in batches of at most `batch`.
+    """Collective: loss, top-1 and top-5 of `model`, in evaluation mode, on the `num_images` images
+    of `loader`, each image on one rank, in batches of at most `batch`.
 
-    `between` is collective, called now and then by all ranks alike; what it raises ends the
-    validation. Raises RuntimeError if the images counted are not all images.
+    `between` is collective; all ranks call it equally often during the validation, and an exception
+    from it ends the validation. Raises RuntimeError if not every image was counted.
     """
     evaluation_mode(model)
     topology = communicator.topology
     own = range(topology.rank, num_images, topology.ranks)
     starts = range(0, len(own), batch)
     requests = (Request(own[start : start + batch], seed=0) for start in starts)
-    # loss, top-1, top-5, images: on the device, read once at the end
+    # loss, top-1, top-5, images: kept on the device, read once at the end
     sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
     classes = 0
     common = num_images // topology.ranks // batch  # batches that every rank has

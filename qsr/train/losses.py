@@ -12,8 +12,8 @@ from qsr.config.schema import LossConfig
 class TrainingLoss:
     """Mean loss of a micro-batch.
 
-    With mixup (Zhang et al. 2018) every image is blended with another one of the micro-batch, and
-    the losses of the two labels likewise. One coefficient is drawn for the whole micro-batch.
+    With mixup (Zhang et al. 2018) every image is blended with another image of the micro-batch, and
+    so are the losses for their labels. One coefficient is drawn for the whole micro-batch.
     """
 
     def __init__(self, settings: LossConfig) -> None:
@@ -21,7 +21,7 @@ class TrainingLoss:
         self._mixup_alpha = settings.mixup_alpha
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """Forward `images` [b, 3, h, w] with `labels` [b] through `model`; `seed` draws mixup."""
+        """Loss of `model` on `images` [b, 3, h, w] with `labels` [b]; `seed` is for mixup."""
         if self._mixup_alpha == 0.0:
             return self._cross_entropy(model(images), labels)
         keep, order = draw_mixup(len(labels), self._mixup_alpha, seed)
@@ -39,10 +39,10 @@ class TrainingLoss:
 
 
 def draw_mixup(samples: int, alpha: float, seed: int) -> tuple[float, Tensor]:
-    """(weight of the image itself, partner of each of the `samples` images).
+    """(weight of the original image, index of the partner of each of the `samples` images).
 
     The weight is max(z, 1 - z) with z ~ Beta(alpha, alpha), as composer 0.15.1 draws it for the
-    released code: an image keeps at least half of itself."""
+    released code, so it is at least one half."""
     z = random.Random(seed).betavariate(alpha, alpha)
     generator = torch.Generator().manual_seed(seed)
     return max(z, 1.0 - z), torch.randperm(samples, generator=generator)

@@ -1,4 +1,4 @@
-"""What a run measures of itself while it trains, and whether it is healthy."""
+"""What a run measures while it trains, and the check that its loss is finite."""
 
 import time
 from dataclasses import dataclass
@@ -15,41 +15,41 @@ from qsr.train.precision import Precision
 from qsr.train.worker import Worker
 
 _MOST_LOSSES = 256
-"""Losses that are kept before they are added up: all at once, because adding each takes as long as
-a small layer."""
+"""Losses that are collected before they are added up at once, because adding each one separately
+takes as long as a small layer."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands, and what it has measured. All of it is in every checkpoint."""
+    """Progress and measurements of a run; every checkpoint holds all of it."""
 
     step: int = 0
     """Steps done."""
     averages: int = 0
-    """Averages over the workers made, of parameters or of gradients."""
+    """Averages over the workers so far, of parameters or of gradients."""
     averaged_bytes: int = 0
-    """Size of what one worker gave to them."""
+    """Bytes that one worker contributed to them."""
     skipped_updates: int = 0
     """Updates that workers skipped because fp16 gradients overflowed."""
     repeated_batches: int = 0
-    """Local batches that workers went through once more, at half the loss scale, for the same."""
+    """Local batches that workers repeated at half the loss scale, for the same reason."""
     train_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
     communication_seconds: float = 0.0
-    """Part of train_seconds; without averages that overlap with the backward pass."""
+    """Part of train_seconds; excludes averages that overlap with the backward pass."""
     loss_sum: float = 0.0
-    """Finite losses since the last row of training metrics, over all workers."""
+    """Sum of the finite losses of all workers since the last row of training metrics."""
     loss_weight: float = 0.0
-    """How many losses that sum holds."""
+    """Number of losses in that sum."""
     best_top1: float | None = None
-    """Percent, over the evaluations so far."""
+    """Best of the evaluations so far, in percent."""
     evaluation_due: bool = False
-    """Whether a stop came before the evaluation of this step; the next session begins with it."""
+    """Whether a stop prevented the evaluation of this step; the next session starts with it."""
 
 
 class Monitor:
-    """Counts on the device, without making the host wait, and reads when something is due."""
+    """Counts on the device without making the host wait; reads the counts when something is due."""
 
     def __init__(
         self,
@@ -63,30 +63,30 @@ class Monitor:
         self._sampler = sampler
         self._communicator = communicator
         self._precision = precision
-        # on the device: sum and number of the finite losses, number of the others, skipped updates
+        # sum and number of the finite losses, number of other losses, skipped updates
         self._sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
-        self._losses: list[Tensor] = []  # not in the sums yet
-        self._repeated = 0  # batches that this rank repeated since it was read
-        self._communication_before = 0.0  # of earlier sessions
+        self._losses: list[Tensor] = []  # not yet added to the sums
+        self._repeated = 0  # batches that this rank repeated since the last read
+        self._communication_before = 0.0  # in earlier sessions
         self._lap_start = 0.0
         self._logged = (0, 0.0)  # step and train_seconds of the last row of training metrics
 
     def start(self, progress: Progress) -> None:
-        """A session begins, or resumes from `progress`."""
+        """Begin a session at `progress`."""
         self.progress = progress
         self._communication_before = progress.communication_seconds
         self._lap_start = time.perf_counter()
         self._logged = (progress.step, progress.train_seconds)
 
     def lap(self, name: str) -> None:
-        """Book the time since the last lap under a field of the progress."""
+        """Add the time since the last lap to the field `name` of the progress."""
         now, progress = time.perf_counter(), self.progress
         setattr(progress, name, getattr(progress, name) + now - self._lap_start)
         progress.communication_seconds = self._communication_before + self._communicator.seconds()
         self._lap_start = now
 
     def count_loss(self, loss: Tensor) -> None:
-        """One micro-batch's loss, on the device."""
+        """Count the loss of one micro-batch, a tensor on the device."""
         self._losses.append(loss)
         if len(self._losses) == _MOST_LOSSES:
             self._add_losses()
@@ -100,19 +100,19 @@ class Monitor:
         self._losses.clear()
 
     def count_skipped(self, worker: Worker) -> None:
-        """Whether the loss scale, after `unscale_`, will skip the worker's update."""
-        # the scaler's own verdict; the public way, a look at its scale, would make the host wait
+        """After `unscale_`: count the worker's update if the loss scale will skip it."""
+        # a private field of the scaler: reading its scale instead would make the host wait
         found = worker.scaler._found_inf_per_device(worker.optimizer)
         self._sums[3] += torch.stack([flag.sum() for flag in found.values()]).sum().clamp(max=1.0)
 
     def count_repeated(self, batches: int) -> None:
-        """Local batches that are gone through again, because fp16 gradients overflowed."""
+        """Count local batches that are repeated because fp16 gradients overflowed."""
         self._repeated += batches
 
     def read(self, round_: Round) -> None:
-        """Collective: bring the counts of all ranks to the host.
+        """Collective: add the counts of all ranks to the progress.
 
-        Raises TrainingError on every rank if the loss is not finite (in fp16: no loss is).
+        Raises TrainingError on every rank if the loss is not finite (in fp16: if none is).
         """
         progress = self.progress
         if self._losses:
@@ -129,13 +129,13 @@ class Monitor:
         if not_finite and (self._precision.name != "fp16" or loss_weight == 0.0):
             raise TrainingError(
                 f"the loss is not finite at or before step {progress.step} (round {round_.index}, "
-                f"lr {self._plan.schedule(progress.step - 1):.3g}); the checkpoints before are "
+                f"lr {self._plan.schedule(progress.step - 1):.3g}); earlier checkpoints are "
                 f"untouched; try a lower schedule.peak_lr, a longer warm-up or "
                 f"optimizer.clip_norm"
             )
 
     def train_row(self, round_: Round, *, with_communication: bool) -> dict[str, Any]:
-        """The row of training metrics of the steps since the last one."""
+        """Training metrics of the steps since the last row."""
         progress = self.progress
         images = (progress.step - self._logged[0]) * self._sampler.global_batch
         row: dict[str, Any] = {

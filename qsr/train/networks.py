@@ -1,4 +1,4 @@
-"""Name -> network, from plain values: no settings, no timm where the network is not timm's."""
+"""Name -> network, from plain values; imports timm only for timm's networks."""
 
 import torch
 from torch import nn
@@ -11,11 +11,11 @@ from qsr.train.vit import SimpleViT
 def build_network(
     name: str, timm_name: str | None, num_classes: int, image_size: int, *, channels_last: bool
 ) -> nn.Module:
-    """The network for square images of `image_size` pixels; input [b, 3, size, size], output
-    logits [b, num_classes]. Random weights, drawn from torch's generator.
+    """The network for square images of `image_size` pixels, with random weights from torch's
+    generator; input [b, 3, size, size], output logits [b, num_classes].
 
-    Raises ValueError for an unknown name or an image size that the network cannot have,
-    ImportError where timm is needed and not installed, and what timm raises.
+    Raises ValueError for an unknown name or an unsupported image size, ImportError if timm is
+    needed but not installed, and whatever timm raises.
     """
     model: nn.Module
     match name:
@@ -44,22 +44,22 @@ def build_network(
         case "timm":
             import timm  # slow, and not needed by the others
 
-            if not timm.is_model(timm_name or ""):  # create_model would take an address, and ask it
+            if not timm.is_model(timm_name or ""):  # create_model also takes addresses
                 raise ValueError(f"Unknown model ({timm_name})")
             model = timm.create_model(timm_name or "", num_classes=num_classes)
         case _:
-            raise ValueError(f"there is no network {name!r}")
+            raise ValueError(f"unknown network {name!r}")
     if channels_last:
         model.to(memory_format=torch.channels_last)
     return model
 
 
 def evaluation_mode(module: nn.Module) -> nn.Module:
-    """Put `module` into evaluation mode as if it came there for the first time, and return it.
+    """Put `module` into evaluation mode, without cached tensors, and return it.
 
-    Some networks compute a tensor from their weights in the first pass there, and keep it (timm's
-    LeViT, TinyViT and EfficientViT: their attention biases). All let go of it in train(), not all
-    in eval(): after a change of weights or statistics, eval() alone would leave the old one.
+    Some networks (timm's LeViT, TinyViT and EfficientViT, for attention biases) cache a tensor that
+    they compute from their weights in the first pass in evaluation mode. train() always drops that
+    cache, eval() does not: after a change of weights, eval() alone would leave a stale cache.
     """
     return module.train().eval()
 

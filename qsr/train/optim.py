@@ -16,8 +16,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of one worker, with weight decay on every parameter as in the paper's recipes.
 
-    `fused` asks for torch's fused kernel. An fp16 run needs it: only the fused ones skip a step
-    whose gradients overflowed without asking the host.
+    `fused`: use torch's fused kernel. An fp16 run needs it, because only fused kernels skip a step
+    with overflowed gradients without making the host wait.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     lr = 0.0  # the trainer sets the rate before every step
@@ -32,8 +32,8 @@ def build_optimizer(
                 fused=fused,
             )
             if fused and settings.momentum:
-                # torch's fused SGD takes memory as it comes for a momentum buffer whose first
-                # update is skipped by an overflow, and from then on counts it as initialised
+                # torch's fused SGD allocates momentum buffers uninitialised, and uses them as they
+                # are if an overflow skips the first update
                 for parameter in trainable:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return optimizer
@@ -50,7 +50,7 @@ def build_optimizer(
 
 
 def averaged_state_keys(settings: schema.OptimizerConfig, sync: schema.SyncConfig) -> Sequence[str]:
-    """Names of the optimizer's per-parameter states that are averaged with the parameters."""
+    """Names of the optimizer states that are averaged with the parameters."""
     match settings:
         case schema.SgdConfig():
             momentum, second_moment = "momentum_buffer", ""
@@ -63,14 +63,15 @@ def averaged_state_keys(settings: schema.OptimizerConfig, sync: schema.SyncConfi
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the rate of the coming step."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def states_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    """What the optimizer keeps for each parameter, in its order, once it has taken a step: names,
-    shapes and types without values, on the meta device. The optimizer is left untouched."""
+    """The states that the optimizer keeps for each parameter, in its order, after its first step:
+    tensors on the meta device, with shapes and types but no values. The optimizer is not
+    changed."""
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
     twin.param_groups = []
@@ -78,7 +79,7 @@ def states_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Tens
         parameters = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
-        # the plain kernels: the others want a device
+        # plain kernels: fused and foreach ones need a device
         twin.param_groups.append(group | {"params": parameters, "fused": False, "foreach": False})
     twin.step()
     return [

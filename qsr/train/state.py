@@ -17,23 +17,23 @@ from qsr.train.worker import Worker
 
 
 def checkpoint_bytes(plan: Plan, worker: Worker, num_workers: int, options: SyncOptions) -> int:
-    """The most disk space that a checkpoint of a run takes. Only names and shapes of the `worker`,
-    any of the run's, count; one on the meta device will do."""
+    """The most disk space that a checkpoint of a run takes, in bytes. `worker` is any worker of the
+    run, on the meta device too: only its names and shapes matter."""
     tensors = worker.expected_tensors() | expected_state(worker.model, options)
     if plan.gradient_rounds == plan.num_rounds:
         shared = {k: t for k, t in tensors.items() if not k.startswith("buffers/")}
-    else:  # within a round every worker has all its own
+    else:  # within a round workers share nothing
         shared = {}
     own = {k: t for k, t in tensors.items() if k not in shared}
     return checkpoint_size(shared, own, num_workers)
 
 
 class Resumed(NamedTuple):
-    """Where a run stood at its newest checkpoint."""
+    """State of a run at its newest checkpoint."""
 
     progress: Progress
     evaluation: Evaluation | None
-    """The last one before it."""
+    """The last evaluation before it."""
 
 
 class RunState:
@@ -53,17 +53,17 @@ class RunState:
         self._options = options
 
     def check_space(self, more_bytes: int) -> None:
-        """Collective: see that the disk has room for the run's checkpoints and for `more_bytes`.
-        Raises CheckpointError."""
+        """Collective: check that the disk has space for the run's checkpoints and `more_bytes`
+        more. Raises CheckpointError."""
         num_workers = self._communicator.topology.num_workers
         plan, worker = self._synchronizer.plan, self._workers[0]
         size = checkpoint_bytes(plan, worker, num_workers, self._options)
         self._checkpointer.check_space(size, more_bytes)
 
     def save(self, progress: Progress, round_: Round, evaluation: Evaluation | None) -> None:
-        """Collective: write the checkpoint after `progress.step` steps, which are in `round_` or at
-        its end. Raises on all ranks alike: TrainingError if a value is not finite, CheckpointError
-        if the files could not be written; checkpoints before are untouched then."""
+        """Collective: write the checkpoint after `progress.step` steps, within `round_` or at its
+        end. Raises TrainingError if a value is not finite, CheckpointError if the files could not
+        be written, on all ranks; earlier checkpoints are then untouched."""
         in_flight, shared_values = self._synchronizer.state()
         tensors = [
             worker.tensors() | more for worker, more in zip(self._workers, in_flight, strict=True)
@@ -73,7 +73,7 @@ class RunState:
         shared: dict[str, Tensor] = {}
         if self._synchronizer.parameters_are_equal(round_, progress.step):
             shared |= first.parameters()
-        if round_.averages == "gradients":  # the same updates of the same weights so far
+        if round_.averages == "gradients":  # all workers have made the same updates so far
             shared |= first.optimizer_state()
         own = {
             worker.index: WorkerState(
@@ -102,13 +102,13 @@ class RunState:
         if self._communicator.any(not finite):
             raise TrainingError(
                 f"parameters or optimizer states are not finite at step {step}; nothing "
-                f"was saved, the checkpoints before are untouched; try a lower schedule.peak_lr, a "
+                f"was saved, earlier checkpoints are untouched; try a lower schedule.peak_lr, a "
                 f"longer warm-up or optimizer.clip_norm"
             )
 
     def restore(self) -> Resumed | None:
-        """Collective: load the run's newest checkpoint that is whole; None if there is none at all.
-        Raises CheckpointError, TrainingError: it cannot be resumed from."""
+        """Collective: load the run's newest intact checkpoint; None if there is no checkpoint.
+        Raises CheckpointError or TrainingError if the run cannot be resumed from it."""
         step = self._checkpointer.latest()
         if step is None:
             return None
@@ -130,18 +130,18 @@ class RunState:
         absent = {"progress", "evaluation", "workers", "config_hash", "correction_due"} - run.keys()
         if absent:
             raise TrainingError(
-                f"the checkpoint after step {step} does not say its {min(absent)}: another program "
-                f"has written it; remove its folder to go on from the one before"
+                f"the checkpoint after step {step} has no {min(absent)}: another program wrote it; "
+                f"remove its folder to resume from the previous checkpoint"
             )
         workers = self._communicator.topology.num_workers
         if run["workers"] != workers:
             raise TrainingError(
-                f"the checkpoint after step {step} is of {run['workers']} workers, and this run "
-                f"has {workers}: a run keeps its workers; to go on with fewer processes, set "
+                f"the checkpoint after step {step} has {run['workers']} workers, but this run has "
+                f"{workers}: a run's number of workers cannot change; to use fewer processes, set "
                 f"cluster.ranks to a divisor of {run['workers']}"
             )
         if run["config_hash"] != self._synchronizer.config_hash:
             raise TrainingError(
-                f"the checkpoint after step {step} was made by a run with other settings, or by a "
-                f"version of qsr that has fewer: take another runs_dir"
+                f"the checkpoint after step {step} was made with other settings, or by a version "
+                f"of qsr with fewer settings: choose another runs_dir"
             )

@@ -47,13 +47,13 @@ class Stepper:
         *,
         average: bool,
     ) -> int:
-        """Leave on the parameters of each of these workers the gradient of its local batch; if it
-        is to `average`, as in data parallel training, the mean over all workers of the run, and
-        then it is collective. `update` follows. Batches are taken one by one, so that loading goes
-        on beside computing. Returns the bytes that each worker gave to averages.
+        """Compute the gradient of each worker's local batch and leave it on its parameters, for
+        `update`. Returns the bytes that each worker contributed to averages.
 
-        While fp16 gradients overflow and the loss scale is being searched for, the batches are
-        repeated (see `LossScale`); workers that average see the same gradients, and all repeat.
+        With `average` (data parallel training) this is collective, and leaves the mean over all
+        workers of the run. Batches are taken one by one, so that loading overlaps with computing.
+        While the loss scale is being searched for, batches whose fp16 gradients overflow are
+        repeated (see `LossScale`); with `average` all workers see the same overflow and repeat.
         """
         averaged_bytes = 0
         may_repeat = any(worker.scaler.is_searching for worker in workers)
@@ -79,10 +79,10 @@ class Stepper:
     def _forward_backward(
         self, worker: Worker, batch: Batch, step: int, *, average: bool
     ) -> list[Tensor]:
-        """The mean gradient of the local batch, times the loss scale. Returns the loss of each
-        micro-batch. Collective if the last backward pass is to `average`."""
-        # a fresh seed a step: dropout draws the same in a resumed run, and whether a worker has
-        # a process of its own or not
+        """Compute the mean gradient of the local batch, times the loss scale. Returns the loss of
+        each micro-batch. Collective with `average`."""
+        # a new seed for each step: dropout draws the same in a resumed run, and however many
+        # workers share a process
         seed = seed_for(self._seed, "model", worker=worker.index, step=step)
         _seed_generators(seed, batch.images.device)
         worker.model.zero_gradients()
@@ -103,15 +103,15 @@ class Stepper:
         return losses
 
     def _must_repeat(self, worker: Worker) -> bool:
-        """Divide the loss scale out of the gradients. True if they overflowed and the batch is to
-        be repeated."""
+        """Divide the gradients by the loss scale. True if they overflowed and the batch must be
+        repeated."""
         if not worker.scaler.is_enabled():
             return False
         worker.scaler.unscale_(worker.optimizer)
         return worker.scaler.must_repeat(worker.optimizer)
 
     def update(self, worker: Worker, lr: float) -> None:
-        """Change the worker's parameters by the gradients that `find_gradients` left."""
+        """Update the worker's parameters with the gradients from `find_gradients`."""
         set_lr(worker.optimizer, lr)
         if worker.scaler.is_enabled():
             self.monitor.count_skipped(worker)
@@ -122,8 +122,8 @@ class Stepper:
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
-    """torch.manual_seed for this device. That one is for every kind of device, and while no GPU is
-    in use it keeps a stack trace of each call: a millisecond, and memory."""
+    """torch.manual_seed for this device only. The original seeds every kind of device, and until a
+    GPU is used it stores a stack trace per call, which takes a millisecond and memory."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

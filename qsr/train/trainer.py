@@ -24,7 +24,7 @@ from qsr.train.worker import Worker
 
 @dataclass(frozen=True)
 class Due:
-    """When something besides training happens, in steps; None: only at the end."""
+    """When something other than training is due, in steps; None: only at the end."""
 
     log_every: int
     evaluate_every: int
@@ -35,13 +35,13 @@ class Due:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The batches of this rank's workers: which samples, and the loader that reads them."""
+    """The batches of this rank's workers: the sampler, and the loader that reads its samples."""
 
     loader: Loader
     sampler: Sampler
 
     def batches(self, workers: Sequence[Worker], first: int, stop: int) -> Iterator[Batch]:
-        """For each of the steps `first` to `stop` - 1 one local batch for each of the workers."""
+        """One local batch per worker for each of the steps `first` to `stop` - 1."""
         return iter(self.loader.batches(self._requests(workers, first, stop)))
 
     def _requests(self, workers: Sequence[Worker], first: int, stop: int) -> Iterator[Request]:
@@ -55,7 +55,7 @@ class TrainingData:
 class Trainer:
     """Trains the workers of this rank through the rounds of a plan.
 
-    Every rank builds one with the same arguments, but for the stepper's workers, its own, and calls
+    Every rank builds one with the same arguments, except for the workers of the stepper, and calls
     `train`. A resumed run calls `restore` first.
     """
 
@@ -70,12 +70,12 @@ class Trainer:
         due: Due,
     ) -> None:
         self.evaluation: Evaluation | None = None
-        """The last one."""
+        """The last evaluation."""
         self.stopping = False
         """Whether the ranks agreed to stop because of a signal."""
         self.checkpoint_failure: str | None = None
-        """Why the checkpoint that was due last is missing; None if it is there. The run goes on
-        without it: its end decides what to make of this."""
+        """Why the last checkpoint that was due is missing; None if it was written. Training
+        continues without it; the caller decides at the end."""
         self._data = data
         self._stepper = stepper
         self._synchronizer = synchronizer
@@ -89,7 +89,7 @@ class Trainer:
 
     @property
     def progress(self) -> Progress:
-        """Where the run stands, and what it has measured."""
+        """Progress and measurements of the run."""
         return self._monitor.progress
 
     @property
@@ -99,12 +99,12 @@ class Trainer:
 
     @property
     def measures_communication(self) -> bool:
-        """Whether `progress.communication_seconds` holds all averages."""
+        """Whether `progress.communication_seconds` includes all averages."""
         return self._synchronizer.measures_communication
 
     @property
     def finished(self) -> bool:
-        """Whether the plan's last step is done, and evaluated."""
+        """Whether the plan's last step is done and evaluated."""
         return self._at_the_end and not self.progress.evaluation_due
 
     @property
@@ -112,10 +112,10 @@ class Trainer:
         return self.progress.step == self._plan.total_steps
 
     def restore(self) -> bool:
-        """Collective: resume from the run's newest checkpoint that is whole; False if there is none
-        at all. Raises CheckpointError, TrainingError: it cannot be resumed from."""
+        """Collective: resume from the run's newest intact checkpoint; False if there is no
+        checkpoint. Raises CheckpointError or TrainingError if it cannot be resumed from."""
         resumed = self.state.restore()
-        # rows after the checkpoint are of a session that was killed; they will come again
+        # later rows are from a session that was killed; their steps are done again
         self._tracker.rewind(0 if resumed is None else resumed.progress.step)
         if resumed is None:
             return False
@@ -127,8 +127,8 @@ class Trainer:
         return True
 
     def train(self) -> None:
-        """Collective: train to the end of the plan, or to the step where the session is to stop, or
-        until the ranks agree that a signal asks for it; everything is saved then."""
+        """Collective: train to the end of the plan, to the step where the session must stop, or
+        until the ranks agree to stop because of a signal. Saves a checkpoint in every case."""
         first, total = self.progress.step, self._plan.total_steps
         stop = min(self._due.stop_after or total, total)
         if first == 0:
@@ -150,12 +150,12 @@ class Trainer:
         self._synchronizer.stop_agreed(wait=True)
 
     def _steps(self, round_: Round, first: int, stop: int) -> Iterable[int]:
-        """The steps of a round that this session takes, from `first` to `stop` - 1."""
+        """The steps of a round that lie between `first` and `stop` - 1."""
         return range(max(round_.start, first), min(round_.end, stop))
 
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
-        """Forward and backward passes and the update, for each worker; in a data parallel round the
-        workers average their gradients in between."""
+        """Forward and backward passes and the update of each worker; in a data parallel round the
+        workers average their gradients before the update."""
         self._synchronizer.begin_step(round_, step)
         if round_.averages == "gradients":
             self.progress.averaged_bytes += self._stepper.find_gradients(
@@ -170,13 +170,13 @@ class Trainer:
         self._synchronizer.end_step(step)
 
     def _end_round(self, round_: Round) -> None:
-        """The workers average their parameters."""
+        """Average the parameters of the workers."""
         if round_.averages == "parameters":
             self.progress.averaged_bytes += self._synchronizer.end_round(round_)
             self.progress.averages += 1
 
     def _do_what_is_due(self, round_: Round, stop: int) -> None:
-        """Log, evaluate, save, or notice that a stop is agreed, in this order."""
+        """Log, evaluate and save what is due, in this order, and notice an agreed stop."""
         due, step = self._due, self.progress.step
         final = self._at_the_end
         log = final or step % due.log_every == 0
@@ -188,8 +188,8 @@ class Trainer:
         if not (is_due or self.stopping):
             return
         self._synchronizer.stop_agreed(wait=True)
-        # first see that the run is healthy: a state that is not finite, or mixed from ranks that
-        # disagree, is neither evaluated nor saved
+        # first check that the run is healthy: a state that is not finite, or that mixes ranks which
+        # disagree, must be neither evaluated nor saved
         self._synchronizer.check()
         self._monitor.read(round_)
         self._monitor.lap("train_seconds")
@@ -205,21 +205,21 @@ class Trainer:
             self._monitor.lap("checkpoint_seconds")
 
     def _settled(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, after images of the first have settled the synchronizer."""
+        """The same batches; images of the first one are used to settle the synchronizer."""
         first = list(itertools.islice(batches, 1)) if self._plan.gradient_rounds else []
         for batch in first:
             self._synchronizer.settle(batch.images[: self._stepper.micro_batch])
         return itertools.chain(first, batches)
 
     def _make_up_evaluation(self) -> None:
-        """The evaluation that a stop kept the session before from."""
+        """Do the evaluation that a stop prevented in the previous session."""
         if self.progress.evaluation_due:
             self.stopping = not self._evaluate(self._plan.round_at(self.progress.step - 1))
             self.progress.evaluation_due = self.stopping
             self._monitor.lap("evaluation_seconds")
 
     def _evaluate(self, round_: Round) -> bool:
-        """Collective: validate the workers' mean; False if a stop was agreed before the end."""
+        """Collective: validate the workers' mean; False if it was cut short by an agreed stop."""
         step = self.progress.step
         averaged = self._synchronizer.parameters_are_equal(round_, step)
         replicas = [worker.model.flat for worker in self._workers]
@@ -232,7 +232,7 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"the validation loss is {result.loss} at step {step}, lr "
-                f"{self._plan.schedule(step - 1):.3g}; the checkpoints before are untouched; try a "
+                f"{self._plan.schedule(step - 1):.3g}; earlier checkpoints are untouched; try a "
                 f"lower schedule.peak_lr or optimizer.clip_norm"
             )
         self.evaluation = result
@@ -255,10 +255,10 @@ class Trainer:
         return row if result.top5 is None else {**row, "top5": result.top5}
 
     def _save(self, round_: Round) -> None:
-        self._tracker.sync()  # no row is lost that a checkpoint counts on
+        self._tracker.sync()  # a checkpoint relies on the rows before it
         try:
             self.state.save(self.progress, round_, self.evaluation)
             self.checkpoint_failure = None
         except CheckpointError as error:  # on all ranks alike
             self.checkpoint_failure = str(error)
-            self._synchronizer.communicator.say(f"{error}; the run goes on without it")
+            self._synchronizer.communicator.say(f"{error}; training continues without it")

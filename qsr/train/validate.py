@@ -1,4 +1,4 @@
-"""Validation outside of a run: of a model file, or of published weights."""
+"""Validation of a model file or of published weights, outside a run."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -37,19 +37,19 @@ from qsr.train.precision import Precision
 
 
 class Candidate(NamedTuple):
-    """A network with its weights on its device, and all that is needed to validate it."""
+    """A network with its weights on its device, and what is needed to validate it."""
 
     module: nn.Module
     config: EvaluateConfig
     val: ImageFolder
     device: torch.device
     about: Description | None
-    """Where the file says what it is."""
+    """None if the weight file has no description."""
 
 
 def evaluate(source: str | None, overrides: Sequence[str]) -> int:
-    """Validate a run folder or a model file, or without a `source` what the overrides name, print
-    the result and return the exit status: 0 done, 1 failed, 2 refused."""
+    """Validate a run folder or a model file (`source`), or without one the weights that the
+    overrides name. Prints the result; returns the exit status: 0 done, 1 failed, 2 refused."""
     try:
         candidate = _open(source, overrides)
         config, data = candidate.config, candidate.config.data
@@ -122,7 +122,7 @@ def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
 
 
 def _known(source: Path, about: Description) -> dict[str, Any]:
-    """The settings that a model file brings; within a run folder also those of its config.yaml."""
+    """The settings from a model file; for a run folder also those of its config.yaml."""
     seen = (about.image_size, about.crop_fraction, list(about.mean), list(about.std))
     of_file = {**dict(zip(OF_NETWORK, seen, strict=True)), "precision": about.precision}
     if not source.is_dir():
@@ -131,7 +131,9 @@ def _known(source: Path, about: Description) -> dict[str, Any]:
     try:
         return settings_of_run(read_yaml(path)) | of_file
     except ConfigError as error:
-        raise ConfigError(f"{error}: give the model.safetensors alone, and data.root") from None
+        raise ConfigError(
+            f"{error}: give the model.safetensors file itself, and data.root"
+        ) from None
 
 
 def _published(config: EvaluateConfig, num_classes: int) -> nn.Module:
@@ -141,14 +143,14 @@ def _published(config: EvaluateConfig, num_classes: int) -> nn.Module:
     weights = read_weights(Path(config.weights))
     try:
         module = build_model(config.model, num_classes, config.data.image_size)
-    except (ValueError, RuntimeError, AssertionError) as error:  # timm's, of its models' limits
+    except (ValueError, RuntimeError, AssertionError) as error:  # timm's, for its models' limits
         raise ConfigError(f"the network cannot be built ({' '.join(str(error).split())})") from None
     put_weights(module, weights, Path(config.weights), num_classes)
     return module
 
 
 def _check_classes(source: str, classes: Sequence[str], val: ImageFolder) -> None:
-    """The order of the classes is that of the logits. Raises DataError."""
+    """Raise DataError unless the folder's classes are those of the logits, in order."""
     for label, (ours, theirs) in enumerate(zip_longest(classes, val.classes)):
         if ours != theirs:
             here, there = (f"{name!r}" if name else "none" for name in (ours, theirs))
@@ -163,14 +165,14 @@ def _check_classes(source: str, classes: Sequence[str], val: ImageFolder) -> Non
 
 @torch.no_grad()
 def _try(module: nn.Module, image_size: int) -> None:
-    """Some networks take images of one size alone, and say so when they get others. Raises
-    ConfigError."""
+    """Raise ConfigError if the network does not accept this image size; some show it only in a
+    forward pass."""
     try:
         module.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:  # timm asserts, torch raises RuntimeError and others
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"data.image_size={image_size}: the network takes no such images ({reason})"
+            f"data.image_size={image_size}: the network does not accept this size ({reason})"
         ) from None
 
 
@@ -181,7 +183,7 @@ def _transform(data: DataConfig) -> EvalTransform:
 
 
 def _notes(candidate: Candidate) -> list[str]:
-    """What to know before the number is compared with a published one."""
+    """What to know before comparing the result with a published one."""
     model, data = candidate.config.model, candidate.config.data
     if model is None or model.name != "timm":
         return []
@@ -207,7 +209,7 @@ def _notes(candidate: Candidate) -> list[str]:
         notes.append(f"timm validates {model.timm_name} with {' '.join(settings)}")
     if theirs["interpolation"] != "bilinear":
         notes.append(
-            f"timm validates {model.timm_name} with {theirs['interpolation']} resizing, and here "
-            f"it is bilinear: the numbers will differ a little"
+            f"timm validates {model.timm_name} with {theirs['interpolation']} resizing, qsr with "
+            f"bilinear resizing: the results will differ slightly"
         )
     return notes

@@ -1,9 +1,9 @@
 """SimpleViT: the vision transformer that the paper trains.
 
-The paper's code builds `SimpleViT` of vit-pytorch 1.2.8 (Beyer et al. 2022, "Better plain ViT
-baselines for ImageNet-1k"). This is the same function with the same initial weights, bit for bit
-from the same state of torch's generator. It needs torch alone, so it can be copied into other
-code; `to_vit_pytorch` and `from_vit_pytorch` rename the weights.
+The paper's code uses `SimpleViT` of vit-pytorch 1.2.8 (Beyer et al. 2022, "Better plain ViT
+baselines for ImageNet-1k"). This is the same function with the same initial weights, bit for bit,
+for the same state of torch's generator. It needs only torch, so it can be copied into other code;
+`to_vit_pytorch` and `from_vit_pytorch` rename the weights.
 """
 
 import re
@@ -15,9 +15,9 @@ from torch.nn import functional
 
 
 class SimpleViT(nn.Module):
-    """Patches with LayerNorm on both sides of their projection, fixed 2-D sine-cosine positions,
-    pre-norm blocks, the mean over all tokens, LayerNorm, a linear head. No class token, no dropout,
-    no bias in attention.
+    """A patch projection with LayerNorm before and after it, fixed 2-D sine-cosine positions,
+    pre-norm blocks, the mean over all tokens, LayerNorm and a linear head. No class token, no
+    dropout, no bias in attention.
 
     Args:
         image_size: height and width of the images, in pixels; a multiple of `patch_size`.
@@ -42,14 +42,16 @@ class SimpleViT(nn.Module):
     ) -> None:
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}")
+            raise ValueError(
+                f"image_size {image_size} must be a multiple of patch_size {patch_size}"
+            )
         if width % 4 or width % heads:
             raise ValueError(f"width {width} must be a multiple of 4 and of heads = {heads}")
         self.image_size = image_size
         self.patch_size = patch_size
         side = image_size // patch_size
         pixels = 3 * patch_size**2
-        # Modules are made in vit-pytorch's order, so that equal seeds give equal weights.
+        # Modules are created in vit-pytorch's order, so that equal seeds give equal weights.
         self.patch_norm = nn.LayerNorm(pixels)
         self.patch_projection = nn.Linear(pixels, width)
         self.token_norm = nn.LayerNorm(width)
@@ -58,7 +60,7 @@ class SimpleViT(nn.Module):
         )
         self.head_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
-        # A constant: no weight, and not in the state dict.
+        # A constant, so it is not in the state dict.
         self.register_buffer("positions", sincos_positions(side, width), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One worker: a replica of the model with its own optimizer, loss scale and statistics."""
+"""A worker: a replica of the model with its own optimizer, loss scale and BatchNorm statistics."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from qsr.train.precision import LossScale, Precision
 
 
 class Worker:
-    """Worker `index` of the run's K."""
+    """Worker `index` of the run's K workers."""
 
     def __init__(
         self,
@@ -32,11 +32,11 @@ class Worker:
         model.module.train()
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters by name: what all workers share after an average."""
+        """The parameters by name; equal on all workers after an average."""
         return {f"parameters/{name}": p for name, p in self.model.module.named_parameters()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's states by parameter and key."""
+        """The optimizer's states, named by parameter and key."""
         return {
             f"optimizer/{name}/{key}": value
             for name, parameter in self.model.module.named_parameters()
@@ -45,11 +45,11 @@ class Worker:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All its tensors: parameters, optimizer state and buffers (BatchNorm's statistics)."""
+        """All tensors of the worker: parameters, optimizer states, BatchNorm statistics."""
         return {**self._targets(), **self.optimizer_state()}
 
     def expected_tensors(self) -> dict[str, Tensor]:
-        """What `tensors` gives from the first step on; the optimizer's without their values."""
+        """What `tensors` returns after the first step; optimizer states have no values here."""
         names = {p: name for name, p in self.model.module.named_parameters()}
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = zip(ordered, states_after_a_step(self.optimizer), strict=True)
@@ -61,23 +61,25 @@ class Worker:
         return {**self._targets(), **optimizer}
 
     def values(self) -> dict[str, Any]:
-        """The rest of its state, for JSON."""
+        """The rest of the worker's state, as values for JSON."""
         return {"scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Restore what `tensors` and `values` gave.
+        """Restore what `tensors` and `values` returned.
 
-        Raises ValueError if names or shapes are not this worker's.
+        Raises ValueError if names or shapes differ from this worker's.
         """
         targets = self._targets()
         stored = {name for name in tensors if not name.startswith("optimizer/")}
         if stored != targets.keys():
             odd = sorted(stored ^ targets.keys())
-            raise ValueError(f"the checkpoint holds another model: {odd[0]} is not in both")
+            raise ValueError(f"the checkpoint holds a different model: only one has {odd[0]}")
         for name, target in targets.items():
             if target.shape != tensors[name].shape:
-                raise ValueError(f"the checkpoint holds another model: {name} has another shape")
+                raise ValueError(
+                    f"the checkpoint holds a different model: the shape of {name} differs"
+                )
             target.copy_(tensors[name])
         self._load_optimizer(tensors)
         if values["scaler"]:
@@ -94,7 +96,7 @@ class Worker:
             if name.startswith("optimizer/"):
                 parameter_name, _, key = name.removeprefix("optimizer/").rpartition("/")
                 parameter = parameters[parameter_name]
-                # in the parameter's memory format, which fused kernels take for granted
+                # in the parameter's memory format, which fused kernels assume
                 like = parameter if tensor.shape == parameter.shape else tensor
                 state.setdefault(parameter, {})[key] = torch.empty_like(
                     like, dtype=tensor.dtype, device="cpu"
@@ -106,7 +108,7 @@ class Worker:
 
 
 def make_workers(config: Config, num_classes: int, communicator: Communicator) -> list[Worker]:
-    """The workers of this rank, all with the same weights."""
+    """The workers of this rank, all with the same initial weights."""
     device = communicator.device
     precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
     fused = device.type == "cuda" or precision.name == "fp16"

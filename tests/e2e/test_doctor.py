@@ -176,11 +176,11 @@ def test_wandb_without_a_key_or_a_network(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["cluster.ranks=3"], "cluster.ranks=3 does not divide workers=2: every rank holds workers "
+        (["cluster.ranks=3"], "cluster.ranks=3 does not divide workers=2: every rank holds "
          "/ ranks of them; try cluster.ranks=1 or 2"),
         (["cluster.rank=1"], "cluster.rank is not a setting of cluster.launcher=local; did you "
          "mean cluster.ranks?"),
-        (["seed=1,2"], "one run is wanted here, and these settings ask for 2"),
+        (["seed=1,2"], "these settings ask for 2 runs: ask for one"),
         (["--verbose"], "'--verbose' is not of the form setting=value"),
     ],
 )  # fmt: skip

@@ -225,7 +225,7 @@ def test_what_is_wrong_is_said_in_one_line(
     weights, root = f"weights={foreign}", f"data.root={digits}"
     timms = (weights, "model=timm", "model.timm_name=test_resnet")
     cases: list[tuple[tuple[object, ...], str]] = [
-        ((tmp_path / "none",), f"there is no {tmp_path / 'none'}"),
+        ((tmp_path / "none",), f"{tmp_path / 'none'} does not exist"),
         ((tmp_path,), f"{tmp_path} has no model.safetensors"),
         ((no_config,), "config.yaml cannot be read (No such file"),
         ((file,), "data.root has no value: set it to the folder that holds val/CLASS/*"),
@@ -233,18 +233,24 @@ def test_what_is_wrong_is_said_in_one_line(
         ((file, f"data.root={renamed}"), "class 3 is '3' in the model, '33' in the folder"),
         ((file, f"data.root={fewer}"), "classes (10 and 9): class 9 is '9' in the model, none in"),
         ((trained.folder, f"data.root={fewer}"), "has 9 classes, not 10"),
-        ((file, root, "model=resnet152"), "model: the model file says itself which network it is"),
-        ((file, root, "data.decode=gpu", "cluster.device=cpu"), "data.decode=gpu goes with a GPU"),
+        (
+            (file, root, "model=resnet152"),
+            "model: the model file already says which network it holds",
+        ),
+        ((file, root, "data.decode=gpu", "cluster.device=cpu"), "data.decode=gpu needs a GPU"),
         ((file, root, "evaluation.batch=0"), "evaluation.batch=0: input should be greater than"),
         ((file, root, "evaluation.bach=9"), "did you mean evaluation.batch?"),
         ((file, root, "precision=fp32,bf16"), "these settings ask for several evaluations"),
         ((root,), "give a run folder, a model.safetensors, or weights=FILE with model=NAME"),
         ((weights, root), "give a run folder, a model.safetensors, or weights=FILE with"),
         ((*timms[:2], root), "model.timm_name has no value: set it"),
-        (("weights=/none.pth", *timms[1:], root), "there is no /none.pth"),
-        ((*timms, f"data.root={fewer}"), f"{foreign} is of 10 classes, not of 9"),
-        ((weights, "model=small_resnet", root), f"{foreign} is of another network: it has no 0.0"),
-        ((weights, "model=vit_b16", root, "data.image_size=30"), "does not divide by vit_b16's"),
+        (("weights=/none.pth", *timms[1:], root), "/none.pth does not exist"),
+        ((*timms, f"data.root={fewer}"), f"{foreign} is for 10 classes, not 9"),
+        (
+            (weights, "model=small_resnet", root),
+            f"{foreign} holds a different network: it lacks 0.0",
+        ),
+        ((weights, "model=vit_b16", root, "data.image_size=30"), "is not a multiple of vit_b16's"),
         ((foreign,), "scripts/evaluate.py takes other files as weights=FILE model=NAME"),
     ]
     for arguments, message in cases:
@@ -264,7 +270,7 @@ def test_images_that_a_network_does_not_take_are_refused(
         *(f"data.root={digits}", "data.image_size=50", "cluster.device=cpu"),
     )
     assert (status, out) == (2, [])
-    assert line.startswith("refused: data.image_size=50: the network takes no such images (")
+    assert line.startswith("refused: data.image_size=50: the network does not accept this size (")
 
 
 def test_a_broken_image_is_named(

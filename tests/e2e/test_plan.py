@@ -44,16 +44,17 @@ def script() -> ModuleType:
         ([DEMO, "--jsn"], "unrecognized arguments: --jsn"),
         ([DEMO, "--figure"], "argument --figure: expected one argument"),
         ([DEMO, "data=folder", "data.root=x"], "data=folder: a plan needs the number of training "
-         "images; give data.train_images=N"),
-        ([DEMO, "data=folder", "data.root=x", "data.train_images=5000"], "give data.classes=N"),
+         "images; set data.train_images=N"),
+        ([DEMO, "data=folder", "data.root=x", "data.train_images=5000"], "set data.classes=N"),
         ([DEMO, "cluster=paper_2x8", "workers=64", "cluster.ranks=64", "global_batch=128"],
          "cluster.ranks=64, but paper_2x8 has 2 x 8"),
-        ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; near: resnet18"),
+        ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; "
+         "closest: resnet18"),
         (["what-if", DEMO], "what-if takes no settings: remove experiment=demo/quadratic"),
         (["calibrate", DEMO], "calibrate needs name=NAME"),
         (["calibrate", DEMO, "name=local"], "local.yaml was not written by a calibration"),
-        (["calibrate", DEMO, "name=a/b"], "name=a/b: letters, digits and underscores only"),
-        (["calibrate", DEMO, "name=x", "data.classes=null"], "give data.classes=N"),
+        (["calibrate", DEMO, "name=a/b"], "name=a/b: use only letters, digits and underscores"),
+        (["calibrate", DEMO, "name=x", "data.classes=null"], "set data.classes=N"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(

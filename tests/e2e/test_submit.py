@@ -130,12 +130,12 @@ def test_gpus_are_asked_for(digits: Path, tmp_path: Path) -> None:
         (["cluster.setup=['module load a\ntouch RAN']"], "cluster.setup: a batch script cannot"),
         (["++cluster.environment={KEY: 'x\ny'}"], "cluster.environment: a batch script cannot"),
         (["++cluster.environment={KEY: [secret]}"], "cluster.environment.KEY.str: input should be"),
-        (["runs_dir='x\ntouch RAN #'"], "runs_dir: a batch script cannot hold its line break"),
+        (["runs_dir='x\ntouch RAN #'"], "runs_dir contains a line break"),
         (["runs_dir='100%j'"], "100%j/demo/quadratic/"),
-        (["cluster.container='run \"a'"], "cluster.container has an open quote (No closing"),
+        (["cluster.container='run \"a'"], "cluster.container has an unclosed quote (No closing"),
         (["seed=1,1"], "two of these runs are the same: list each value once"),
         (["--dryrun"], "unknown option --dryrun: the only option is --dry-run"),
-        (["model=small_vit", "data.image_size=30"], "data.image_size=30 does not divide by"),
+        (["model=small_vit", "data.image_size=30"], "data.image_size=30 is not a multiple"),
         (["sync.alpha=fast"], "sync.alpha='fast': input should be a valid number"),
     ],
 )  # fmt: skip
@@ -166,7 +166,7 @@ def test_what_is_no_option_of_sbatch_is_refused(option: str, tmp_path: Path) -> 
     """As a file of configs/cluster may name one."""
     cluster = load_config([*RUN, *SLURM]).cluster
     assert isinstance(cluster, SlurmCluster)
-    with pytest.raises(ConfigError, match="is no long name of an option of sbatch"):
+    with pytest.raises(ConfigError, match="is not the long name of an sbatch option"):
         check_batch_script(replace(cluster, sbatch={option: True}), "custom", tmp_path)
 
 

@@ -123,7 +123,7 @@ def test_another_run_in_the_folder_is_refused(digits: Path, tmp_path: Path) -> N
     before_vit_pytorch = to_dict(first) | {"model": to_dict(first)["model"] | {"name": "small_vit"}}
     del before_vit_pytorch["fp16_overflow"]
     path.write_text(yaml.safe_dump(before_vit_pytorch))
-    with pytest.raises(ConfigError, match="small_vit were other networks than the paper's"):
+    with pytest.raises(ConfigError, match="small_vit were not the paper's networks"):
         build.prepare(first)
 
 

@@ -66,7 +66,7 @@ def test_all_ranks_stop_after_the_same_step_and_go_on_from_the_checkpoint_before
     for first, step, message in stopped:
         assert (first, step) == (0, 8)  # the first log after it
         assert message.startswith("the loss is not finite at or before step 8 (round ")
-        assert "the checkpoints before are untouched; try a lower schedule.peak_lr" in message
+        assert "earlier checkpoints are untouched; try a lower schedule.peak_lr" in message
     assert steps_in(tmp_path / "run" / "checkpoints") == [3, 6]
     resumed = run_ranks(session, 2, setup, none)
     assert [first for first, *_ in resumed] == [6, 6]

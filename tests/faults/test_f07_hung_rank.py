@@ -35,7 +35,7 @@ COLLECTIVES: dict[str, Callable[[Communicator], object]] = {
     "an average": lambda c: c.sum_(torch.ones(5)),
     "a sum": lambda c: c.total(torch.ones(5)),
     "a comparison": lambda c: c.gather_texts("some text"),
-    "a question": lambda c: c.begin_sum([0.0]).wait(),
+    "an agreement": lambda c: c.begin_sum([0.0]).wait(),
 }
 
 
@@ -52,11 +52,11 @@ def in_a_collective(rank: int, ranks: int, name: str) -> str:
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_every_collective_names_the_rank_that_is_missing(name: str) -> None:
     assert run_ranks(in_a_collective, 3, name) == [
-        "LostRankError: rank 1 is not there: rank 0 was in "
-        f"{name} for 1 s (cluster.timeout_seconds); it hangs, or is slower than that",
+        "LostRankError: rank 1 is not responding: rank 0 was waiting for "
+        f"{name} for 1 s; if it is only slow, raise cluster.timeout_seconds",
         "no error",
-        "LostRankError: rank 1 is not there: rank 2 was in "
-        f"{name} for 1 s (cluster.timeout_seconds); it hangs, or is slower than that",
+        "LostRankError: rank 1 is not responding: rank 2 was waiting for "
+        f"{name} for 1 s; if it is only slow, raise cluster.timeout_seconds",
     ]
 
 
@@ -71,7 +71,7 @@ def training(rank: int, ranks: int, plan: str, mode: str, at: int, folder: Path)
 @pytest.mark.parametrize(
     ("plan", "mode", "at", "collective"),
     [
-        ("local", "train", 7, "a question"),  # inside a round: whether to stop
+        ("local", "train", 7, "an agreement"),  # inside a round: whether to stop
         ("gradients", "train", 9, "an average"),  # DDP's, in the backward pass
         ("local", "eval", 1, "a sum"),  # of the evaluation's counts
     ],
@@ -80,8 +80,8 @@ def test_wherever_a_rank_hangs_the_other_ends(
     plan: str, mode: str, at: int, collective: str
 ) -> None:
     first, _ = run_ranks(training, 2, plan, mode, at, new_folder())
-    assert first.startswith("LostRankError: rank 1 is not there: rank 0 was in"), first
-    assert f"in {collective} for 1 s" in first
+    assert first.startswith("LostRankError: rank 1 is not responding: rank 0 was waiting"), first
+    assert f"for {collective} for 1 s" in first
 
 
 def test_a_stopped_process_ends_the_run_and_is_killed(
@@ -100,8 +100,8 @@ def test_a_stopped_process_ends_the_run_and_is_killed(
     # the timeout, the roll call, twice the grace until SIGKILL, and a slow machine
     assert timeout <= time.monotonic() - stopped < timeout + 2 + 2 * GRACE_SECONDS + 8
     assert re.fullmatch(
-        rb"failed: rank 0: LostRankError: rank 1 is not there: rank 0 was in a\w* \w+ for 5 s "
-        rb"\(cluster.timeout_seconds\); it hangs, or is slower than that\n",
+        rb"failed: rank 0: LostRankError: rank 1 is not responding: rank 0 was waiting for "
+        rb"a\w* \w+ for 5 s; if it is only slow, raise cluster.timeout_seconds\n",
         errors,
     ), errors
     _, alive = psutil.wait_procs(everyone, timeout=5)

@@ -106,8 +106,8 @@ def test_those_that_are_left_name_the_one_that_is_gone() -> None:
     assert gone == -signal.SIGKILL
     for text in left:
         assert re.fullmatch(
-            r"LostRankError: rank 3 is gone: rank \d was in an average when the connection "
-            r"was closed",
+            r"LostRankError: rank 3 is gone: rank \d was waiting for an average when the "
+            r"connection closed",
             text,
         ), left
 

@@ -42,9 +42,9 @@ sys.exit(status)
         ("train", (DEMO, "~loss"), "loss is missing"),
         ("train", ("seed=2",), "epochs has no value: set it, or choose an experiment, for examp"),
         ("train", ("experiment=demo/quadratc",), "did you mean demo/quadratic?"),
-        ("train", (DEMO, "workers=3"), "global_batch=64 does not divide by workers=3"),
+        ("train", (DEMO, "workers=3"), "global_batch=64 is not divisible by workers=3"),
         ("train", (DEMO, "cluster.ranks=3"), "try cluster.ranks=1 or 2 or 4"),
-        ("train", (DEMO, "seed=1,2", "workers=3"), "global_batch=64 does not divide by workers=3"),
+        ("train", (DEMO, "seed=1,2", "workers=3"), "global_batch=64 is not divisible by workers=3"),
         ("submit", (*SLURM, "cluster.partion=gpu"), "did you mean cluster.partition?"),
         ("submit", (*SLURM, "sync.alpha=-1"), "sync.alpha=-1: input should be greater than 0"),
         ("submit", (*SLURM, "cluster.nodes=3"), "24 ranks do not divide workers=4"),
@@ -76,10 +76,13 @@ def test_wrong_settings_are_refused_before_torch_is_loaded(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["data.image_size=30", "model=small_vit"], "refused: data.image_size=30 does not divide"),
+        (
+            ["data.image_size=30", "model=small_vit"],
+            "refused: data.image_size=30 is not a multiple",
+        ),
         (
             ["model=timm", "model.timm_name=convnext_tny"],
-            "refused: model.timm_name=convnext_tny: timm has no such model; near: convnext_tiny",
+            "refused: model.timm_name=convnext_tny: timm has no such model; closest: convnext_tiny",
         ),
         (["runs_dir=/proc/nothing"], "refused: /proc/nothing/demo/"),
     ],

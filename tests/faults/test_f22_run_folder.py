@@ -547,5 +547,5 @@ def test_a_state_of_another_program_is_told_in_one_line(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_000000006"
     (checkpoint / "state.json").write_text('{"file": "step_000000006/state.json", "workers": 2}')
     rewrite_manifest(checkpoint)
-    with pytest.raises(TrainingError, match="after step 6 does not say its config_hash: another"):
+    with pytest.raises(TrainingError, match="after step 6 has no config_hash: another"):
         train(setup)

@@ -135,36 +135,44 @@ CASES = [
     (
         "test_vit",
         ("data.image_size=50",),
-        r"data\.image_size=50: model\.timm_name=test_vit takes no such images \(.*50.*16.*\): "
-        r"take data\.image_size=160, for which it is made, or another network",
+        r"data\.image_size=50: model\.timm_name=test_vit does not accept images of this size "
+        r"\(.*50.*16.*\): use data\.image_size=160, its default, or another network",
     ),
     (
         "test_resnet",
         ("global_batch=2",),
-        r"model\.timm_name=test_resnet takes no single image of data\.image_size=32 in training "
-        r"\(Expected more than 1 value per channel.*\): micro_batch, or global_batch / workers, "
-        r"must be 2 or more",
+        r"model\.timm_name=test_resnet cannot process a single image of data\.image_size=32 in "
+        r"training \(Expected more than 1 value per channel.*\): set micro_batch, or "
+        r"global_batch / workers, to 2 or more",
     ),
     (
         "test_resnet",
         ("micro_batch=1",),
-        r"takes no single image of data\.image_size=32 in training .*: micro_batch, or",
+        r"cannot process a single image of data\.image_size=32 in training .*: set micro_batch, or",
     ),
-    ("WithFeatures", (), r"gives a tuple where logits are needed\): take another"),
-    ("AuxiliaryInTraining", (), r"gives a dict where logits are needed\): take another"),
-    ("AMap", (), r"gives \[2, 10, 1\] where logits \[2, 10\] are needed\)"),
-    ("FewerClasses", (), r"gives \[2, 9\] where logits \[2, 10\] are needed\)"),
-    ("Grey", (), r"model\.timm_name=Grey cannot be used .*channels.*: take another one"),
-    ("SqueezedInEvaluation", (), r"takes no single image of .* in validation \(it gives \[10\] "),
+    ("WithFeatures", (), r"returns a tuple instead of logits\): choose another"),
+    ("AuxiliaryInTraining", (), r"returns a dict instead of logits\): choose another"),
+    ("AMap", (), r"returns shape \[2, 10, 1\] instead of logits \[2, 10\]\)"),
+    ("FewerClasses", (), r"returns shape \[2, 9\] instead of logits \[2, 10\]\)"),
+    ("Grey", (), r"model\.timm_name=Grey cannot be used .*channels.*: choose another"),
+    (
+        "SqueezedInEvaluation",
+        (),
+        r"cannot process a single image of .* in validation \(it returns shape \[10\] ",
+    ),
     (
         "test_resnet.nosuchtag",
         (),
         r"model\.timm_name=test_resnet\.nosuchtag: timm's test_resnet has no tag 'nosuchtag'; .*"
-        r": take model\.timm_name=test_resnet",
+        r": use model\.timm_name=test_resnet",
     ),
-    ("test_resnett", (), r"=test_resnett: timm has no such model; near: test_resnet"),
-    ("hf-hub:timm/test_resnet.r160_in1k", (), r"timm has no such model; near: test_resnet"),
-    ("local-dir:/nets/test_resnet", (), r"timm has no such model; near: test_resnet"),
+    ("test_resnett", (), r"=test_resnett: timm has no such model; closest: test_resnet"),
+    (
+        "hf-hub:timm/test_resnet.r160_in1k",
+        (),
+        r"timm has no such model; closest: test_resnet",
+    ),
+    ("local-dir:/nets/test_resnet", (), r"timm has no such model; closest: test_resnet"),
 ]
 
 
@@ -263,7 +271,7 @@ def test_one_line_for_all_ranks(photos: Path, tmp_path: Path) -> None:
         *("data.loader=torchvision", "global_batch=8", "schedule.warmup_epochs=0"),
     ]
     line = refusal(command(photos, tmp_path / "runs", *vit_at_50, "cluster.ranks=2"))
-    assert line.startswith("refused: data.image_size=50: model.timm_name=test_vit takes no such ")
+    assert line.startswith("refused: data.image_size=50: model.timm_name=test_vit does not ")
     assert not (tmp_path / "runs").exists()
 
 

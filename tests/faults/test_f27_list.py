@@ -94,7 +94,7 @@ def test_what_is_wrong_before_anything_starts_refuses_the_whole_list(
     own_photos: Path, tmp_path: Path
 ) -> None:
     sizes = ["model=small_vit", "data.image_size=32,30", "cluster.ranks=1"]
-    with pytest.raises(ConfigError, match=r"data\.image_size=30 does not divide"):
+    with pytest.raises(ConfigError, match=r"data\.image_size=30 is not a multiple"):
         execute(runs_of(own_photos, tmp_path, *sizes))
     assert finished(tmp_path) == []
 

@@ -78,7 +78,7 @@ def test_a_tilde_is_refused_with_what_to_write(monkeypatch: pytest.MonkeyPatch) 
     for setting in ("data.root", "runs_dir"):
         with pytest.raises(ConfigError) as refused:
             load_configs([DEMO, f"{setting}=~/data"])
-        assert f"write {setting}=/home/me/data; or quote" in str(refused.value)
+        assert f"write {setting}=/home/me/data, or, if the path" in str(refused.value)
         quoted = str(refused.value).rpartition("'")[0].rpartition("'")[2]
         assert quoted == f'{setting}="~/data"'
         config = load_config([DEMO, quoted])
@@ -90,14 +90,14 @@ def test_bytes_that_are_no_text_are_refused_with_the_way_round() -> None:
     with pytest.raises(ConfigError) as refused:
         load_configs([DEMO, f"data.root={path}"])
     assert str(refused.value) == (
-        r"data.root=b'/data/caf\xe9' is not UTF-8: give a symbolic link to it, whose name is"
+        r"data.root=b'/data/caf\xe9' is not UTF-8: use a symbolic link with a UTF-8 name"
     )
 
 
 def test_the_refusal_of_another_text_shows_how_it_is_quoted() -> None:
     with pytest.raises(ConfigError) as refused:
         load_configs([DEMO, "data.name=a=b"])
-    assert str(refused.value).endswith("""is quoted: 'data.name="a=b"'""")
+    assert str(refused.value).endswith("""special characters: 'data.name="a=b"'""")
     assert load_config([DEMO, 'data.name="a=b"']).data.name == "a=b"
 
 
@@ -109,14 +109,17 @@ def test_the_refusal_of_another_text_shows_how_it_is_quoted() -> None:
         ("+experiment=/etc/passwd", "experiment=/etc/passwd: no such file in configs; "),
         ("experiment=[demo/constant,demo/parallel]", "no such file in configs; "),
         ("experiment@data=demo/constant", "write experiment=NAME"),
-        ("experiment=null", "experiment=null: leave it out, or choose of configs/experiment/"),
-        ("data=null", "data=null: leave it out, or choose of configs/data/"),
+        (
+            "experiment=null",
+            "experiment=null: leave it out, or choose one from configs/experiment/",
+        ),
+        ("data=null", "data=null: leave it out, or choose one from configs/data/"),
         ("sync=../sync/constant", "did you mean constant?"),
         ("data=[1]", "data=[1]: no such file in configs; "),
         ("data={root: x}", "no such file in configs; "),
         ("seed=glob(*)", "'seed=glob(*)': list the values, as in seed=1,2,3"),
         ("seed=interval(1,2)", "list the values, as in seed=1,2,3"),
-        ("seed=range(0,1e12)", "these lists ask for more than 10,000 runs"),
+        ("seed=range(0,1e12)", "these lists give more than 10,000 runs"),
         ("~cluster", "cluster is missing"),
     ],
 )

@@ -199,14 +199,14 @@ def test_a_name_that_leads_out_of_the_records_is_refused(
 ) -> None:
     rename(folder, name)
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(ReportError, match="leads out of the records"):
+    with pytest.raises(ReportError, match="is not a path inside the records"):
         add_record(folder, tmp_path / "records")
     assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_run_that_poses_as_an_experiment_is_refused(folder: Path, tmp_path: Path) -> None:
     rename(folder, "vit_b16_b4096/quadratic_h4")
-    with pytest.raises(ReportError, match=r"is not what configs/experiment/vit_b16_b4096/quad"):
+    with pytest.raises(ReportError, match=r"differs from configs/experiment/vit_b16_b4096/quad"):
         add_record(folder, tmp_path / "records")
 
 
@@ -215,9 +215,13 @@ def test_a_run_that_poses_as_an_experiment_is_refused(folder: Path, tmp_path: Pa
     [
         ("config.yaml", b"", "config.yaml cannot be read (not a YAML mapping)"),
         ("config.yaml", bytes(range(256)), "config.yaml cannot be read"),
-        ("summary.json", b"{}", "summary.json is not what its config.yaml"),
+        ("summary.json", b"{}", "summary.json contradicts config.yaml"),
         ("environment.json", b"[]", "environment.json cannot be read (not a JSON object)"),
-        ("data.json", b'{"train_images": -3}', "data.json: train_images=-3 makes no run"),
+        (
+            "data.json",
+            b'{"train_images": -3}',
+            "data.json: train_images=-3 is not enough for a run",
+        ),
         ("metrics.jsonl", b"", "top1="),
         ("metrics.jsonl", b"5\n", "metrics.jsonl, line 1, is damaged"),
     ],
@@ -271,4 +275,4 @@ def test_the_command_refuses_in_one_line(folder: Path) -> None:
     refused = call([sys.executable, *line])
     assert (refused.returncode, refused.stdout) == (2, "")
     (told,) = refused.stderr.splitlines()
-    assert told.startswith(f"refused: {folder}/summary.json is not what its config.yaml")
+    assert told.startswith(f"refused: {folder}/summary.json contradicts config.yaml")

@@ -55,7 +55,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_goes_on(
     wait_until(lambda: not rig.processes(job), 30)
     failure = read_json(folder / "failure.json")
     assert re.fullmatch(
-        r"LostRankError: rank 3 is gone: rank \d was in an? \w+ when the connection was "
+        r"LostRankError: rank 3 is gone: rank \d was waiting for an? \w+ when the connection "
         r"closed",
         failure["error"],
     )
@@ -75,7 +75,7 @@ def test_a_hung_rank_ends_the_job_after_the_timeout(rig: Rig, jobs: Jobs) -> Non
     rig.wait_for(job, "FAILED", "COMPLETED", seconds=90)
     # the timeout, the roll call, SIGTERM, KillWait of 5 s, SIGKILL
     assert 10 <= time.monotonic() - stopped < 45
-    assert "rank 2 is not there" in read_json(folder / "failure.json")["error"]
+    assert "rank 2 is not responding" in read_json(folder / "failure.json")["error"]
     wait_until(lambda: not rig.processes(job), 30)
 
 

@@ -34,7 +34,7 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
         # unknown names, with the nearest that exists
         ([DEMO, "sync.alpah=0.02"], "sync.alpah is not a setting of sync.rule=quadratic; did you "
          "mean sync.alpha?"),
-        ([DEMO, "+typo=1"], "typo is not a setting; there are: experiment, seed, workers,"),
+        ([DEMO, "+typo=1"], "typo is not a setting; choose from: experiment, seed, workers,"),
         ([DEMO, "++wokers=1"], "wokers is not a setting; did you mean workers?"),
         ([DEMO, "+data.augmentation.min_aera=0.5"], "did you mean data.augmentation.min_area?"),
         ([DEMO, "alpha=0.02"], "alpha is not a setting; did you mean sync.alpha?"),
@@ -62,7 +62,7 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
         ([DEMO, "optimizer.name=adam"], "optimizer.name"),
         ([DEMO, "~loss"], "loss is missing"),
         ([DEMO, "sync.alpha"], "'sync.alpha' is not of the form setting=value"),
-        ([DEMO, "seed=1,2"], "one run is wanted here, and these settings ask for 2"),
+        ([DEMO, "seed=1,2"], "these settings ask for 2 runs: ask for one"),
         ([DEMO, "sync.alpha=interval(1,2)"], "list the values, as in seed=1,2,3"),
         ([], "epochs has no value: set it, or choose an experiment, for example experiment=demo"),
         # rehearsals
@@ -72,15 +72,15 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
         ([DEMO, "rehearsal=digits", "rehearsal.workers_divisor=0"], "rehearsal.workers_divisor=0:"),
         ([DEMO, "rehearsal=digits", "rehearsal.data=ciphar"], "data=ciphar: no such file in conf"),
         ([DEMO, "rehearsal=digits", "model=timm", "model.timm_name=resnet18"], "no rehearsal of "
-         "model=timm: rehearsal.models knows resnet152, vit_b16, small_resnet, small_vit"),
+         "model=timm: rehearsal.models has only resnet152, vit_b16, small_resnet, small_vit"),
         ([DEMO, "rehearsal=digits", "micro_batch=1", "rehearsal.local_batch=24"], "rehearsal.local_"
-         "batch=24 does not divide into the experiment's 16 micro-batches"),
+         "batch=24 is not divisible by the experiment's 16 micro-batches"),
         ([DEMO, "rehearsal=digits", "data.train_images=null"], "a rehearsal needs data."),
         # settings that do not fit each other
-        ([DEMO, "workers=3"], "global_batch=64 does not divide by workers=3"),
+        ([DEMO, "workers=3"], "global_batch=64 is not divisible by workers=3"),
         ([DEMO, "micro_batch=5"], "micro_batch=5 does not divide the local batch 16"),
         ([DEMO, "cluster.ranks=3"], "cluster.ranks=3 does not divide workers=4: every rank holds "
-         "workers / ranks of them; try cluster.ranks=1 or 2 or 4"),
+         "the same number of workers; try cluster.ranks=1 or 2 or 4"),
         ([DEMO, "cluster.ranks=8"], "cluster.ranks=8 does not divide workers=4"),
         ([DEMO, "global_batch=2048"], "global_batch 2048 exceeds the 1442 samples"),
         ([DEMO, "schedule.warmup_epochs=15"], "warmup_steps must be"),
@@ -91,33 +91,33 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
         ([DEMO, "sync=swap", "sync.switch_epoch=99"], "not a setting of sync.rule=swap"),
         ([DEMO, "sync.average_second_moment=true"], "sgd has no second moment"),
         ([DEMO, "sync.average_momentum=true", "optimizer.momentum=0"], "there is no momentum"),
-        ([DEMO, "sync.delay_steps=4"], "sync.delay_steps=4: an average must be there before the "
-         "next round ends, so it must be less than the smallest H, 4"),
+        ([DEMO, "sync.delay_steps=4"], "sync.delay_steps=4: must be less than the smallest H, 4, "
+         "because an average must be applied before the next round ends"),
         (["experiment=demo/parallel", "sync.delay_steps=1"], "less than the smallest H, 1"),
         (["experiment=vit_b16_b4096/swap", "sync.delay_steps=1"], "sync=swap averages once"),
-        ([DEMO, "sync.delay_steps=2", "sync.average_momentum=true"], "only parameters can be "
-         "averaged with a delay, not momenta"),
+        ([DEMO, "sync.delay_steps=2", "sync.average_momentum=true"], "only parameters, not "
+         "moments, can be averaged with a delay"),
         ([DEMO, "model=timm"], "model.timm_name has no value"),
-        ([DEMO, "model.timm_name=resnet18"], "model.timm_name goes with model.name=timm"),
+        ([DEMO, "model.timm_name=resnet18"], "model.timm_name must be set if model.name=timm"),
         ([DEMO, "data.augmentation.min_area=0.9", "data.augmentation.max_area=0.5"], "exceeds"),
-        ([DEMO, "data.decode=gpu", "cluster.device=cpu"], "data.decode=gpu goes with a GPU"),
-        ([DEMO, "data.decode=gpu", "data.loader=torchvision"], "goes with DALI"),
+        ([DEMO, "data.decode=gpu", "cluster.device=cpu"], "data.decode=gpu needs a GPU"),
+        ([DEMO, "data.decode=gpu", "data.loader=torchvision"], "needs DALI"),
         ([DEMO, "data.mean=[.nan,0,0]"], "data.mean"),
         ([DEMO, f"{AUGMENT}=compser"], "data.augmentation.randaugment='compser': input should be "
          "'none', 'composer', 'torchvision' or 'timm'"),
         ([DEMO, f"{AUGMENT}=composer"], "data.augmentation.randaugment=composer needs "
          "data.augmentation.randaugment_depth (usually 2) and randaugment_severity (0 to 10)"),
-        ([VIT, f"{AUGMENT}=none"], "randaugment=none: then randaugment_depth and "
-         "randaugment_severity must be null; or choose composer"),
-        ([VIT, f"{AUGMENT}_severity=11"], "severity=11: composer's lies between 0 and 10"),
+        ([VIT, f"{AUGMENT}=none"], "randaugment=none: set randaugment_depth and "
+         "randaugment_severity to null, or choose composer"),
+        ([VIT, f"{AUGMENT}_severity=11"], "severity=11: composer's must be between 0 and 10"),
         ([VIT, f"{AUGMENT}_severity=-1"], "randaugment_severity=-1: input should"),
         ([VIT, f"{AUGMENT}_depth=0"], "randaugment_depth=0: input should be"),
-        ([VIT, f"{AUGMENT}=timm", f"{AUGMENT}_severity=15"], "severity=15: timm's lies between 0 "
-         "and 10"),
-        ([VIT, f"{AUGMENT}=torchvision", f"{AUGMENT}_severity=31"], "torchvision's lies between 0 "
-         "and 30"),
-        ([VIT, f"{AUGMENT}=torchvision", f"{AUGMENT}_severity=9.5"], "9.5: torchvision's lies "
-         "between 0 and 30, and is a whole number"),
+        ([VIT, f"{AUGMENT}=timm", f"{AUGMENT}_severity=15"], "severity=15: timm's must be between "
+         "0 and 10"),
+        ([VIT, f"{AUGMENT}=torchvision", f"{AUGMENT}_severity=31"], "torchvision's must be between "
+         "0 and 30"),
+        ([VIT, f"{AUGMENT}=torchvision", f"{AUGMENT}_severity=9.5"], "9.5: torchvision's must "
+         "be between 0 and 30 and a whole number"),
         ([VIT, f"{AUGMENT}_strength=1"], "randaugment_strength is not a setting"),
         ([VIT, "fp16_overflow=retry"], "fp16_overflow='retry': input should be 'repeat' or 'skip'"),
         ([DEMO, "optimizer.nesterov=true", "optimizer.momentum=0"], "nesterov=true needs"),

@@ -21,13 +21,13 @@ CPUS = [*SLURM, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"]
     [
         # how many ranks
         ([*CPUS, "cluster.nodes=3"], "cluster.nodes=3 x 2 ranks per node = 6 ranks do not divide "
-         "workers=4: every rank holds workers / ranks of them; try 1 or 2 or 4 ranks"),
+         "workers=4: every rank holds the same number of workers; try 1 or 2 or 4 ranks"),
         (SLURM, "cluster.nodes=1 x 8 ranks per node = 8 ranks do not divide workers=4"),
         ([*SLURM, "cluster.gpus_per_node=2", "cluster.ranks_per_node=4"], "cluster.ranks_per_node=4"
          " exceeds cluster.gpus_per_node=2: every rank needs a GPU of its own"),
-        ([*SLURM, "cluster.gpus_per_node=0"], "cluster.gpus_per_node=0: then give cluster.ranks_"),
+        ([*SLURM, "cluster.gpus_per_node=0"], "cluster.gpus_per_node=0 needs cluster.ranks_per_"),
         ([*CPUS, "cluster.ranks=4"], "cluster.ranks=4, but cluster.nodes x ranks per node = 2: "
-         "leave cluster.ranks out"),
+         "leave out cluster.ranks"),
         # names, with the right one
         ([*CPUS, "cluster.partion=gpu"], "cluster.partion is not a setting of cluster.launcher="
          "slurm; did you mean cluster.partition?"),
@@ -37,8 +37,8 @@ CPUS = [*SLURM, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"]
         # values
         ([*CPUS, "cluster.signal=SIGINT"], "cluster.signal='SIGINT': input should be 'SIGUSR1', "
          "'SIGUSR2' or 'SIGTERM'"),
-        ([*CPUS, "checkpoint.stop_signals=[SIGTERM]"], "cluster.signal=SIGUSR2 is none of "
-         "checkpoint.stop_signals: the run would end without saving"),
+        ([*CPUS, "checkpoint.stop_signals=[SIGTERM]"], "cluster.signal=SIGUSR2 is not in "
+         "checkpoint.stop_signals: add it, or the run would end without a checkpoint"),
         ([*CPUS, "cluster.signal_lead_seconds=70000"], "cluster.signal_lead_seconds=70000"),
         ([*CPUS, "cluster.time_limit_minutes=5"], "cluster.signal_lead_seconds=300 is not shorter "
          "than cluster.time_limit_minutes=5: the job would be told to stop as soon as it starts"),
@@ -50,7 +50,8 @@ CPUS = [*SLURM, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"]
          "cluster.ranks_per_node"),
         ([*CPUS, "cluster.sbatch={exclusive: true, signal: KILL@5}"], "cluster.sbatch.signal: set "
          "cluster.signal and cluster.signal_lead_seconds"),
-        ([*CPUS, "cluster.sbatch={array: 1-3}"], "cluster.sbatch.array: give seed=1,2,3"),
+        ([*CPUS, "cluster.sbatch={array: 1-3}"], "cluster.sbatch.array: list seeds, as in "
+         "seed=1,2,3"),
     ],
 )  # fmt: skip
 def test_wrong_settings_get_one_clear_line(overrides: list[str], message: str) -> None:

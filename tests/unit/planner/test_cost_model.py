@@ -184,11 +184,11 @@ def test_moments_are_counted_where_they_are_averaged() -> None:
     [
         (["cluster=local"], "no hours: the speed of cluster=local is not known; measure it: python "
          "scripts/plan.py calibrate"),
-        (["cluster=paper_2x8", "precision=bf16"], "cluster=paper_2x8 does not know "
-         "vit_b16@224/bf16; measure it: python scripts/plan.py calibrate, or give "
+        (["cluster=paper_2x8", "precision=bf16"], "cluster=paper_2x8 has no speed for "
+         "vit_b16@224/bf16; measure it: python scripts/plan.py calibrate, or set "
          "cluster.speed.seconds_per_image={vit_b16@224/bf16:SECONDS}"),
-        (["cluster=paper_2x8", "cluster.speed.link_gbit_per_second=null"], "does not know the link "
-         "between ranks; give cluster.speed.link_gbit_per_second"),
+        (["cluster=paper_2x8", "cluster.speed.link_gbit_per_second=null"], "has no speed of the "
+         "link between ranks; set cluster.speed.link_gbit_per_second"),
     ],
 )  # fmt: skip
 def test_what_a_profile_does_not_know(overrides: list[str], message: str) -> None:

@@ -91,7 +91,7 @@ def test_one_rank_has_no_link() -> None:
 
 def test_speeds_of_other_ranks_are_not_mixed() -> None:
     first = updated_profile(CLUSTER, None, FOUND)
-    with pytest.raises(ConfigError, match="x was measured on 1 x 2 ranks, this is 1 x 4: choose"):
+    with pytest.raises(ConfigError, match="x was measured on 1 x 2 ranks, not 1 x 4: choose"):
         updated_profile(CLUSTER, first, replace(FOUND, ranks_per_machine=4))
 
 
@@ -118,5 +118,5 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
             profile_path(name)
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "x.yaml").write_text(MARK + "\nname: [")
-    with pytest.raises(ConfigError, match=r"x\.yaml is no profile of this version: delete it"):
+    with pytest.raises(ConfigError, match=r"x\.yaml is not a profile of this version: delete it"):
         read_profile(profile_path("x", tmp_path))

@@ -188,7 +188,7 @@ def test_a_run_of_another_plan_is_refused(reference: Path, write_run: WriteRun) 
     with pytest.raises(ReportError) as raised:
         comparison_table(read_reference(reference), runs, plan_of)
     assert str(raised.value) == (
-        "demo/quadratic/seed_1 has 42 averages in 330 steps, the experiment as it is now 38 in "
+        "demo/quadratic/seed_1 has 42 averages in 330 steps, but the experiment now has 38 in "
         "330: run it again, or remove its record"
     )
 
@@ -197,6 +197,6 @@ def test_runs_of_different_names_are_not_seeds_of_one(reference: Path, write_run
     folders = [write_run("experiment=demo/quadratic", *more) for more in ((), ("epochs=5",))]
     runs = [read_run(folder).summary for folder in folders]
     with pytest.raises(
-        ReportError, match="demo/quadratic and demo/quadratic/epochs=5 are not one run"
+        ReportError, match="demo/quadratic and demo/quadratic/epochs=5 are different runs"
     ):
         comparison_table(read_reference(reference), {"demo/quadratic": runs}, plan_of)

@@ -50,10 +50,10 @@ between
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("hand\n<!-- end -->", "hand", r"docs/a\.md, line 2: .*: first --> has no counterpart"),
-        ("second -->\n<!-- end -->", "second -->", r"line 6: .*: second --> has no counterpart"),
-        ("between", "<!-- end -->", r"line 5: <!-- end --> has no counterpart"),
-        ("second", "secnod", r"line 6: no table secnod; there are first, second"),
+        ("hand\n<!-- end -->", "hand", r"docs/a\.md, line 2: .*: first --> has no matching line"),
+        ("second -->\n<!-- end -->", "second -->", r"line 6: .*: second --> has no matching line"),
+        ("between", "<!-- end -->", r"line 5: <!-- end --> has no matching line"),
+        ("second", "secnod", r"line 6: no table secnod; choose from first, second"),
     ],
 )
 def test_broken_blocks_are_named(old: str, new: str, error: str) -> None:
@@ -168,7 +168,7 @@ def test_refusals_are_one_line(tables: Tables, project: Path, write_run: WriteRu
     refused = tables("add", folder)
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"refused: {folder} holds no finished run: its training command goes on with it\n"
+        f"refused: {folder} holds no finished run: run its training command to finish it\n"
     )
     (project / "configs/experiment/demo/parallel.yaml").unlink()
     refused = tables()

@@ -86,9 +86,9 @@ def test_another_run_of_the_same_name_is_refused(
     with pytest.raises(ReportError) as raised:
         add_record(other, records)
     assert str(raised.value) == (
-        f"{other} is another run than {first} of the same name "
-        f"(optimizer.weight_decay: 0.0001 -> 0.5): remove {first.parent}, or give this one a name "
-        f"of its own"
+        f"{other} and {first} have the same name but differ "
+        f"(optimizer.weight_decay: 0.0001 -> 0.5): remove {first.parent}, or give this run "
+        f"another name"
     )
     assert {p: p.read_bytes() for p in records.rglob("*") if p.is_file()} == before
 
@@ -147,8 +147,8 @@ def test_a_record_of_the_first_version_is_read_where_it_trained_the_same(
 @pytest.mark.parametrize(
     ("model", "depth", "message"),
     [
-        ("vit_b16", 0, "vit_b16 and small_vit were other networks than the paper's"),
-        ("small_vit", 2, "vit_b16 and small_vit were other networks than the paper's"),
+        ("vit_b16", 0, "vit_b16 and small_vit were not the paper's networks"),
+        ("small_vit", 2, "vit_b16 and small_vit were not the paper's networks"),
         ("resnet152", 2, "RandAugment was weaker than the paper's"),
     ],
 )

@@ -86,11 +86,11 @@ def test_any_timm_model_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18_large", "resent18"])
 def test_an_unknown_timm_model_is_refused_with_near_names(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: timm has no such model; near: .*resnet18"):
+    with pytest.raises(ConfigError, match=f"{name}: timm has no such model; closest: .*resnet18"):
         check_model(settings("timm", timm_name=name), 32)
 
 
 def test_images_that_do_not_divide_into_patches_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.image_size=225 does not divide"):
+    with pytest.raises(ConfigError, match=r"data\.image_size=225 is not a multiple"):
         check_model(settings("vit_b16"), 225)
     check_model(settings("vit_b16"), 240)

@@ -154,7 +154,7 @@ def test_a_vit_has_nothing_random_in_training() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 33}, "image_size 33 is no multiple of patch_size 4"),
+        ({"image_size": 33}, "image_size 33 must be a multiple of patch_size 4"),
         ({"width": 66}, "width 66 must be a multiple of 4 and of heads = 4"),
     ],
 )
