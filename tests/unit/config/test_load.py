@@ -283,7 +283,11 @@ FIELDS = "__pydantic_fields__"
 
 def test_every_field_is_documented() -> None:
     for cls in vars(schema).values():
-        if dataclasses.is_dataclass(cls) and cls.__module__ == schema.__name__:
+        if (
+            isinstance(cls, type)
+            and dataclasses.is_dataclass(cls)
+            and cls.__module__ == schema.__name__
+        ):
             assert cls.__doc__
             for name in (field.name for field in dataclasses.fields(cls)):
                 owners = [base for base in cls.__mro__ if name in vars(base).get(FIELDS, {})]
