@@ -157,7 +157,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         unsaved = trainer.checkpoint_failure
         if not trainer.finished:
             if unsaved is not None:
-                raise CheckpointError(f"{unsaved}; run the same command to resume from there")
+                raise CheckpointError(f"{unsaved}; run the same command to resume")
             received = (flag and flag.reason) or "a signal to another rank"
             reason = received if trainer.stopping else "stop_after_steps"
             return Stopped(trainer.progress.step, reason, by_signal=trainer.stopping)
