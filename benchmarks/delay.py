@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import record
-from qsr import launch
 from qsr.config.load import load_configs
 from qsr.config.schema import Config
 from qsr.data.prepare.digits import prepare_digits
+from qsr.session import execute
 
 DELAYS = (0, 3)
 SEEDS = (1, 2, 3)
@@ -37,7 +37,7 @@ def measure(folder: Path) -> dict[str, Any]:
     for delay in DELAYS:
         configs += load_configs([*settings, f"sync.delay_steps={delay}"])
     prepare_digits(folder / "digits")
-    outcomes = launch.execute(configs)
+    outcomes = execute(configs)
     top1: dict[int, list[float]] = {delay: [] for delay in DELAYS}
     for config, outcome in zip(configs, outcomes, strict=True):
         assert isinstance(outcome, dict), outcome  # not stopped by a signal

@@ -209,7 +209,7 @@ def _interrupted(outcome: Outcome) -> Outcome:
 
 def _common_ranks(configs: Sequence[Config]) -> int:
     if len({run_folder(config) for config in configs}) < len(configs):
-        raise ConfigError("two of these runs are the same run: list other values")
+        raise ConfigError("two of these runs are the same: list each value once")
     wanted = {(number_of_ranks(config), config.cluster.device) for config in configs}
     if len(wanted) > 1:
         asked = " or ".join(f"{ranks} ranks on device {device}" for ranks, device in sorted(wanted))

@@ -59,7 +59,7 @@ def test_notebooks_are_small_and_need_no_torch() -> None:
         modules = set(re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE))
         layers = {".".join(name.split(".")[:2]) for name in modules}
         assert layers <= {
-            *("qsr.core", "qsr.config", "qsr.report"),
+            *("qsr.core", "qsr.config", "qsr.planner", "qsr.report"),
             *("IPython.display", "pathlib"),
         }
 
