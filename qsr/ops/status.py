@@ -14,7 +14,8 @@ from qsr.config.load import parse_identity
 from qsr.config.planning import make_plan
 from qsr.errors import ConfigError
 from qsr.report.collect import walk
-from qsr.run.folder import is_number, read_json, read_rows, read_yaml
+from qsr.run.folder import is_number, read_json, read_rows
+from qsr.run.yaml_file import read_yaml
 
 State = Literal["queued", "running", "preempted", "stopped", "failed", "done", "unknown"]
 

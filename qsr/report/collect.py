@@ -11,7 +11,8 @@ from qsr.config.load import differences, parse_identity
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
 from qsr.errors import ConfigError, ReportError
-from qsr.run.folder import read_json, read_rows, read_yaml
+from qsr.run.folder import read_json, read_rows
+from qsr.run.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from qsr.config.load import (
 )
 from qsr.errors import ConfigError, ReportError
 from qsr.report.collect import Run, read_run, walk
-from qsr.run.folder import is_number, read_json, read_yaml
+from qsr.run.folder import is_number, read_json
+from qsr.run.yaml_file import read_yaml
 
 RECORD_FILES = (
     "config.yaml",

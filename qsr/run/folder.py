@@ -9,10 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from yaml.composer import ComposerError
-from yaml.nodes import Node
-
 from qsr.errors import ConfigError
 from qsr.run.durable import replace_file
 
@@ -82,42 +78,12 @@ MOST_BYTES = 2**20
 """Size limit of files that are read as a whole; a run's config.yaml has about 2,000 bytes."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Rejects aliases, with which a few lines can expand to 10^9 values. qsr never writes them."""
-
-    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise ComposerError(None, None, "aliases are not allowed", None)
-        return super().compose_node(parent, index)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The YAML mapping in a file. Raises ConfigError if it is anything else."""
-    try:
-        return parse_yaml(read_small(path))
-    except ValueError as error:
-        raise _unreadable(path, error) from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError if it is anything else."""
     try:
         return parse_object(read_small(path))
     except ValueError as error:
-        raise _unreadable(path, error) from None
-
-
-def parse_yaml(text: str) -> dict[str, Any]:
-    """A YAML mapping. Raises ValueError for anything else."""
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a YAML mapping")
-    return value
+        raise unreadable(path, error) from None
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
@@ -139,7 +105,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     try:
         text = _read(path).decode(errors="replace")
     except ValueError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             row = parse_object(line)
@@ -187,5 +153,6 @@ def _read(path: Path, most: int = -1) -> bytes:
         raise ValueError(error.strerror) from None
 
 
-def _unreadable(path: Path, error: ValueError) -> ConfigError:
+def unreadable(path: Path, error: ValueError) -> ConfigError:
+    """The error for a file that a reader of its format refused."""
     return ConfigError(f"{path} cannot be read ({error})")

@@ -10,8 +10,9 @@ from qsr.config.load import differences, parse_identity, run_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError
 from qsr.run.durable import partial_name
-from qsr.run.folder import RunFolder, parse_yaml, read_record, read_small
+from qsr.run.folder import RunFolder, read_record, read_small
 from qsr.run.folder_trial import refusing, try_folder
+from qsr.run.yaml_file import parse_yaml
 
 
 def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:

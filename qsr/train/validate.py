@@ -22,7 +22,8 @@ from qsr.data import (
 from qsr.data.names import appearance, how_they_differ
 from qsr.errors import ClusterError, ConfigError, DataError, ModelFileError
 from qsr.output import warn
-from qsr.run.folder import RunFolder, read_yaml
+from qsr.run.folder import RunFolder
+from qsr.run.yaml_file import read_yaml
 from qsr.sync.communicator import Communicator, Topology
 from qsr.train.evaluation import Evaluation, validate
 from qsr.train.model_file import (

@@ -185,7 +185,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     train(Setup(LOCAL, folder=tmp_path, stop_after=6))
     with pytest.raises(TrainingError, match="other settings"):
         train(Setup(LOCAL, folder=tmp_path, config_hash="f" * 16))
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="a different model"):
         train(Setup(LOCAL, folder=tmp_path, net=batchnorm_net))
 
 
