@@ -15,7 +15,7 @@ from qsr.config.compose import (
 )
 from qsr.config.load import check_model_name, check_reading
 from qsr.config.parsing import flatten, parse
-from qsr.config.schema import STRICT, DataConfig, ModelConfig, PositiveInt
+from qsr.config.schema import STRICT, BatchSize, DataConfig, ModelConfig
 
 OF_NETWORK = ("data.image_size", "data.eval_crop_fraction", "data.mean", "data.std")
 """How a network sees images: known of a model file, whichever data set is chosen."""
@@ -25,7 +25,7 @@ OF_NETWORK = ("data.image_size", "data.eval_crop_fraction", "data.mean", "data.s
 class BatchConfig:
     """How images go through the network."""
 
-    batch: PositiveInt
+    batch: BatchSize
     """Images per forward pass."""
 
 
