@@ -14,7 +14,7 @@ from qsr.config.compose import (
 )
 from qsr.config.load import check_model_name, check_reading
 from qsr.config.parsing import flatten, parse
-from qsr.config.schema import STRICT, DataConfig, ModelConfig, PositiveInt
+from qsr.config.schema import STRICT, BatchSize, DataConfig, ModelConfig
 from qsr.errors import ConfigError
 
 OF_NETWORK = ("data.image_size", "data.eval_crop_fraction", "data.mean", "data.std")
@@ -25,7 +25,7 @@ OF_NETWORK = ("data.image_size", "data.eval_crop_fraction", "data.mean", "data.s
 class BatchConfig:
     """Settings of the forward pass."""
 
-    batch: PositiveInt
+    batch: BatchSize
     """Images per forward pass."""
 
 

@@ -27,6 +27,9 @@ from qsr.core.rules import (
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 PositiveInt = Annotated[int, Field(ge=1)]
+# more than any machine has; beyond, torch, DALI or the system fail without saying of what
+ThreadCount = Annotated[int, Field(ge=1, le=4096)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 # torch computes in float32, whose largest number is 3.4e38
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
@@ -474,7 +477,7 @@ class EvaluationConfig:
     every_epochs: PositiveInt
     """Epochs between evaluations; the last step is always evaluated. Execution: training is the
     same, bit for bit, with any evaluations."""
-    batch: Annotated[int, Field(ge=1, le=65_536)]
+    batch: BatchSize
     """Images per rank and forward pass. Execution."""
     batchnorm_micro_batches: PositiveInt
     """Training micro-batches, over all workers, from which the BatchNorm statistics of the
@@ -584,7 +587,7 @@ class ClusterConfig:
     as the launcher started; without a launcher one per worker, or per GPU."""
     device: Literal["auto", "cpu", "cuda"]
     """auto: CUDA where there is a GPU."""
-    threads_per_rank: Annotated[int, Field(ge=1, le=4096)] | None
+    threads_per_rank: ThreadCount | None
     """CPU threads for torch in each rank; null: the cores of the machine over its ranks."""
     timeout_seconds: Annotated[float, Field(gt=0, le=604_800)]
     """How long a collective waits for the other ranks before the run fails."""

@@ -239,6 +239,7 @@ def test_what_is_wrong_is_said_in_one_line(
         ),
         ((file, root, "data.decode=gpu", "cluster.device=cpu"), "data.decode=gpu needs a GPU"),
         ((file, root, "evaluation.batch=0"), "evaluation.batch=0: input should be greater than"),
+        ((file, root, "evaluation.batch=100000"), "should be less than or equal to 65536"),
         ((file, root, "evaluation.bach=9"), "did you mean evaluation.batch?"),
         ((file, root, "precision=fp32,bf16"), "these settings ask for several evaluations"),
         ((root,), "give a run folder, a model.safetensors, or weights=FILE with model=NAME"),
