@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, repeat
 from pathlib import Path
@@ -49,10 +49,10 @@ from benchmarks.measure import (
 )
 from benchmarks.photos import SIZE, write_photos
 from qsr import ConstantRule, ConstantSchedule, Plan
+from qsr.config.load import load_config
 from qsr.config.schema import AdamWConfig, LossConfig, ModelConfig, OptimizerConfig, SgdConfig
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, ImageFolder, Loader, Request, TrainTransform, make_loader
-from qsr.data.randaugment import RandAugment
 from qsr.sync.averaging import mean_
 from qsr.sync.communicator import Communicator, Topology
 from qsr.sync.fingerprint import FINGERPRINT_SIZE
@@ -484,10 +484,11 @@ def measure_matrix_products(size: Size) -> Found:
 def measure_loading(size: Size) -> Found:
     """Images/s from files to normalised tensors on the device, with DALI."""
     transforms = {
-        "crop, flip": TrainTransform(size.pixels),
-        "crop, flip, RandAugment": TrainTransform(
-            size.pixels, randaugment=RandAugment("composer", depth=2, severity=10)
-        ),
+        name: TrainTransform.of(replace(load_config([experiment]).data, image_size=size.pixels))
+        for name, experiment in (
+            ("crop, flip", "experiment=resnet152_b4096/quadratic_h2"),
+            ("crop, flip, RandAugment", "experiment=vit_b16_b4096/quadratic_h4"),
+        )
     }
     loaders: list[Loader] = []
     with tempfile.TemporaryDirectory() as folder:

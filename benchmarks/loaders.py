@@ -30,16 +30,22 @@ from torchvision.transforms import v2
 
 from benchmarks.measure import alternate, ratio, record, summary
 from benchmarks.photos import SIZE, write_photos
+from qsr.config.load import load_config
 from qsr.data import EvalTransform, ImageFolder, Request, TrainTransform, make_loader
 from qsr.data.dali_graph import read_files
-from qsr.data.randaugment import RandAugment
-from qsr.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Read = Callable[[str], Any]
 Load = Callable[[int], object]
 """Loads the given number of images, starting with the first."""
 
-PIXELS = 224
+EXPERIMENT = "experiment=resnet152_b4096/parallel"  # crop and flip of 224 x 224 pixels
+RANDAUGMENT = (  # of 30
+    "data.augmentation.randaugment=torchvision",
+    "data.augmentation.randaugment_depth=2",
+    "data.augmentation.randaugment_severity=10",
+)
+DATA = load_config([EXPERIMENT]).data
+PIXELS = DATA.image_size
 BATCH = 64
 IMAGES = 320
 REPETITIONS = 7
@@ -87,7 +93,7 @@ def with_qsr(photos: ImageFolder, transform: TrainTransform | EvalTransform) -> 
 
 def with_torchvision(photos: ImageFolder, read: Read, steps: Sequence[Any]) -> Load:
     to_tensor = [] if read is read_tensor else [v2.PILToTensor()]
-    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(DATA.mean, DATA.std)]
     transform = v2.Compose([*steps, *to_tensor, *normalise])
     return partial(load_one_by_one, photos, read, transform)
 
@@ -99,13 +105,13 @@ def with_timm(photos: ImageFolder, **options: Any) -> Load:
 
 def training(photos: ImageFolder, *, randaugment: bool) -> dict[str, Load]:
     steps = [v2.RandomResizedCrop(PIXELS, antialias=True), v2.RandomHorizontalFlip()]
-    ours, policy = TrainTransform(PIXELS), None
+    data, policy = DATA, None
     if randaugment:
         steps.append(v2.RandAugment(num_ops=2, magnitude=10))  # of 30
-        ours = TrainTransform(PIXELS, randaugment=RandAugment("torchvision", depth=2, severity=10))
+        data = load_config([EXPERIMENT, *RANDAUGMENT]).data
         policy = "rand-m3-n2"  # of 10
     return {
-        QSR: with_qsr(photos, ours),
+        QSR: with_qsr(photos, TrainTransform.of(data)),
         PIL: with_torchvision(photos, read_pil, steps),
         TENSORS: with_torchvision(photos, read_tensor, steps),
         TIMM: with_timm(photos, is_training=True, color_jitter=None, auto_augment=policy),
@@ -115,7 +121,7 @@ def training(photos: ImageFolder, *, randaugment: bool) -> dict[str, Load]:
 def validation(photos: ImageFolder) -> dict[str, Load]:
     steps = [v2.Resize(256, antialias=True), v2.CenterCrop(PIXELS)]
     return {
-        QSR: with_qsr(photos, EvalTransform(PIXELS)),
+        QSR: with_qsr(photos, EvalTransform.of(DATA)),
         PIL: with_torchvision(photos, read_pil, steps),
         TENSORS: with_torchvision(photos, read_tensor, steps),
         TIMM: with_timm(photos, crop_pct=0.875),

@@ -47,7 +47,6 @@ from qsr.config.schema import Config, ModelConfig
 from qsr.core import cost
 from qsr.data import Batch, EvalTransform, ImageFolder, Request, make_loader
 from qsr.data.prepare.digits import prepare_digits
-from qsr.data.settings import transforms
 from qsr.errors import ConfigError
 from qsr.planner.calibrate import Calibration
 from qsr.planner.forecast import forecast, known_classes, known_images
@@ -139,7 +138,7 @@ def decoded(dataset: ImageFolder, transform: EvalTransform) -> MemoryLoader:
 def load_from_memory(config: Config) -> None:
     """Make training in this process use images decoded in advance, so that decoding takes no
     cores."""
-    _, transform = transforms(config.data)
+    transform = EvalTransform.of(config.data)
     build.make_loader = lambda _kind, dataset, *_, **__: decoded(dataset, transform)  # type: ignore[attr-defined]
 
 

@@ -195,7 +195,7 @@ def take_turns(case: Case) -> dict[str, list[float]]:
             Evaluator(
                 network(case), loader, case.batch, case.batch, batchnorm, communicator, precision
             ),
-            RunState([worker], synchronizer, checkpointer, options),
+            RunState([worker], synchronizer, checkpointer),
             tracker,
             Due(TURN, 10**9, None, steps),
         )

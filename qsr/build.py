@@ -12,14 +12,15 @@ from qsr.config.schema import Config
 from qsr.core.cost import averaged_bytes, ring_bytes
 from qsr.core.plan import Plan
 from qsr.data import (
+    EvalTransform,
     ImageFolder,
     Loader,
+    TrainTransform,
     make_loader,
     open_image_folders,
     try_some,
     uses_dali,
 )
-from qsr.data.settings import transforms
 from qsr.errors import CheckpointError, ClusterError, ConfigError, DataError
 from qsr.output import warn
 from qsr.planner.cost_model import make_cost_model, moment_bytes, parameter_bytes
@@ -39,7 +40,7 @@ from qsr.train.models import check_network, initial_model
 from qsr.train.monitor import Monitor
 from qsr.train.optim import averaged_state_keys
 from qsr.train.precision import Precision
-from qsr.train.state import RunState
+from qsr.train.state import RunState, checkpoint_bytes
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
 from qsr.train.worker import make_workers
@@ -150,7 +151,10 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         )
         model = evaluator.model.state_dict()
         about = describe(config, train.classes, plan.total_steps).metadata()
-        trainer.state.check_space(missing_room(folder, model, about))
+        each = checkpoint_bytes(
+            evaluator.model, config.optimizer, plan, config.workers, config.sync.delay_steps
+        )
+        checkpointer.check_space(each, missing_room(folder, model, about))
         _on_main(communicator, folder, lambda: reserve_results(folder, model, about))
         trainer.restore()
         trainer.train()
@@ -237,7 +241,7 @@ def _build(
 
     workers = make_workers(config, num_classes, communicator)
     sampler = make_sampler(config, len(train))
-    train_transform, eval_transform = transforms(config.data)
+    train_transform = TrainTransform.of(config.data)
     batchnorm = BatchNormSource(
         open_loader(train, train_transform, config.micro_batch_size),
         sampler,
@@ -246,14 +250,13 @@ def _build(
     )
     evaluator = Evaluator(
         initial_model(config, num_classes, device),
-        open_loader(val, eval_transform, config.evaluation.batch),
+        open_loader(val, EvalTransform.of(config.data), config.evaluation.batch),
         len(val),
         config.evaluation.batch,
         batchnorm,
         communicator,
         precision,
     )
-    options = sync_options(config)
     synchronizer = Synchronizer(
         plan,
         [worker.model for worker in workers],
@@ -261,7 +264,7 @@ def _build(
         communicator,
         sampler=sampler,
         config_hash=config_hash(config),
-        options=options,
+        options=sync_options(config),
         asked_to_stop=lambda: flag.reason is not None,
     )
     stepper = Stepper(
@@ -281,7 +284,7 @@ def _build(
         stop_after=config.stop_after_steps,
     )
     data = TrainingData(open_loader(train, train_transform, config.local_batch), sampler)
-    state = RunState(workers, synchronizer, checkpointer, options)
+    state = RunState(workers, synchronizer, checkpointer)
     trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due)
     return trainer, evaluator
 
@@ -301,7 +304,7 @@ def describe(
 ) -> Description:
     """The metadata of a run's model file after `step` steps, equal for runs that compute the same.
     Without a result it has the size of the final metadata except for a few digits."""
-    _, transform = transforms(config.data)
+    transform = EvalTransform.of(config.data)
     return Description(
         network=config.model.name,
         timm_name=config.model.timm_name,

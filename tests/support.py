@@ -257,7 +257,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         stepper,
         synchronizer,
         evaluator,
-        RunState(workers, synchronizer, checkpointer, options),
+        RunState(workers, synchronizer, checkpointer),
         tracker,
         Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
     )
@@ -267,7 +267,6 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
 def train(setup: Setup, topology: Topology | None = None) -> Rig:
     """Build, resume if there is something to resume, and train."""
     rig = build(setup, topology)
-    rig.trainer.state.check_space(0)
     rig.trainer.restore()
     rig.trainer.train()
     return rig

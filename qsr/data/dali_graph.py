@@ -157,8 +157,8 @@ def crop_box(transform: TrainTransform, shape: DataNode) -> DataNode:
         top = math.floor(windows[first, 2] * (height - crop_height + 1))
         left = math.floor(windows[first, 3] * (width - crop_width + 1))
     else:
-        min_aspect = types.Constant(np.float64(transform.min_aspect))
-        max_aspect = types.Constant(np.float64(transform.max_aspect))
+        min_aspect = types.Constant(np.float64(transform.augmentation.min_aspect))
+        max_aspect = types.Constant(np.float64(transform.augmentation.max_aspect))
         crop_height = math.clamp(math.floor(width / min_aspect + 0.5), 1, height)
         crop_width = math.clamp(math.floor(height * max_aspect + 0.5), 1, width)
         top = math.floor((height - crop_height) / 2)

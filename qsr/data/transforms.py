@@ -5,15 +5,15 @@ so all loaders make the same crops, flips and RandAugment operations, and none h
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qsr.data.randaugment import RandAugment, RandAugmentDraws
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+if TYPE_CHECKING:  # reading a model file does not need the settings' libraries
+    from qsr.config.schema import AugmentationConfig, DataConfig
 
 CROP_ATTEMPTS = 10
 """Random windows tried per sample before falling back to the central one, as in torchvision."""
@@ -29,34 +29,26 @@ class TrainTransform:
 
     size: int
     """Side of the square output, in pixels."""
-    min_area: float = 0.08
-    max_area: float = 1.0
-    """Range of the crop's share of the image area."""
-    min_aspect: float = 3 / 4
-    max_aspect: float = 4 / 3
-    """Range of the crop's width / height."""
-    flip_probability: float = 0.5
-    randaugment: RandAugment | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    augmentation: "AugmentationConfig"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     """Per channel, of pixels on the scale 0 to 1."""
 
-    def __post_init__(self) -> None:
-        _require(self.size >= 1, "size must be positive", self.size)
-        _require(
-            0 < self.min_area <= self.max_area <= 1,
-            "need 0 < min_area <= max_area <= 1",
-            (self.min_area, self.max_area),
-        )
-        _require(
-            0 < self.min_aspect <= self.max_aspect,
-            "need 0 < min_aspect <= max_aspect",
-            (self.min_aspect, self.max_aspect),
-        )
-        _require(
-            0 <= self.flip_probability <= 1,
-            "flip_probability must be in [0, 1]",
-            self.flip_probability,
+    @classmethod
+    def of(cls, data: "DataConfig") -> Self:
+        """The transform of a run's training images."""
+        return cls(data.image_size, data.augmentation, data.mean, data.std)
+
+    @property
+    def randaugment(self) -> RandAugment | None:
+        """The RandAugment of the augmentation, if it has one."""
+        chosen = self.augmentation
+        if chosen.randaugment == "none":
+            return None
+        assert chosen.randaugment_depth is not None  # config.load.check
+        assert chosen.randaugment_severity is not None
+        return RandAugment(
+            chosen.randaugment, chosen.randaugment_depth, chosen.randaugment_severity
         )
 
 
@@ -69,15 +61,16 @@ class EvalTransform:
 
     size: int
     """Side of the square output, in pixels."""
-    crop_fraction: float = 224 / 256
+    crop_fraction: float
     """The crop's share of the resized short side."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     """Per channel, of pixels on the scale 0 to 1."""
 
-    def __post_init__(self) -> None:
-        _require(self.size >= 1, "size must be positive", self.size)
-        _require(0 < self.crop_fraction <= 1, "crop_fraction must be in (0, 1]", self.crop_fraction)
+    @classmethod
+    def of(cls, data: "DataConfig") -> Self:
+        """The transform of a run's validation images."""
+        return cls(data.image_size, data.eval_crop_fraction, data.mean, data.std)
 
     @property
     def resize(self) -> int:
@@ -97,28 +90,20 @@ class TrainDraws(NamedTuple):
     """None without RandAugment."""
 
 
-def _require(condition: bool, message: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{message}, got {value}")
-
-
 def draw(transform: TrainTransform, seed: int, batch: int) -> TrainDraws:
     """Draw every random choice for `batch` samples; equal arguments give equal draws."""
     random = np.random.Generator(np.random.Philox(key=seed))
-    area = random.uniform(transform.min_area, transform.max_area, (batch, CROP_ATTEMPTS))
+    change, shape = transform.augmentation, (batch, CROP_ATTEMPTS)
+    area = random.uniform(change.min_area, change.max_area, shape)
     # Log-uniform: an aspect and its inverse are equally likely.
-    aspect = np.exp(
-        random.uniform(
-            np.log(transform.min_aspect), np.log(transform.max_aspect), (batch, CROP_ATTEMPTS)
-        )
-    )
-    position = random.random((batch, CROP_ATTEMPTS, 2))
+    aspect = np.exp(random.uniform(np.log(change.min_aspect), np.log(change.max_aspect), shape))
+    position = random.random((*shape, 2))
     sides = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=-1)
-    flips = random.random(batch) < transform.flip_probability
+    flips = random.random(batch) < change.flip_probability
     windows = np.concatenate([sides, position], axis=-1)
     randaugment = None
-    if transform.randaugment is not None:
-        randaugment = transform.randaugment.draw(random, batch, transform.size)
+    if (operations := transform.randaugment) is not None:
+        randaugment = operations.draw(random, batch, transform.size)
     return TrainDraws(windows, flips.astype(np.int32), randaugment)
 
 
@@ -135,8 +120,8 @@ def crop_box(
     widths = np.floor(side * windows[:, 1] + 0.5)
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
     if not fits.any():
-        crop_height = max(1, min(height, int(width / transform.min_aspect + 0.5)))
-        crop_width = max(1, min(width, int(height * transform.max_aspect + 0.5)))
+        crop_height = max(1, min(height, int(width / transform.augmentation.min_aspect + 0.5)))
+        crop_width = max(1, min(width, int(height * transform.augmentation.max_aspect + 0.5)))
         return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
     first = int(fits.argmax())
     crop_height, crop_width = int(heights[first]), int(widths[first])

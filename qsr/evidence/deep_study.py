@@ -17,7 +17,7 @@ from qsr.cluster.processes import START_METHOD
 from qsr.config.load import load_config, run_folder
 from qsr.config.schema import Config, PowerSync, QuadraticSync
 from qsr.data import Batch, Request, make_loader, open_image_folders
-from qsr.data.settings import transforms
+from qsr.data.transforms import EvalTransform
 from qsr.errors import RunFailedError
 from qsr.evidence.hessian import hessian_trace
 from qsr.evidence.studies import study_environment
@@ -179,7 +179,7 @@ def measure(config: Config, probes: int) -> Measured:
 def _training_images(config: Config) -> Batch:
     """All training images, preprocessed like validation images."""
     images, _ = open_image_folders(config.data.root)
-    _, transform = transforms(config.data)
+    transform = EvalTransform.of(config.data)
     loader = make_loader(
         config.data.loader,
         images,

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from qsr.build import describe, sync_options
+from qsr.build import describe
 from qsr.cluster.slurm import partitions
 from qsr.config.load import check_plan, run_folder
 from qsr.config.planning import make_plan
@@ -21,12 +21,12 @@ from qsr.config.schema import Config, SlurmCluster
 from qsr.data import (
     ImageFolder,
     Request,
+    TrainTransform,
     make_loader,
     open_image_folders,
     try_some,
     uses_dali,
 )
-from qsr.data.settings import transforms
 from qsr.errors import CheckError
 from qsr.planner.forecast import forecast
 from qsr.planner.text import plan_line
@@ -37,13 +37,10 @@ from qsr.run.identity import check_run_folder
 from qsr.run.lock import check_free
 from qsr.run.results import missing_room
 from qsr.sync.communicator import Communicator
-from qsr.sync.flat import FlatModule
 from qsr.train.losses import TrainingLoss
 from qsr.train.models import build_model, check_network, count_parameters, outline
-from qsr.train.optim import build_optimizer
-from qsr.train.precision import LossScale, Precision
+from qsr.train.precision import Precision
 from qsr.train.state import checkpoint_bytes
-from qsr.train.worker import Worker
 
 
 class DataChecks:
@@ -77,10 +74,10 @@ class DataChecks:
         """Disk space for the kept checkpoints, the next one, and the results."""
         config, images, classes = self._counted()
         model = outline(config.model, classes, config.data.image_size)
-        optimizer = build_optimizer(config.optimizer, model.parameters(), fused=False)
-        worker = Worker(0, FlatModule(model), optimizer, LossScale("cpu", enabled=False))
-        plan, options = make_plan(config, images), sync_options(config)
-        each = checkpoint_bytes(plan, worker, config.workers, options)
+        plan = make_plan(config, images)
+        each = checkpoint_bytes(
+            model, config.optimizer, plan, config.workers, config.sync.delay_steps
+        )
         folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
         names = self.train.classes if self.train is not None else ("n00000000",) * classes
         about = describe(config, names, plan.total_steps)
@@ -111,7 +108,7 @@ class DataChecks:
         loader = make_loader(
             data.loader,
             self.train,
-            transforms(self._config.data)[0],
+            TrainTransform.of(self._config.data),
             batch_size=number,
             device=device,
             threads=data.loader_threads,

@@ -100,15 +100,6 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def checkpoint_size(
-    shared: Mapping[str, Tensor], own: Mapping[str, Tensor], num_workers: int
-) -> int:
-    """Upper bound of a checkpoint's size in bytes: `shared` once and `own` for each worker."""
-    small_files = (2 + num_workers) * 4096  # JSON files: one disk block each
-    each = packed_size(own, _metadata(0, tensors_of(0)))
-    return packed_size(shared, _metadata(0, SHARED)) + num_workers * each + small_files
-
-
 def write_tensors(folder: Path, name: str, step: int, tensors: Mapping[str, Tensor]) -> Written:
     """Write tensors to a safetensors file. Raises OSError."""
     return write_file(folder / name, pack_tensors(tensors, _metadata(step, name)))

@@ -39,14 +39,6 @@ class SyncOptions:
     """Steps after the end of a round at which its average is applied; 0: at the end."""
 
 
-def expected_state(replica: FlatModule, options: SyncOptions) -> dict[str, Tensor]:
-    """All tensors that `Synchronizer.state` may return for a worker, for their names and sizes. The
-    replica may be on the meta device."""
-    if not options.delay_steps:
-        return {}
-    return {f"{PREFIX}parameters/{name}": p for name, p in replica.parameters().items()}
-
-
 class Synchronizer:
     """Synchronizes the workers of all ranks through the rounds of a plan.
 

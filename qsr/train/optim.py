@@ -1,12 +1,10 @@
 """Settings -> torch optimizer."""
 
-import copy
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qsr.config import schema
 
@@ -62,28 +60,17 @@ def averaged_state_keys(settings: schema.OptimizerConfig, sync: schema.SyncConfi
     return [*keys, second_moment] if sync.average_second_moment else keys
 
 
+def states_per_parameter(settings: schema.OptimizerConfig) -> int:
+    """How many values the optimizer keeps for each parameter."""
+    match settings:
+        case schema.SgdConfig():
+            return 1 if settings.momentum else 0
+        case schema.AdamWConfig():
+            return 2
+    assert_never(settings)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def states_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    """The states that the optimizer keeps for each parameter, in its order, after its first step:
-    tensors on the meta device, with shapes and types but no values. The optimizer is not
-    changed."""
-    twin = copy.copy(optimizer)
-    twin.state = defaultdict(dict)
-    twin.param_groups = []
-    for group in optimizer.param_groups:
-        parameters = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        # plain kernels: fused and foreach ones need a device
-        twin.param_groups.append(group | {"params": parameters, "fused": False, "foreach": False})
-    twin.step()
-    return [
-        {key: value for key, value in twin.state[parameter].items() if value is not None}
-        for group in twin.param_groups
-        for parameter in group["params"]
-    ]

@@ -1,31 +1,41 @@
 """What a checkpoint holds, and how a run resumes from one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from qsr.config.schema import OptimizerConfig
 from qsr.core.plan import Plan, Round
 from qsr.errors import TrainingError
 from qsr.run.checkpoint import Checkpointer, WorkerState
-from qsr.run.checkpoint_files import checkpoint_size
-from qsr.sync.synchronizer import Synchronizer, SyncOptions, expected_state
+from qsr.sync.synchronizer import Synchronizer
 from qsr.train.evaluation import Evaluation
 from qsr.train.monitor import Progress
+from qsr.train.optim import states_per_parameter
 from qsr.train.worker import Worker
 
 
-def checkpoint_bytes(plan: Plan, worker: Worker, num_workers: int, options: SyncOptions) -> int:
-    """The most disk space that a checkpoint of a run takes, in bytes. `worker` is any worker of the
-    run, on the meta device too: only its names and shapes matter."""
-    tensors = worker.expected_tensors() | expected_state(worker.model, options)
-    if plan.gradient_rounds == plan.num_rounds:
-        shared = {k: t for k, t in tensors.items() if not k.startswith("buffers/")}
-    else:  # within a round workers share nothing
-        shared = {}
-    own = {k: t for k, t in tensors.items() if k not in shared}
-    return checkpoint_size(shared, own, num_workers)
+def checkpoint_bytes(
+    model: nn.Module,
+    optimizer: OptimizerConfig,
+    plan: Plan,
+    num_workers: int,
+    delay_steps: int = 0,
+) -> int:
+    """Upper bound of a checkpoint's size in bytes. `model` may be on the meta device."""
+    copies = 1 + states_per_parameter(optimizer) + (delay_steps > 0)
+
+    def size(tensors: Iterable[tuple[str, Tensor]], copies: int) -> int:
+        """With 200 bytes and the name for each entry of the file's header."""
+        return sum(copies * t.nbytes + (copies + 1) * (200 + len(name)) for name, t in tensors)
+
+    learned, buffers = size(model.named_parameters(), copies), size(model.named_buffers(), 1)
+    small_files = (2 + num_workers) * 4096  # JSON: one disk block each
+    if plan.gradient_rounds == plan.num_rounds:  # workers share all but their buffers
+        return learned + num_workers * buffers + small_files
+    return num_workers * (learned + buffers) + small_files
 
 
 class Resumed(NamedTuple):
@@ -44,21 +54,11 @@ class RunState:
         workers: Sequence[Worker],
         synchronizer: Synchronizer,
         checkpointer: Checkpointer,
-        options: SyncOptions,
     ) -> None:
         self._workers = workers
         self._synchronizer = synchronizer
         self._communicator = synchronizer.communicator
         self._checkpointer = checkpointer
-        self._options = options
-
-    def check_space(self, more_bytes: int) -> None:
-        """Collective: check that the disk has space for the run's checkpoints and `more_bytes`
-        more. Raises CheckpointError."""
-        num_workers = self._communicator.topology.num_workers
-        plan, worker = self._synchronizer.plan, self._workers[0]
-        size = checkpoint_bytes(plan, worker, num_workers, self._options)
-        self._checkpointer.check_space(size, more_bytes)
 
     def save(self, progress: Progress, round_: Round, evaluation: Evaluation | None) -> None:
         """Collective: write the checkpoint after `progress.step` steps, within `round_` or at its

@@ -10,7 +10,6 @@ from torch import nn
 
 from qsr.cluster.group import choose_device
 from qsr.config.evaluate import OF_NETWORK, EvaluateConfig, load_evaluate, settings_of_run
-from qsr.config.schema import DataConfig
 from qsr.data import (
     EvalTransform,
     ImageFolder,
@@ -58,7 +57,7 @@ def evaluate(source: str | None, overrides: Sequence[str]) -> int:
         loader = make_loader(
             data.loader,
             candidate.val,
-            _transform(data),
+            EvalTransform.of(data),
             batch_size=config.evaluation.batch,
             device=candidate.device,
             threads=data.loader_threads,
@@ -175,12 +174,6 @@ def _try(module: nn.Module, image_size: int) -> None:
         raise ConfigError(
             f"data.image_size={image_size}: the network does not accept this size ({reason})"
         ) from None
-
-
-def _transform(data: DataConfig) -> EvalTransform:
-    return EvalTransform(
-        size=data.image_size, crop_fraction=data.eval_crop_fraction, mean=data.mean, std=data.std
-    )
 
 
 def _notes(candidate: Candidate) -> list[str]:

@@ -11,7 +11,7 @@ from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule
 from qsr.train.models import initial_model
-from qsr.train.optim import build_optimizer, states_after_a_step
+from qsr.train.optim import build_optimizer
 from qsr.train.precision import LossScale, Precision
 
 
@@ -47,18 +47,6 @@ class Worker:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the worker: parameters, optimizer states, BatchNorm statistics."""
         return {**self._targets(), **self.optimizer_state()}
-
-    def expected_tensors(self) -> dict[str, Tensor]:
-        """What `tensors` returns after the first step; optimizer states have no values here."""
-        names = {p: name for name, p in self.model.module.named_parameters()}
-        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        states = zip(ordered, states_after_a_step(self.optimizer), strict=True)
-        optimizer = {
-            f"optimizer/{names[parameter]}/{key}": value
-            for parameter, state in states
-            for key, value in state.items()
-        }
-        return {**self._targets(), **optimizer}
 
     def values(self) -> dict[str, Any]:
         """The rest of the worker's state, as values for JSON."""

@@ -25,11 +25,12 @@ from qsr.errors import DataError
 from tests.cli import call, command, folder_in, same_weights
 from tests.faults.small import steps_in
 from tests.image_trees import textured_image
+from tests.transforms import eval_transform, train_transform
 
 Load = Callable[..., Loader]
 
-EVAL = EvalTransform(32)
-TRAIN = TrainTransform(32, min_area=1.0)  # crops of the whole image touch every byte
+EVAL = eval_transform(32)
+TRAIN = train_transform(32, min_area=1.0)  # crops of the whole image touch every byte
 BAD = 4
 
 
@@ -168,7 +169,7 @@ def test_odd_images_are_no_fault_and_touch_no_other(
     same = [bool((after.images[i] == before.images[i]).all()) for i in range(12)]
     assert [i for i in range(12) if not same[i]] == odd
     # as Pillow decodes them: in colour, and as they are stored
-    evaluated = next(new_loader(kind, train, EvalTransform(8, crop_fraction=1.0)).batches([whole]))
+    evaluated = next(new_loader(kind, train, eval_transform(8, crop_fraction=1.0)).batches([whole]))
     assert evaluated.images.isfinite().all()
     grey, one = evaluated.images[odd[2]], evaluated.images[odd[4]]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (EVAL.mean, EVAL.std))

@@ -20,7 +20,6 @@ from qsr.data import (
     ImageFolder,
     Loader,
     Request,
-    TrainTransform,
     open_image_folders,
     try_some,
 )
@@ -31,6 +30,7 @@ from qsr.errors import DataError
 from tests.cli import RUN, command, refusal
 from tests.image_formats import GREY_IMAGE, IMAGE, KINDS, SIDE, Kind
 from tests.image_trees import GOOD, encoded, plant, textured_image
+from tests.transforms import train_transform
 
 NewLoader = Callable[..., Loader]
 
@@ -168,7 +168,7 @@ def test_training_crops_of_odd_files_agree(tmp_path: Path, new_loader: NewLoader
     files = [tmp_path / f"{number}.jpg" for number in range(len(contents))]
     for path, data in zip(files, contents, strict=True):
         path.write_bytes(data)
-    folder, transform = folder_of(files, tmp_path), TrainTransform(32)
+    folder, transform = folder_of(files, tmp_path), train_transform(32)
     request = Request(range(len(files)), 5)
     ours, theirs = (
         next(new_loader(name, folder, transform).batches([request])).images * 0.225 * 255

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from qsr.data import (
-    EvalTransform,
     Loader,
     Request,
     open_image_folders,
@@ -24,6 +23,7 @@ from qsr.train.validate import _check_classes
 from tests.cli import call, command, folder_in
 from tests.image_formats import IMAGE
 from tests.image_trees import GOOD, encoded, plant, write_tree
+from tests.transforms import eval_transform
 
 Prepare = Callable[..., int]
 
@@ -93,7 +93,7 @@ def test_an_image_is_read_whatever_its_ending(
     train, _ = open_image_folders(tree)
     assert train.notes == ()
     both = [train.files.index(f"train/b/{file}") for file in (name, "same.jpg")]
-    loader = new_loader(kind, train, EvalTransform(16))
+    loader = new_loader(kind, train, eval_transform(16))
     first, second = next(loader.batches([Request(both, 0)])).images
     assert (first == second).all()
 
@@ -154,7 +154,7 @@ def test_a_file_may_have_any_name(
     rename(tree, "train/b/x.png", name)
     train, _ = open_image_folders(tree)
     assert [os.fsencode(file) for file in train.files][2] == b"train/b/" + name
-    assert next(new_loader(kind, train, EvalTransform(16)).batches([Request([2], 0)])).labels == 1
+    assert next(new_loader(kind, train, eval_transform(16)).batches([Request([2], 0)])).labels == 1
     if kind == "dali":
         return
     assert prepare("check", "--root", str(tree)) == 0
@@ -169,7 +169,7 @@ def test_a_file_may_have_any_name(
     assert line.startswith(f"{tree}/train/b/")
     assert line.endswith((".png: empty", ".jpg: empty"))
     with pytest.raises(DataError) as caught:
-        next(new_loader(kind, train, EvalTransform(16)).batches([Request([2], 0)]))
+        next(new_loader(kind, train, eval_transform(16)).batches([Request([2], 0)]))
     assert str(caught.value).isprintable()
     str(caught.value).encode()
 

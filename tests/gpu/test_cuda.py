@@ -31,7 +31,6 @@ from qsr.data import (
     EvalTransform,
     ImageFolder,
     Request,
-    TrainTransform,
     make_loader,
     open_image_folders,
 )
@@ -57,6 +56,7 @@ from tests.support import (
     free_port,
     sgd,
 )
+from tests.transforms import eval_transform, train_transform
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device; torch sees none", allow_module_level=True)
@@ -401,7 +401,7 @@ def test_photos_decode_on_the_gpu_as_on_the_cpu(
     record: Record, tmp_path: Path, colour: str, subsampling: int
 ) -> None:
     pytest.importorskip("nvidia.dali")
-    difference = decoding_difference(save_photos(tmp_path, subsampling), EvalTransform(56))
+    difference = decoding_difference(save_photos(tmp_path, subsampling), eval_transform(56))
     record[f"decode_{colour}_colour_largest_difference"] = difference.max().item()
     record[f"decode_{colour}_colour_mean_difference"] = difference.mean().item()
     assert difference.mean() < 1.0
@@ -438,8 +438,8 @@ def test_a_loader_applies_randaugment_on_the_gpu(tmp_path: Path) -> None:
     """Crop and mirror as without it, then the drawn operations, as Pillow does them."""
     pytest.importorskip("nvidia.dali")
     photos = save_photos(tmp_path, 0)
-    plain = TrainTransform(64)
-    augmented = replace(plain, randaugment=RandAugment("composer", depth=1, severity=9))
+    plain = train_transform(64)
+    augmented = train_transform(64, RandAugment("composer", depth=1, severity=9))
     levels = []
     for transform in (plain, augmented):
         loader = make_loader(

@@ -9,11 +9,12 @@ import torch
 
 from qsr.data import EvalTransform, ImageFolder, Loader, Request, TrainTransform
 from qsr.data.randaugment import RandAugment
+from tests.transforms import eval_transform, train_transform
 
 Photos = tuple[ImageFolder, ImageFolder]
 Load = Callable[..., Loader]
 
-TRAIN = TrainTransform(32, randaugment=RandAugment("composer", depth=2, severity=10))
+TRAIN = train_transform(32, randaugment=RandAugment("composer", depth=2, severity=10))
 REQUESTS = [
     Request([3, 1, 2], 10),
     Request(range(16), 11),
@@ -37,7 +38,7 @@ def test_batches_come_as_requested(kind: str, load: Load, photos: Photos, prefet
         assert batch.labels.tolist() == [train.labels[index] for index in request.indices]
 
 
-@pytest.mark.parametrize("transform", [TRAIN, EvalTransform(32)])
+@pytest.mark.parametrize("transform", [TRAIN, eval_transform(32)])
 def test_a_batch_depends_on_its_request_alone(
     kind: str,
     load: Load,
@@ -58,7 +59,7 @@ def test_seed_decides_the_pixels(kind: str, load: Load, photos: Photos) -> None:
 
 
 def test_validation_ignores_the_seed(kind: str, load: Load, photos: Photos) -> None:
-    loader = load(kind, photos[1], EvalTransform(32))
+    loader = load(kind, photos[1], eval_transform(32))
     first, second = loader.batches([Request([1, 2], 0), Request([1, 2], 1)])
     assert torch.equal(first.images, second.images)
 

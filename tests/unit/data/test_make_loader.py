@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from qsr.data import EvalTransform, ImageFolder, make_loader
+from qsr.data import ImageFolder, make_loader
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.errors import DataError
+from tests.transforms import eval_transform
 
 Photos = tuple[ImageFolder, ImageFolder]
 
@@ -20,7 +21,7 @@ OPTIONS: dict[str, Any] = {"batch_size": 2, "device": torch.device("cpu"), "thre
 
 def test_auto_is_dali_where_installed(photos: Photos) -> None:
     dali = pytest.importorskip("qsr.data.dali")
-    loader = make_loader("auto", photos[1], EvalTransform(32), **OPTIONS)
+    loader = make_loader("auto", photos[1], eval_transform(32), **OPTIONS)
     assert isinstance(loader, dali.DaliLoader)
     loader.close()
 
@@ -37,7 +38,7 @@ def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_dali")
 def test_auto_is_torchvision_elsewhere(photos: Photos) -> None:
-    loader = make_loader("auto", photos[1], EvalTransform(32), **OPTIONS)
+    loader = make_loader("auto", photos[1], eval_transform(32), **OPTIONS)
     assert isinstance(loader, TorchvisionLoader)
     loader.close()
 
@@ -45,13 +46,13 @@ def test_auto_is_torchvision_elsewhere(photos: Photos) -> None:
 @pytest.mark.usefixtures("without_dali")
 def test_missing_dali_is_named(photos: Photos) -> None:
     with pytest.raises(DataError, match="pip install nvidia-dali"):
-        make_loader("dali", photos[1], EvalTransform(32), **OPTIONS)
+        make_loader("dali", photos[1], eval_transform(32), **OPTIONS)
 
 
 @pytest.mark.parametrize("kind", ["auto", "torchvision"])
 def test_gpu_decoding_needs_a_gpu(photos: Photos, kind: Any) -> None:
     with pytest.raises(DataError, match=r"decode=gpu needs .*decode=cpu"):
-        make_loader(kind, photos[1], EvalTransform(32), decode="gpu", **OPTIONS)
+        make_loader(kind, photos[1], eval_transform(32), decode="gpu", **OPTIONS)
 
 
 def test_importing_qsr_data_does_not_import_dali() -> None:

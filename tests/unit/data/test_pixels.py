@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,18 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from qsr.data import EvalTransform, ImageFolder, Loader, Request, TrainTransform, open_image_folders
+from qsr.data import EvalTransform, ImageFolder, Loader, Request, open_image_folders
 from qsr.data.crew import Crew
 from qsr.data.randaugment import COMPOSER_OPS, OPS, RandAugment
 from qsr.data.randaugment_pillow import augment_image
 from qsr.data.transforms import crop_box, draw
+from tests.transforms import eval_transform, train_transform
 
 Photos = tuple[ImageFolder, ImageFolder]
 Load = Callable[..., Loader]
 GreyLevels = Callable[..., torch.Tensor]
 
-EVAL = EvalTransform(56)
+EVAL = eval_transform(56)
 
 
 def reference(path: str, transform: EvalTransform) -> torch.Tensor:
@@ -85,7 +87,7 @@ def odd_images(
     return open_image_folders(root)[1]
 
 
-@pytest.mark.parametrize("transform", [EVAL, EvalTransform(33, crop_fraction=0.8)])
+@pytest.mark.parametrize("transform", [EVAL, eval_transform(33, crop_fraction=0.8)])
 def test_validation_pixels_are_torchvisions(
     kind: str,
     load: Load,
@@ -106,7 +108,7 @@ def test_training_crops_are_pillows(
 ) -> None:
     """Against crops made by hand from the drawn boxes."""
     train, _ = photos
-    transform = TrainTransform(32)
+    transform = train_transform(32)
     images = grey_levels(load(kind, train, transform), transform, Request(range(16), 3))
     draws = draw(transform, 3, 16)
     for row, image in enumerate(images):
@@ -152,7 +154,7 @@ def differences_by_op(
 ) -> dict[str, torch.Tensor]:
     """|DALI - torchvision| of every sample, by the operation of composer's that it drew."""
     pytest.importorskip("nvidia.dali")
-    transform = TrainTransform(64, randaugment=RandAugment("composer", depth=1, severity=10))
+    transform = train_transform(64, randaugment=RandAugment("composer", depth=1, severity=10))
     found: dict[str, list[torch.Tensor]] = {name: [] for name in COMPOSER_OPS}
     loaders = [new_loader(kind, photos[0], transform) for kind in ("dali", "torchvision")]
     for seed in range(16):
@@ -182,7 +184,7 @@ def test_a_loader_applies_what_was_drawn(
 ) -> None:
     """Crop and flip, as without RandAugment, then the drawn operations by Pillow, in order."""
     augment = RandAugment(kind_of, depth=2, severity=9)
-    plain, augmented = TrainTransform(32), TrainTransform(32, randaugment=augment)
+    plain, augmented = train_transform(32), train_transform(32, randaugment=augment)
     request = Request(range(16), 3)
     crops = grey_levels(load(kind, photos[0], plain), plain, request)
     images = grey_levels(load(kind, photos[0], augmented), augmented, request)
@@ -199,7 +201,7 @@ def test_dali_computes_the_same_crop_boxes(odd_images: ImageFolder) -> None:
     """To the pixel, over every shape and over the fallback where no window fits."""
     dali: Any = pytest.importorskip("nvidia.dali")
     graph: Any = importlib.import_module("qsr.data.dali_graph")
-    transform = TrainTransform(32, min_area=0.4)
+    transform = train_transform(32, min_area=0.4)
 
     crew = Crew(1)
 
@@ -224,8 +226,8 @@ def test_dali_computes_the_same_crop_boxes(odd_images: ImageFolder) -> None:
 
 
 def test_mean_and_std_are_applied(kind: str, load: Load, photos: Photos) -> None:
-    plain = EvalTransform(32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    scaled = EvalTransform(32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    plain = replace(eval_transform(32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    scaled = replace(eval_transform(32), mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
     request = Request([0, 1], 0)
     images = next(load(kind, photos[1], plain).batches([request])).images
     normalised = next(load(kind, photos[1], scaled).batches([request])).images
@@ -242,8 +244,8 @@ def test_flip_mirrors_the_image(
     never, always = (
         grey_levels(load(kind, photos[0], transform), transform, request)
         for transform in (
-            TrainTransform(32, flip_probability=0.0),
-            TrainTransform(32, flip_probability=1.0),
+            train_transform(32, flip_probability=0.0),
+            train_transform(32, flip_probability=1.0),
         )
     )
     torch.testing.assert_close(always.flip(-1), never, atol=1e-3, rtol=0)

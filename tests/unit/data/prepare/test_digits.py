@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from qsr.data import EvalTransform, Loader, Request, open_image_folders
+from qsr.data import Loader, Request, open_image_folders
 from qsr.data.prepare.digits import DIGITS, FEW_DIGITS, prepare_digits, prepare_few_digits
 from qsr.errors import DataError
+from tests.transforms import eval_transform
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_few_digits_are_not_taken_for_others(root: Path, tmp_path: Path) -> None
 
 def test_both_loaders_read_them(kind: str, new_loader: Callable[..., Loader], root: Path) -> None:
     train, _ = open_image_folders(root)
-    loader = new_loader(kind, train, EvalTransform(28))
+    loader = new_loader(kind, train, eval_transform(28))
     batch = next(loader.batches([Request(range(0, 1442, 100), 0)]))
     assert batch.images.shape == (15, 3, 28, 28)
     assert batch.labels.tolist() == sorted(batch.labels.tolist())

@@ -12,10 +12,11 @@ import torch
 
 from qsr.build import prepare as prepare_run
 from qsr.config.load import load_config
-from qsr.data import EvalTransform, ImageFolder, Loader, Request, open_image_folders
+from qsr.data import ImageFolder, Loader, Request, open_image_folders
 from qsr.data.prepare.subset import choose_classes, read_classes
 from qsr.errors import DataError
 from tests.killing import killed_at
+from tests.transforms import eval_transform
 
 Prepare = Callable[..., int]
 
@@ -110,7 +111,7 @@ def test_images_come_through_the_links(
 
     def load(root: Path, indices: list[int]) -> tuple[torch.Tensor, list[int]]:
         _, val = open_image_folders(root)
-        loader = new_loader(kind, val, EvalTransform(32))
+        loader = new_loader(kind, val, eval_transform(32))
         batch = next(loader.batches([Request(indices, 0)]))
         return batch.images, batch.labels.tolist()
 
