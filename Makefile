@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint rehearse evidence evidence-deep bench tables notebooks test-faults test-slurm test-gpu golden clean
+.PHONY: demo test lint rehearse evidence evidence-deep bench tables notebooks test-slow test-faults test-slurm test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
@@ -37,6 +37,9 @@ tables: $(INSTALLED)  ## write results/tables and the generated blocks of README
 
 notebooks: $(INSTALLED)  ## execute notebooks/ in place
 	$(BIN)/python scripts/notebooks.py
+
+test-slow: $(INSTALLED)  ## the long proofs that `make test` leaves out, but for those of faults
+	$(BIN)/pytest -n auto --dist worksteal -m slow --ignore tests/faults
 
 test-faults: $(INSTALLED)  ## all faults, with the long loops of kills, crashes and starts; writes results/faults.json
 	$(BIN)/pytest -n auto tests/faults --record-faults

@@ -38,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: three test processes on two cores, because many tests wait for other processes."""
+    return 3 * (os.cpu_count() or 1) // 2 or 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # in the background of a script these are ignored, and so they would be by all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)

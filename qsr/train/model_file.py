@@ -164,7 +164,10 @@ def _parse(text: str, file: Path) -> Description:
             for name in ("classes", "mean", "std"):
                 body[name] = tuple(body[name])
             about = Description(**body)
-            about.transform  # noqa: B018  (checks the numbers)
+            if about.image_size < 1:
+                raise ValueError(f"image_size must be positive, got {about.image_size}")
+            if not 0 < about.crop_fraction <= 1:
+                raise ValueError(f"crop_fraction must be in (0, 1], got {about.crop_fraction}")
             return about
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelFileError(f"{file}: its metadata cannot be read ({_line(error)})") from None

@@ -57,6 +57,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_gpus_benchmark_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
     done = benchmark("gpu", "--rehearsal", "--folder", str(tmp_path))

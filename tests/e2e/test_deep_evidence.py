@@ -4,11 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli import ROOT, call
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "deep_evidence.py")]
 
 
+@pytest.mark.slow
 def test_from_runs_to_the_table(tmp_path: Path) -> None:
     command = [
         *COMMAND,

@@ -65,7 +65,7 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     assert texts["training"] == "forward and backward pass of 32 images in fp32"
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
-    assert texts["free space"].startswith("5.23 MB needed (2 + 1 checkpoints of 1.29 MB and the")
+    assert texts["free space"].startswith("5.37 MB needed (2 + 1 checkpoints of 1.33 MB and the")
     assert texts["wandb"] == "off"
     assert texts["ranks"] == "2 ranks, all-reduce with gloo"
     assert list(runs.iterdir()) == []  # nothing is left
@@ -141,7 +141,7 @@ def ask_with_mounts(rank: int, ranks: int, runs: Path, size: int, arguments: lis
         (
             1_500_000,
             ["free space"],
-            "1.5 MB free, 5.23 MB needed for",
+            "1.5 MB free, 5.37 MB needed for",
         ),
         (0, ["run folder"], "cannot be written ([Errno 30] Read-only file system"),
     ],
@@ -177,7 +177,7 @@ def test_wandb_without_a_key_or_a_network(
     ("settings", "message"),
     [
         (["cluster.ranks=3"], "cluster.ranks=3 does not divide workers=2: every rank holds "
-         "/ ranks of them; try cluster.ranks=1 or 2"),
+         "the same number of workers; try cluster.ranks=1 or 2"),
         (["cluster.rank=1"], "cluster.rank is not a setting of cluster.launcher=local; did you "
          "mean cluster.ranks?"),
         (["seed=1,2"], "these settings ask for 2 runs: ask for one"),

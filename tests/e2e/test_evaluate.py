@@ -20,7 +20,7 @@ from vit_pytorch.simple_vit import SimpleViT as Reference
 
 from qsr import build, load_model
 from qsr.config.load import load_config, run_folder
-from qsr.data import Request, open_image_folders
+from qsr.data import EvalTransform, Request, open_image_folders
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.train.evaluation import Evaluator
 from tests.cli import ROOT
@@ -106,7 +106,7 @@ def test_the_loaded_network_is_the_trained_one(trained: Trained, digits: Path) -
     with torch.no_grad():
         assert torch.equal(model.module(batch), trained.module(batch))
     config = load_config(["experiment=demo/quadratic", "workers=2"])
-    _, transform = transforms(config.data)
+    transform = EvalTransform.of(config.data)
     loader = TorchvisionLoader(val, transform, batch_size=128, device=CPU, threads=1)
     (loaded,) = loader.batches([Request(range(0, len(val), 4), 0)])
     loader.close()
@@ -242,8 +242,11 @@ def test_what_is_wrong_is_said_in_one_line(
         ((file, root, "evaluation.batch=100000"), "should be less than or equal to 65536"),
         ((file, root, "evaluation.bach=9"), "did you mean evaluation.batch?"),
         ((file, root, "precision=fp32,bf16"), "these settings ask for several evaluations"),
-        ((root,), "give a run folder, a model.safetensors, or weights=FILE with model=NAME"),
-        ((weights, root), "give a run folder, a model.safetensors, or weights=FILE with"),
+        (
+            (root,),
+            "give a run folder, a model.safetensors file, or weights=FILE with its model=NAME",
+        ),
+        ((weights, root), "give a run folder, a model.safetensors file, or weights=FILE with"),
         ((*timms[:2], root), "model.timm_name has no value: set it"),
         (("weights=/none.pth", *timms[1:], root), "/none.pth does not exist"),
         ((*timms, f"data.root={fewer}"), f"{foreign} is for 10 classes, not 9"),
@@ -252,7 +255,7 @@ def test_what_is_wrong_is_said_in_one_line(
             f"{foreign} holds a different network: it lacks 0.0",
         ),
         ((weights, "model=vit_b16", root, "data.image_size=30"), "is not a multiple of vit_b16's"),
-        ((foreign,), "scripts/evaluate.py takes other files as weights=FILE model=NAME"),
+        ((foreign,), "pass other files to scripts/evaluate.py as weights=FILE model=NAME"),
     ]
     for arguments, message in cases:
         status, out, err = evaluate(*arguments)

@@ -153,6 +153,7 @@ def call(project: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Path) -> None:
     plan = "scripts/plan.py"
     text = call(project, plan, "calibrate", DEMO, "name=mine", "cluster.ranks=2")

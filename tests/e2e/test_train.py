@@ -144,6 +144,7 @@ def test_other_data_under_the_same_name_are_refused(digits: Path, tmp_path: Path
         build.prepare(load_config(one))
 
 
+@pytest.mark.slow
 def test_torchrun_with_ranks_that_do_not_divide_the_workers(digits: Path, tmp_path: Path) -> None:
     torchrun = [*TORCHRUN[:-1], "--nproc-per-node=3"]
     refused = call([*torchrun, *command(digits, tmp_path)[1:]])

@@ -112,7 +112,7 @@ def test_all_ranks_save_after_the_same_step_and_go_on_from_there(
         (1, "SIGTERM"),
         pytest.param(1, "SIGUSR1", marks=pytest.mark.slow),
         pytest.param(2, "SIGTERM", marks=pytest.mark.slow),
-        (2, "SIGUSR1"),
+        pytest.param(2, "SIGUSR1", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_the_command_saves_and_the_same_command_goes_on(

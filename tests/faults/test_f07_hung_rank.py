@@ -84,6 +84,7 @@ def test_wherever_a_rank_hangs_the_other_ends(
     assert f"for {collective} for 1 s" in first
 
 
+@pytest.mark.slow
 def test_a_stopped_process_ends_the_run_and_is_killed(
     digits: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:

@@ -28,8 +28,9 @@ def test_another_number_of_workers_is_refused(workers: int, stop: int, tmp_path:
     with pytest.raises(TrainingError) as refused:
         train(replace(SETUP, folder=tmp_path, workers=workers))
     assert str(refused.value) == (
-        f"the checkpoint after step {stop} is of 4 workers, and this run has {workers}: a run "
-        f"keeps its workers; to go on with fewer processes, set cluster.ranks to a divisor of 4"
+        f"the checkpoint after step {stop} has 4 workers, but this run has {workers}: a run's "
+        f"number of workers cannot change; to use fewer processes, set cluster.ranks to a divisor "
+        f"of 4"
     )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -51,6 +51,7 @@ def run(
     )
 
 
+@pytest.mark.slow
 def test_other_code_is_warned_of_and_recorded(project: Path, digits: Path) -> None:
     assert run(project, digits, "stop_after_steps=3").stderr == ""
     environment = folder_in(project.parent / "runs") / "environment.json"

@@ -196,6 +196,7 @@ def test_a_silent_rank_is_not_held_up_either() -> None:
 # Whole runs
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_with_no_output_at_all(
     digits: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:

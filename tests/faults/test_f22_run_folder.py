@@ -118,6 +118,7 @@ def test_a_lock_that_was_removed_is_no_reason_to_stop(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "run" / "checkpoints") == [5, 10]
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_is_moved_loses_no_step(
     digits: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:

@@ -114,6 +114,7 @@ def test_the_command_names_the_failed_run_and_carries_out_the_rest(
     assert len(finished(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_ranks_meet_again_for_the_next_run(
     own_photos: Path, tmp_path: Path
 ) -> None:

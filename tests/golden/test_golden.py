@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "vit": ["experiment=demo/vit_quadratic", "schedule.peak_lr=0.0005", "sync.alpha=0.001"],
 }
 
+STRONGER = "data.augmentation.randaugment_severity=10 data.augmentation.randaugment_depth=2"
+
 
 def losses(digits: Path, folder: Path, name: str, *overrides: str) -> dict[str, float]:
     config = load_config(
@@ -60,8 +62,8 @@ def test_losses_are_the_golden_ones(
         ("resnet", "seed=2"),
         ("resnet", "sync.alpha=0.08"),
         ("resnet", "optimizer.weight_decay=0.01"),
-        ("vit", "loss.mixup_alpha=0.0"),
-        ("vit", "data.augmentation.randaugment_severity=10 data.augmentation.randaugment_depth=2"),
+        pytest.param("vit", "loss.mixup_alpha=0.0", marks=pytest.mark.slow),
+        pytest.param("vit", STRONGER, marks=pytest.mark.slow),
     ],
 )
 def test_the_tolerance_sees_a_change(digits: Path, tmp_path: Path, name: str, change: str) -> None:

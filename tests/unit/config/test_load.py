@@ -221,6 +221,8 @@ RULES = {
     "power": ("sync.h_base=2", "sync.coefficient=0.3", "sync.exponent=3"),
     "post_local": ("sync.switch_epoch=2", "sync.h=3"),
     "swap": ("sync.switch_epoch=2",),
+    "stagewise": ("sync.h=3",),
+    "growing": ("sync.h_base=2", "sync.growth=1"),
 }
 SCHEDULES = {
     "cosine": (),

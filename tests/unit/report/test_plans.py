@@ -17,7 +17,7 @@ def test_an_experiment_has_a_plan() -> None:
     assert experiment_plan("demo/quadratic", "epochs=30").total_steps == 660
     with pytest.raises(ConfigError, match="no such file in configs"):
         experiment_plan("demo/quadratc")
-    with pytest.raises(ConfigError, match=r"give data\.train_images=N"):
+    with pytest.raises(ConfigError, match=r"set data\.train_images=N"):
         experiment_plan("demo/quadratic", "data.train_images=null")
 
 
