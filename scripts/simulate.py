@@ -2,13 +2,13 @@
 """Show the rules' effect on generalization on small problems, in minutes.
 
     python scripts/simulate.py                                     all studies: make evidence
-    python scripts/simulate.py experiment=theory/digits_mlp        one, or several with commas
-    python scripts/simulate.py experiment=theory/digits_mlp workers=32 seeds=4
+    python scripts/simulate.py experiment=digits_mlp        one, or several with commas
+    python scripts/simulate.py experiment=digits_mlp workers=32 seeds=4
     python scripts/simulate.py drift                               the drift along a valley
 
-Prints a table for each study, and writes results/theory/NAME.json if no setting was changed.
-Without arguments also draws all figures; docs/evidence.md explains them. Exit status: 0 done, 2
-refused.
+Prints a table for each study. If no setting was changed, also writes NAME.json to
+results/evidence/simulations/. Without arguments also draws all figures; docs/evidence.md explains
+them. Exit status: 0 done, 2 refused.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from qsr.report.evidence import drift_markdown, simulation_markdown
 from qsr.report.evidence_plots import draw
 from qsr.run.folder import write_json
 
-RESULTS = Path(__file__).parents[1] / "results" / "theory"
+RESULTS = Path(__file__).parents[1] / "results" / "evidence" / "simulations"
 
 
 @showing_errors
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
             record = simulation_record(name, simulations[name], outcomes[name])
             print(f"\n{name}\n\n{simulation_markdown(record)}", flush=True)
             if everything or all(setting.startswith("experiment=") for setting in settings):
-                _write(name.rpartition("/")[2], record)
+                _write(name, record)
     if everything:
         draw(RESULTS)
     print(f"{time.monotonic() - started:.0f} s")

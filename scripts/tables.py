@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qsr.errors import showing_errors
 from qsr.output import printer, program, warn
-from qsr.report.evidence import read_theory
+from qsr.report.evidence import read_simulations
 from qsr.report.evidence_deep import read_deep
 from qsr.report.generated import generate, stale, write
 from qsr.report.paper import read_reference
@@ -53,10 +53,10 @@ def _tables(*, check: bool) -> int:
     plan_of = partial(experiment_plan, config_dir=ROOT / "configs")
     faults = json.loads((ROOT / "results" / "faults.json").read_text())
     benchmarks = read_benchmarks(ROOT / "results" / "bench")
-    theory = read_theory(ROOT / "results" / "theory")
+    simulations = read_simulations(ROOT / "results" / "evidence" / "simulations")
     deep = read_deep(ROOT / "results")
     summaries = read_summaries(RECORDS)
-    files = generate(ROOT, rows, summaries, plan_of, faults, benchmarks, theory, deep)
+    files = generate(ROOT, rows, summaries, plan_of, faults, benchmarks, simulations, deep)
     paths = stale(files)
     if not check:
         write(files, paths)

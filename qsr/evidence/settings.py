@@ -105,10 +105,7 @@ def load_simulation(overrides: Sequence[str], config_dir: Path = SIMULATIONS) ->
 
 def simulation_names(config_dir: Path = SIMULATIONS) -> list[str]:
     """Names of all experiments."""
-    folder = config_dir / "experiment"
-    return sorted(
-        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
-    )
+    return sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml"))
 
 
 def make_simulated_plan(config: SimulationConfig, settings: ExponentConfig) -> Plan:

@@ -104,7 +104,7 @@ def drift_rows(measured: Mapping[DriftCase, Drift]) -> list[dict[str, Any]]:
 
 
 def drift_record(measured: Mapping[DriftCase, Drift]) -> dict[str, Any]:
-    """The record for results/theory/drift.json."""
+    """The record for results/evidence/simulations/drift.json."""
     valleys = {
         name: {
             "scales": list(valley.scales),
@@ -148,7 +148,7 @@ def simulate_rule(config: SimulationConfig, rule: str) -> Outcome:
 def simulation_record(
     name: str, config: SimulationConfig, outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
-    """The record for results/theory/NAME.json; measurements of diverged seeds are null."""
+    """The record of a simulation; measurements of diverged seeds are null."""
     rows = {}
     for rule in config.rules:
         outcome = outcomes[rule]

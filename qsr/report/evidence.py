@@ -12,18 +12,18 @@ from qsr.report.statistics import Comparison, Estimate, compare, estimate
 from qsr.report.tables import markdown_table
 
 Record = Mapping[str, Any]
-"""A record that scripts/simulate.py wrote: results/theory/NAME.json."""
+"""A record that scripts/simulate.py wrote: results/evidence/simulations/NAME.json."""
 
 DRIFT = "drift"
 """Name of the drift record; the other records are simulations."""
 
 
-def read_theory(folder: Path) -> dict[str, Record]:
-    """The records in the folder results/theory/, by name."""
+def read_simulations(folder: Path) -> dict[str, Record]:
+    """The records in the folder results/evidence/simulations/, by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def theory_markdown(name: str, record: Record) -> str:
+def record_markdown(name: str, record: Record) -> str:
     """The table for a record."""
     return drift_markdown(record) if name == DRIFT else simulation_markdown(record)
 

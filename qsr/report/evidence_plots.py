@@ -13,7 +13,7 @@ from qsr.config.parsing import parse
 from qsr.core.drift import drift_multiplier, psi, psi_discrete
 from qsr.core.plan import Plan
 from qsr.evidence.settings import SimulationConfig, make_simulated_plan
-from qsr.report.evidence import DRIFT, Record, finite, read_theory
+from qsr.report.evidence import DRIFT, Record, finite, read_simulations
 from qsr.report.plans import experiment_plan
 from qsr.report.statistics import estimate
 from qsr.report.style import (
@@ -37,7 +37,7 @@ _POINTS = 2000
 
 def draw(folder: Path) -> None:
     """Draw the figures of docs/evidence.md from the records in the folder, and save them there."""
-    records = read_theory(folder)
+    records = read_simulations(folder)
     for name in ("digits_mlp", "diagonal"):
         save(simulation_figure(records[name]), folder / name)
     save(sensitivity_figure(records), folder / "sensitivity")
@@ -104,7 +104,7 @@ def _unit(record: Record) -> str:
 def sensitivity_figure(records: Mapping[str, Record]) -> Figure:
     """Test error of the rules against the number of workers, and of QSR against its alpha: means
     and 95 % intervals over the seeds that did not diverge. The numbers of diverged seeds of the
-    cubic rule and of QSR are written below the ticks. `records`: all of results/theory/."""
+    cubic rule and of QSR are written below the ticks. `records`: all simulations."""
     names = ("digits_mlp_4_workers", "digits_mlp_8_workers", "digits_mlp")
     by_workers = {records[name]["config"]["workers"]: records[name] for name in names}
     by_scale = records["digits_mlp_alpha"]

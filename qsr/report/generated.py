@@ -16,7 +16,7 @@ import pandas as pd
 from qsr.core.plan import Plan
 from qsr.errors import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
-from qsr.report.evidence import theory_markdown
+from qsr.report.evidence import record_markdown
 from qsr.report.evidence_deep import deep_report
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
@@ -44,7 +44,7 @@ def generate(
     plan_of: Callable[[str], Plan],
     faults: Mapping[str, Any],
     benchmarks: Mapping[str, Record],
-    theory: Mapping[str, Record],
+    simulations: Mapping[str, Record],
     deep: Record,
 ) -> dict[Path, str]:
     """All generated files of the repository in `root` with their contents: each table of the paper
@@ -66,7 +66,7 @@ def generate(
     blocks["headlines"] = comparison_markdown(headlines)
     blocks["faults"] = faults_markdown(faults)
     blocks |= {f"bench_{name}": speed_markdown(name, of) for name, of in benchmarks.items()}
-    blocks |= {f"theory_{name}": theory_markdown(name, of) for name, of in theory.items()}
+    blocks |= {f"evidence_{name}": record_markdown(name, of) for name, of in simulations.items()}
     blocks["evidence_deep"] = deep_report(deep)
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()

@@ -8,7 +8,7 @@ import pytest
 from qsr.config.load import CONFIG_DIR
 
 ROOT = CONFIG_DIR.parent
-SMALL = ("experiment=theory/diagonal", "seeds=2", "total_steps=40", "workers=2")
+SMALL = ("experiment=diagonal", "seeds=2", "total_steps=40", "workers=2")
 
 
 def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -17,14 +17,12 @@ def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_settings_of_the_command_line_print_a_table_and_write_nothing() -> None:
-    records = ROOT / "results" / "theory"
+    records = ROOT / "results" / "evidence" / "simulations"
     before = {path: path.stat().st_mtime_ns for path in records.iterdir()}
     done = simulate(*SMALL, "label_noise=0.5,1.0")
     assert (done.returncode, done.stderr) == (0, "")
     for noise in ("0.5", "1.0"):
-        assert (
-            f"theory/diagonal seeds=2 total_steps=40 workers=2 label_noise={noise}" in done.stdout
-        )
+        assert f"diagonal seeds=2 total_steps=40 workers=2 label_noise={noise}" in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 * (1 + 5)
     assert {path: path.stat().st_mtime_ns for path in records.iterdir()} == before
@@ -33,8 +31,8 @@ def test_settings_of_the_command_line_print_a_table_and_write_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["workers=2"], "no experiment given: set experiment=NAME, one of theory/diagonal, "),
-        (["experiment=theory/diagonl"], "did you mean theory/diagonal"),
+        (["workers=2"], "no experiment given: set experiment=NAME, one of diagonal, "),
+        (["experiment=diagonl"], "did you mean diagonal"),
         ([*SMALL, "local_bach=2"], "did you mean local_batch"),
         (["drift", "workers=2"], "drift"),
     ],

@@ -5,7 +5,7 @@ import pytest
 from qsr.errors import ConfigError
 from qsr.evidence.settings import load_simulation, make_simulated_plan, simulation_names
 
-DIGITS = "experiment=theory/digits_mlp"
+DIGITS = "experiment=digits_mlp"
 
 
 @pytest.mark.parametrize("name", simulation_names())
@@ -32,7 +32,7 @@ def test_volumes_are_those_of_the_design() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["experiment=theory/digits"], "did you mean theory/digits_mlp"),
+        (["experiment=digits"], "did you mean digits_mlp"),
         ([DIGITS, "worker=3"], "did you mean workers"),
         ([DIGITS, "problem.train_siz=3"], "train_siz is not a setting of problem"),
         ([DIGITS, "rules.QSR.exponnet=3"], "did you mean rules.QSR.exponent?"),

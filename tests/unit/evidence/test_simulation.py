@@ -99,7 +99,7 @@ def test_runs_that_diverge_are_told_apart() -> None:
 
 def small(**changes: object) -> SimulationConfig:
     """The digits with fewer seeds and steps, but where the rules differ by most."""
-    config = load_simulation(["experiment=theory/digits_mlp", "seeds=4", "total_steps=2000"])
+    config = load_simulation(["experiment=digits_mlp", "seeds=4", "total_steps=2000"])
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
@@ -115,8 +115,8 @@ def means(config: SimulationConfig) -> tuple[dict[str, float], dict[str, float]]
 
 
 def test_the_order_of_the_rules_and_its_controls() -> None:
-    """results/theory/digits_mlp.json at small size: fixed seeds, four of them, a quarter of the
-    steps. Without label noise, or with one worker, there is no order."""
+    """experiment=digits_mlp at small size: fixed seeds, four of them, a quarter of the steps. Without
+    label noise, or with one worker, there is no order."""
     pytest.importorskip("sklearn")
     trace, test = means(small())
     order = ["data parallel", "constant H", "beta/eta", "QSR"]
@@ -130,7 +130,7 @@ def test_the_order_of_the_rules_and_its_controls() -> None:
 
 
 def test_rules_are_matched_at_the_peak() -> None:
-    config = load_simulation(["experiment=theory/digits_mlp"])
+    config = load_simulation(["experiment=digits_mlp"])
     assert config.rules["QSR"] == ExponentConfig(exponent=2)
     found = {name: make_simulated_plan(config, rule) for name, rule in config.rules.items()}
     assert {name: plan.round_at(0).length for name, plan in found.items()} == {

@@ -1,4 +1,4 @@
-"""Tables and pictures of the theory's studies, from small records and from those committed."""
+"""Tables and pictures of the simulations, from small records and from those committed."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from qsr.config.load import CONFIG_DIR
 from qsr.core.drift import psi
-from qsr.report.evidence import drift_markdown, read_theory, simulation_markdown
+from qsr.report.evidence import drift_markdown, read_simulations, simulation_markdown
 from qsr.report.evidence_plots import (
     AT_PEAK,
     PAPER_WORKERS,
@@ -20,7 +20,7 @@ from qsr.report.evidence_plots import (
     simulation_figure,
 )
 
-RESULTS = CONFIG_DIR.parent / "results" / "theory"
+RESULTS = CONFIG_DIR.parent / "results" / "evidence" / "simulations"
 
 
 def rule(volume: float, test: list[float | None], trace: list[float | None]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_the_drift_beside_its_predictions() -> None:
 
 def test_the_committed_records_have_the_effect_and_its_limits() -> None:
     """What docs/evidence.md says of them."""
-    records = read_theory(RESULTS)
+    records = read_simulations(RESULTS)
     for name in ("digits_mlp", "digits_mlp_second_split", "diagonal"):
         rules = records[name]["rules"]
         for quantity in ("test_error", "hessian_trace"):
@@ -108,7 +108,7 @@ def test_pictures_are_drawn_beside_the_records(tmp_path: Path) -> None:
 
 
 def test_the_rules_of_a_simulation_are_in_its_picture() -> None:
-    figure = simulation_figure(read_theory(RESULTS)["digits_mlp"])
+    figure = simulation_figure(read_simulations(RESULTS)["digits_mlp"])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["QSR", "data parallel", "constant H", "beta/eta", "cubic"]
 
