@@ -21,6 +21,7 @@ from qsr.cluster.processes import socket_folder, start_ranks
 from qsr.cluster.signals import StopFlag
 from qsr.cluster.slurm import current_task, stopped_status
 from qsr.config.load import run_folder
+from qsr.config.planning import even_ranks
 from qsr.config.schema import Config, SlurmCluster
 from qsr.errors import (
     REFUSED,
@@ -154,6 +155,19 @@ def execute(configs: Sequence[Config]) -> list[Outcome]:
     return outcomes
 
 
+def complete(configs: Sequence[Config], what: str) -> int:
+    """Execute the runs of a script that reports on all of them: 0 if all are complete, otherwise
+    the exit status after a signal. Prints `what`. Raises RunFailedError if a run failed."""
+    finished = sum(RunFolder(run_folder(c)).summary.exists() for c in configs)
+    print(f"{len(configs)} runs: {what}; {finished} already finished", flush=True)
+    outcomes = execute(configs)
+    raise_failures(outcomes)
+    status = stopped_by_signal(outcomes)
+    if status:
+        warn("stopped, everything is saved; run the same command to resume")
+    return status
+
+
 def raise_failures(outcomes: Sequence[Outcome]) -> None:
     """Raise RunFailedError if any of these runs failed."""
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
@@ -228,8 +242,7 @@ def _common_ranks(configs: Sequence[Config]) -> int:
 
 def number_of_ranks(config: Config) -> int:
     """Number of ranks to start: those of the job on a Slurm cluster, or cluster.ranks if set;
-    otherwise one per worker on the CPU, or the largest divisor of workers that is at most the
-    number of GPUs."""
+    otherwise one per worker on the CPU, or `even_ranks` for the number of GPUs."""
     if isinstance(config.cluster, SlurmCluster):
         return config.cluster.job_ranks
     if config.cluster.ranks is not None:
@@ -237,7 +250,7 @@ def number_of_ranks(config: Config) -> int:
     if config.cluster.device == "cpu" or not torch.cuda.is_available():
         return config.workers
     most = max(1, torch.cuda.device_count())
-    return next(n for n in range(most, 0, -1) if config.workers % n == 0)
+    return even_ranks(config.workers, most)
 
 
 def _run_listening(config: Config, launcher: Connection) -> dict[str, Any] | Stopped:

@@ -14,15 +14,13 @@ from pathlib import Path
 
 from qsr.config.load import load_config, run_folder
 from qsr.data.prepare.digits import prepare_digits
-from qsr.errors import (
-    showing_errors,
-)
-from qsr.output import program, warn
+from qsr.errors import showing_errors
+from qsr.output import program
 from qsr.report.collect import group_by_label, read_run
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
 from qsr.report.tables import rule_table, rule_table_markdown
-from qsr.session import execute, raise_failures, stopped_by_signal
+from qsr.session import complete
 
 EXPERIMENTS = ("demo/parallel", "demo/constant", "demo/quadratic")
 SEEDS = (1, 2, 3)
@@ -40,17 +38,10 @@ def main(settings: list[str]) -> int:
         for seed in SEEDS
     ]
     prepare_digits(Path(configs[0].data.root))
-    finished = sum((run_folder(c) / "summary.json").exists() for c in configs)
-    print(
-        f"{len(configs)} runs: {len(EXPERIMENTS)} rules x {len(SEEDS)} seeds, "
-        f"{configs[0].workers} workers each; {finished} already finished",
-        flush=True,
+    stopped = complete(
+        configs, f"{len(EXPERIMENTS)} rules x {len(SEEDS)} seeds, {configs[0].workers} workers each"
     )
-    outcomes = execute(configs)
-    raise_failures(outcomes)
-    stopped = stopped_by_signal(outcomes)
     if stopped:
-        warn("stopped, everything is saved; run the same command to resume")
         return stopped
     groups = group_by_label([read_run(run_folder(config)) for config in configs])
     RESULTS.mkdir(parents=True, exist_ok=True)

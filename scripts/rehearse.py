@@ -15,17 +15,15 @@ from pathlib import Path
 
 from qsr.config.load import load_configs, run_folder
 from qsr.data.prepare.digits import prepare_digits
-from qsr.errors import (
-    showing_errors,
-)
-from qsr.output import program, warn
+from qsr.errors import showing_errors
+from qsr.output import program
 from qsr.report.collect import read_run
 from qsr.report.comparison import REHEARSAL, comparison_markdown, comparison_table, table_title
 from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
 from qsr.report.plots import communication_figure
 from qsr.report.style import save
-from qsr.session import execute, raise_failures, stopped_by_signal
+from qsr.session import complete
 
 TABLES = ("1a", "1b", "2a", "2b")
 SEEDS = "seed=1,2,3"
@@ -48,13 +46,8 @@ def main(settings: list[str]) -> int:
     }
     runs = [config for seeds in configs.values() for config in seeds]
     prepare_digits(Path(runs[0].data.root))
-    finished = sum((run_folder(run) / "summary.json").exists() for run in runs)
-    print(f"{len(runs)} runs of {len(rows)} rows; {finished} already finished", flush=True)
-    outcomes = execute(runs)
-    raise_failures(outcomes)
-    stopped = stopped_by_signal(outcomes)
+    stopped = complete(runs, f"{len(rows)} rows, three seeds each")
     if stopped:
-        warn("stopped, everything is saved; run the same command to resume")
         return stopped
     summaries = {
         experiment: [read_run(run_folder(config)).summary for config in seeds]

@@ -72,3 +72,8 @@ def parameter_count(model: schema.ModelConfig, classes: int) -> int:
         case "timm":
             raise ValueError(f"only timm knows the number of parameters of {model.timm_name}")
     assert_never(model.name)
+
+
+def even_ranks(workers: int, most: int) -> int:
+    """The largest number of ranks, at most `most`, that shares the workers evenly."""
+    return next(ranks for ranks in range(most, 0, -1) if workers % ranks == 0)

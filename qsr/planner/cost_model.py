@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 from qsr.config import schema
+from qsr.config.planning import even_ranks
 from qsr.core.cost import AllReduce, CostModel, Link, MeasuredAllReduce
 from qsr.errors import ConfigError, UnknownSpeedError
 
@@ -38,7 +39,7 @@ def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tupl
         return cluster.job_ranks, cluster.nodes
     ranks = cluster.ranks
     if ranks is None:
-        ranks = next(n for n in range(most, 0, -1) if config.workers % n == 0)
+        ranks = even_ranks(config.workers, most)
     if ranks > most:
         raise ConfigError(
             f"cluster.ranks={ranks}, but {config.cluster.name} has {speed.machines} x "

@@ -115,8 +115,8 @@ def means(config: SimulationConfig) -> tuple[dict[str, float], dict[str, float]]
 
 
 def test_the_order_of_the_rules_and_its_controls() -> None:
-    """experiment=digits_mlp at small size: fixed seeds, four of them, a quarter of the steps. Without
-    label noise, or with one worker, there is no order."""
+    """experiment=digits_mlp at small size: four fixed seeds, a quarter of the steps. Without label
+    noise, or with one worker, there is no order."""
     pytest.importorskip("sklearn")
     trace, test = means(small())
     order = ["data parallel", "constant H", "beta/eta", "QSR"]
