@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train or resume one run, or several one after another.
 
-    python scripts/train.py experiment=demo/quadratic seed=2 sync.alpha=0.02
+    python scripts/train.py experiment=demo/quadratic seed=2 sync.alpha=0.5
     python scripts/train.py experiment=demo/quadratic seed=1,2,3
     torchrun --nproc-per-node 2 scripts/train.py experiment=demo/quadratic seed=2
 

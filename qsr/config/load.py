@@ -113,7 +113,7 @@ def load_configs(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> lis
 
 def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Config:
     """The one run that these overrides ask for, for example
-    ["experiment=demo/quadratic", "seed=2", "sync.alpha=0.02"]."""
+    ["experiment=demo/quadratic", "seed=2", "sync.alpha=0.5"]."""
     configs = load_configs(overrides, config_dir)
     if len(configs) > 1:
         raise ConfigError(f"these settings ask for {len(configs)} runs: ask for one")

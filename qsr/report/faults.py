@@ -6,7 +6,7 @@ from typing import Any
 
 from qsr.errors import ReportError
 
-FAULTS = tuple(f"F{number}" for number in range(1, 30))
+FAULTS = tuple(f"F{number}" for number in range(1, 31))
 _KINDS = {
     "test": "`make test`",
     "slow": "`make test-faults`",

@@ -1,4 +1,5 @@
-"""F1: killed at any moment, while it writes a checkpoint too: the run goes on to the same bits."""
+"""F1: the run is killed at any moment, even while it writes a checkpoint. It resumes and ends with
+the same bits."""
 
 import contextlib
 import json

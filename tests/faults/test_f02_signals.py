@@ -1,5 +1,5 @@
-"""F2: a signal asks for the machines. All ranks save after the same step, whichever of them got it;
-the run goes on as if nothing had happened."""
+"""F2: a signal asks for the machines back. All ranks save after the same step, whichever rank got
+it, and the run resumes as if nothing had happened."""
 
 import os
 import re

@@ -1,5 +1,5 @@
-"""F3: the disk is full. At the start the run is refused; later all ranks go on without the
-checkpoint, and nothing that was there is lost."""
+"""F3: the disk is full. At the start the run is refused. Later all ranks continue without the
+checkpoint, and nothing that was saved is lost."""
 
 import contextlib
 import json

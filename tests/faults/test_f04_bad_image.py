@@ -1,6 +1,6 @@
-"""F4: an image is broken. The check before the run finds it; in a run it is named, with its index,
-and all ranks stop; once it is mended the run goes on as if nothing had happened. Images that are
-odd and sound are no fault, and no other sample is touched by any of this."""
+"""F4: an image is broken. The check before the run finds it. In a run all ranks stop and the error
+gives its path and index; once the file is repaired, the run resumes as if nothing had happened.
+Unusual but valid images are accepted, and no other sample is affected."""
 
 import shutil
 from collections.abc import Callable

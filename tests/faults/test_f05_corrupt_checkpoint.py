@@ -1,5 +1,5 @@
-"""F5: a checkpoint that is not what was written is recognized before any of it is used, and the one
-before takes its place."""
+"""F5: a damaged checkpoint is recognized before any of it is used, and the previous one is used
+instead."""
 
 import contextlib
 import io

@@ -1,6 +1,6 @@
 """F6: a loss, a gradient or a state is no longer finite. All ranks stop after the same step,
-nothing of it is saved, and the run goes on from the checkpoint before. Where fp16 overflows, one
-worker skips one update, and no average moves."""
+nothing of that step is saved, and the run can resume from the previous checkpoint. Where fp16
+overflows, one worker skips one update, and averages happen at the same steps as before."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""F7: a rank hangs. The others end when cluster.timeout_seconds are over and name it, and what they
-waited for; its process is killed too; the run goes on from the newest checkpoint."""
+"""F7: a rank hangs. After cluster.timeout_seconds the others stop and say which rank it is and what
+they waited for. Its process is killed too, and the run resumes from the newest checkpoint."""
 
 import re
 import signal

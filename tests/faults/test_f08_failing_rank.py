@@ -1,5 +1,5 @@
-"""F8: one rank fails. The others end within seconds, wherever they are; what the user sees is the
-first error, with its rank, and no process is left."""
+"""F8: one rank fails. The others end within seconds, wherever they are. The user sees the first
+error and its rank, and no process is left."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""F9: a run keeps its workers, on any number of processes; another K is another experiment."""
+"""F9: a run's number of workers cannot change, but they can run on any number of processes. Another
+K is another run."""
 
 from dataclasses import replace
 from pathlib import Path

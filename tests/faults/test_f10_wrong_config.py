@@ -1,6 +1,6 @@
-"""F10: settings that are missing, misspelt, or do not fit. They are refused in one line that says
-what would be right, before anything is made, and before torch is even loaded where they alone
-tell."""
+"""F10: settings are missing, misspelt or contradict each other. They are refused in one line that
+says what would be right, before anything is created, and before torch is loaded if the settings
+alone show it."""
 
 import ast
 import dataclasses

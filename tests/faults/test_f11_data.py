@@ -1,5 +1,5 @@
-"""F11: a data set that is not there, or not whole. It is refused at the start, before a rank waits
-for another, in one line that names the folder. Labels never shift in silence."""
+"""F11: a data set is absent or incomplete. It is refused at the start, before a rank waits for
+another, in one line with the folder. Labels never shift silently."""
 
 import re
 from collections.abc import Callable

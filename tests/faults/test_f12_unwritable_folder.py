@@ -1,4 +1,4 @@
-"""F12: a folder that cannot take the run is refused before training, in one line."""
+"""F12: the run folder cannot be used. The run is refused before training, in one line."""
 
 from pathlib import Path
 from typing import Any

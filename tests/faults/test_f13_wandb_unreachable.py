@@ -1,5 +1,5 @@
-"""F13: wandb cannot be reached. The run is the one that it would be without wandb, at its own
-speed, with a complete record of its own and one warning at the end."""
+"""F13: wandb cannot be reached. The run is the same as without wandb, at its usual speed, with a
+complete record of its own and one warning at the end."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""F14: two sessions in one run folder. One works, the other is refused and disturbs nothing."""
+"""F14: two sessions use one run folder. One works; the other is refused and changes nothing."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""F15: whatever lies in the run folder, resuming from it runs no code of it."""
+"""F15: no file in a run folder can make a resuming run execute code."""
 
 import pickle
 import shutil

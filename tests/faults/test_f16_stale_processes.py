@@ -1,4 +1,4 @@
-"""F16: processes of an earlier start are still there, another program has the port, or strangers
+"""F16: processes of an earlier start are still alive, another program has the port, or strangers
 connect to it. The ranks of the new start find each other and nobody else."""
 
 import contextlib

@@ -1,5 +1,5 @@
-"""F17: ranks disagree on what they do: the step, H, the learning rate, who sees which sample, the
-settings, the data. All of them end with an error before they mix what they have."""
+"""F17: ranks disagree about the step, H, the learning rate, the samples, the settings or the data.
+All of them stop with an error before their parameters are mixed."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,6 +1,6 @@
-"""F18: code or settings change between the submission and a restart, or between machines. A
-submitted job runs the copy of the code that was taken then; elsewhere other code is a warning, and
-other settings are refused, as is a rank with other code than rank 0."""
+"""F18: code or settings change between submission and restart, or between machines. A submitted job
+runs a copy of the code made at submission. Elsewhere changed code is a warning; changed settings
+are refused, and so is a rank whose code differs from rank 0's."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
-"""F19: Output never decides. Standard output and standard error may be full, closed, slow or gone,
-on any rank and at any moment, and wandb may fail: training goes on, the record is on disk, and the
-exit status is the run's. Scripts that only print end as the shell's tools do."""
+"""F19: output never decides. Standard output and standard error may be full, closed, slow or gone,
+on any rank at any moment, and wandb may fail: training continues, the record is on disk, and the
+exit status is the run's. Scripts that only print end as shell tools do."""
 
 import contextlib
 import fcntl

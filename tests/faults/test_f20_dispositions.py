@@ -1,6 +1,6 @@
-"""F20: Signals reach a run as whoever started it wanted. What was ignored then stays ignored, on
-every rank; what reaches the whole process group saves as it does when it reaches the command alone,
-and so do the terminal's end and the first Ctrl-C. No rank outlives its launcher."""
+"""F20: signals act as whoever started the run intended. A signal that was ignored at the start
+stays ignored on every rank. A signal to the whole process group saves, as one to the command does,
+and so do a closed terminal and the first Ctrl-C. No rank outlives its launcher."""
 
 import multiprocessing
 import os

@@ -1,6 +1,6 @@
-"""F21: file systems differ. What one of them cannot do has a substitute that keeps every promise of
-these pages, or the run is refused before it starts, in one line that names the folder and the
-operation; the doctor says the same."""
+"""F21: file systems differ. Where one lacks an operation, there is a substitute that keeps every
+promise on this page, or the run is refused before it starts, in one line with the folder and the
+operation. The doctor says the same."""
 
 import errno
 import os

@@ -1,7 +1,7 @@
-"""F22: whatever else happens in and to the run folder, the run goes on or ends with one line that
-says why: moved, deleted, links and strays in it, files of other users, damaged records, a power
-failure. Nothing outside of it is written or removed, and no row of its record is lost but damaged
-ones."""
+"""F22: anything else happens to a run folder: it is moved or deleted, or holds links, foreign
+files, files of other users or damaged records, or the power fails. The run continues, or ends with
+one line that says why. Nothing outside the folder is written or removed, and only damaged rows of
+its record are lost."""
 
 import json
 import os

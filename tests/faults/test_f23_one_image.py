@@ -1,5 +1,6 @@
 """F23: every image file shows the same picture to the check and to both loaders, whatever its
-format, or all of them refuse it by name. No file starts another program, and none is waited for."""
+format, or all of them refuse it and give its path. No file starts another program, and none makes
+the run wait."""
 
 import os
 import socket

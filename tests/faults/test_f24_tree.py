@@ -1,6 +1,6 @@
-"""F24: a tree of images is what its user means. Hidden and service folders are no classes, every
-file is an image or named with a count, names may have any bytes, and two that look alike are told
-apart: no label shifts, and nothing vanishes in silence."""
+"""F24: a tree of images means what its user expects. Hidden and service folders are not classes.
+Every file is read as an image or counted in a note. Names may have any bytes, and two that look
+alike are told apart. No label shifts, and no file vanishes silently."""
 
 import csv
 import json

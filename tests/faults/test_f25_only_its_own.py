@@ -1,5 +1,5 @@
-"""F25: a run is started within somebody else's job, array or folder. It requeues, cancels, deletes
-and overwrites only what it or its submission made."""
+"""F25: a run starts within someone else's job, array or folder. It requeues, cancels, deletes and
+overwrites only what it or its submission created."""
 
 import json
 import os

@@ -1,7 +1,6 @@
-"""F26: what only a pass through the network shows: that it does not take images of this size or a
-pass of one image, gives no logits, or that timm has no such name. It is refused in one line that
-says what to take instead, before anything is made, by the start, by the submission and by the
-doctor."""
+"""F26: only a pass through the network shows that it rejects images of this size or a batch of one,
+gives no logits, or does not exist in timm. The start, the submission and the doctor refuse it in
+one line that says what to use instead, before anything is created."""
 
 import contextlib
 import io

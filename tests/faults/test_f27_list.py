@@ -1,5 +1,5 @@
-"""F27: of a list of runs one fails, or is refused when its turn comes. The others are carried out,
-each failure is named at the end, and the same command tries only what is not done."""
+"""F27: one run of a list fails, or is refused when its turn comes. The others still run, each
+failure is listed at the end, and the same command tries only those that are not done."""
 
 import os
 import signal

@@ -1,5 +1,6 @@
-"""F28: paths and names with any characters. A path is taken as it is written, or the refusal shows
-what to write; status finds runs behind links; no name leads out of the folder of all runs."""
+"""F28: paths and names have unusual characters. A path is used as written, or the refusal shows
+what to write. The status command finds runs behind links, and no name leads out of the runs folder.
+"""
 
 import os
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""F29: run folders that are damaged, forged, or hold secrets. One damaged folder does not hide the
-others; only what a run really came to becomes a record, in its place, with nothing of the site."""
+"""F29: run folders are damaged, forged, or hold secrets. One damaged folder does not hide the
+others. Only what a run really achieved becomes a record, in its own place, without anything private
+to the site."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""F26: networks that keep a tensor from their first pass in evaluation mode on, as LeViT, TinyViT
-and EfficientViT of some versions of timm do. A reported number is of the weights that are saved,
-not of those of an earlier evaluation."""
+"""F30: some networks keep a tensor from their first pass in evaluation mode, as LeViT, TinyViT and
+EfficientViT do in some versions of timm. A reported number always belongs to the saved weights, not
+to those of an earlier evaluation."""
 
 from collections.abc import Callable
 from pathlib import Path
