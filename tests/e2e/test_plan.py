@@ -201,6 +201,7 @@ def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Pat
     assert [p.name for p in path.parent.iterdir() if p.suffix != ".yaml"] == []
 
 
+@pytest.mark.slow
 def test_one_rank_has_no_link_to_measure(project: Path) -> None:
     one = ("cluster.ranks=1", "cluster.threads_per_rank=1")
     text = call(project, "scripts/plan.py", "calibrate", DEMO, "name=one", *one)

@@ -1,5 +1,6 @@
 """The command line, as a user gives it: real processes, real images, real files."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -159,7 +160,13 @@ EXPERIMENTS = sorted(
 DEMOS = [name for name in EXPERIMENTS if name.startswith("demo/")]
 SMALL = [
     *((name, "", loader) for name in DEMOS for loader in ("dali", "torchvision")),
-    *((name, "rehearsal=digits", "dali") for name in EXPERIMENTS if name not in DEMOS),
+    *(
+        # one of each recipe is quick
+        pytest.param(name, "rehearsal=digits", "dali", marks=() if first else pytest.mark.slow)
+        for _, names in itertools.groupby(EXPERIMENTS, lambda name: name.partition("/")[0])
+        for first, name in ((i == 0, name) for i, name in enumerate(names))
+        if name not in DEMOS
+    ),
 ]
 
 
@@ -172,7 +179,13 @@ def test_every_experiment_takes_steps(
     assert all(0 < row["loss"] < 10 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["vit_b16_b4096/constant_h4", "resnet152_b4096/constant_h2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("vit_b16_b4096/constant_h4", marks=pytest.mark.slow),
+        "resnet152_b4096/constant_h2",
+    ],
+)
 def test_the_published_models_take_steps(name: str, digits: Path, tmp_path: Path) -> None:
     """The recipe as it is, but for the images, their number, H, and fp16, which CPUs emulate."""
     rows = steps(

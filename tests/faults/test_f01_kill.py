@@ -23,7 +23,7 @@ from tests.faults.inject import Lost, crash_everywhere
 from tests.faults.small import checkpointer, flip_byte, holds, save, steps_in
 
 LOST = get_args(Lost)
-QUICK = (((), LOST[2]), ((5, 10), LOST[0]), ((5, 10, 12), LOST[1]))
+QUICK = (((), LOST[2]), ((5, 10, 12), LOST[1]))
 CRASHES = [
     pytest.param(before, lost, marks=() if (before, lost) in QUICK else pytest.mark.slow)
     for before in ((), (5, 10), (5, 10, 12))

@@ -217,7 +217,8 @@ def test_all_ranks_stop_with_its_name_and_go_on_once_it_is_mended(
     assert same_weights(folder_in(tmp_path / "runs"), uninterrupted)
 
 
-@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_a_run_of_torchvisions_loader_does_the_same(
     split: str, digits: Path, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def take_at_once(folder: Path, start: Any, done: Any, results: Any) -> None:
     done.wait()
 
 
+@pytest.mark.slow
 def test_of_sessions_that_start_at_the_same_instant_one_works(tmp_path: Path) -> None:
     """Forked, so that each is there in milliseconds."""
     context = multiprocessing.get_context("fork")

@@ -121,9 +121,10 @@ def _steps(runs: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    ["train.py", pytest.param("submit.py", marks=pytest.mark.slow)],
+    ["train.py", "submit.py"],
 )
 def test_what_the_program_was_started_to_ignore_disturbs_no_rank(
     script: str, digits: Path, tmp_path: Path, uninterrupted: Path
@@ -189,10 +190,8 @@ def test_a_signal_to_the_group_before_the_ranks_are_there(
     assert same_weights(folder_in(tmp_path), uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("name", "status"),
-    [("SIGINT", 130), pytest.param("SIGHUP", 75, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGHUP", 75)])
 def test_a_run_of_one_process_saves(name: str, status: int, digits: Path, tmp_path: Path) -> None:
     one = ("cluster.ranks=1", "cluster.threads_per_rank=1", "checkpoint.every_steps=10")
     process = start(command(digits, tmp_path, *one))

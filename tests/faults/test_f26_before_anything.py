@@ -264,6 +264,7 @@ def test_of_a_list_of_seeds_the_network_is_tried_once(
     assert len(tried) == 2  # in training and in validation
 
 
+@pytest.mark.slow
 def test_one_line_for_all_ranks(photos: Path, tmp_path: Path) -> None:
     vit_at_50 = [
         *("data=folder", "model=timm", "model.timm_name=test_vit", "data.image_size=50"),

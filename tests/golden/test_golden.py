@@ -59,9 +59,9 @@ def test_losses_are_the_golden_ones(
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("resnet", "seed=2"),
+        pytest.param("resnet", "seed=2", marks=pytest.mark.slow),
         ("resnet", "sync.alpha=0.08"),
-        ("resnet", "optimizer.weight_decay=0.01"),
+        pytest.param("resnet", "optimizer.weight_decay=0.01", marks=pytest.mark.slow),
         pytest.param("vit", "loss.mixup_alpha=0.0", marks=pytest.mark.slow),
         pytest.param("vit", STRONGER, marks=pytest.mark.slow),
     ],

@@ -69,6 +69,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_all_reduces_take_as_long_as_the_rate_says_and_nothing_is_left() -> None:
     with Network() as network:
         network.limit(RATE)

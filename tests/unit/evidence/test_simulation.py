@@ -114,6 +114,7 @@ def means(config: SimulationConfig) -> tuple[dict[str, float], dict[str, float]]
     return trace, test
 
 
+@pytest.mark.slow
 def test_the_order_of_the_rules_and_its_controls() -> None:
     """experiment=digits_mlp at small size: four fixed seeds, a quarter of the steps. Without label
     noise, or with one worker, there is no order."""

@@ -79,6 +79,7 @@ def check_what_a_kill_left(archives: Archives) -> None:
             assert there == {name for name in want if name.startswith(f"{split}/{wnid.name}/")}
 
 
+@pytest.mark.slow
 def test_killed_at_every_file_operation(prepare: Prepare, archives: Archives) -> None:
     archives.train = {wnid: files[:2] for wnid, files in archives.train.items()}
     archives.write()
