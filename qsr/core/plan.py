@@ -30,6 +30,16 @@ class Round(NamedTuple):
         return self.start + self.length
 
 
+def cut_round(
+    rule: Rule, index: int, start: int, lr: float, decides: float, total_steps: int
+) -> Round:
+    """The round that begins at `start` with the rate `lr`, where `decides` is the rate that decides
+    H; it ends with the run at the latest."""
+    length, remaining = rule.length(start, decides), total_steps - start
+    length = remaining if length is None else min(length, remaining)
+    return Round(index, start, length, lr, rule.averages(start))
+
+
 @dataclass(frozen=True)
 class Plan:
     """All rounds of a run: a learning-rate schedule cut by a synchronization rule.
@@ -98,10 +108,8 @@ class Plan:
         while start < total:
             lr = schedule(start)
             decides = lr if start >= warmup else after_warmup
-            length = rule.length(start, decides)
-            remaining = total - start
-            length = remaining if length is None else min(length, remaining)
-            rounds.append(Round(len(rounds), start, length, lr, rule.averages(start)))
-            start += length
+            round_ = cut_round(rule, len(rounds), start, lr, decides, total)
+            rounds.append(round_)
+            start = round_.end
             rule = rule.after(decides)
         return tuple(rounds)

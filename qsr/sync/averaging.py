@@ -1,6 +1,6 @@
 """Averages over the workers, in place on their flat buffers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,32 @@ def mean_(communicator: Communicator, replicas: Sequence[dict[torch.dtype, Tenso
         buffer.div_(communicator.topology.num_workers)
         for other in others:
             other[dtype].copy_(buffer)
+
+
+def mean_tensors_(
+    communicator: Communicator, tensors: Iterable[Tensor], bucket_bytes: int = 25 * 2**20
+) -> None:
+    """Collective: replace each tensor, in place, by its mean over all workers. For tensors that lie
+    in no common buffer: they are packed into buckets, which need `bucket_bytes` of memory; a larger
+    tensor is a bucket of its own."""
+    for bucket in _buckets(tensors, bucket_bytes):
+        packed = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+        communicator.sum_(packed)
+        packed.div_(communicator.topology.num_workers)
+        for tensor, mean in zip(bucket, packed.split([t.numel() for t in bucket]), strict=True):
+            tensor.detach().copy_(mean.view(tensor.shape))
+
+
+def _buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype and device together, in order, as many as fit."""
+    waiting: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = waiting.setdefault((tensor.dtype, tensor.device), [])
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > bucket_bytes:
+            yield bucket.copy()
+            bucket.clear()
+        bucket.append(tensor)
+    yield from waiting.values()
 
 
 class MomentBuffers:

@@ -62,11 +62,19 @@ class Communicator:
         device: torch.device,
         timeout_seconds: float,
         roll_call: RollCall | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+        control: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
+        patience: str = "raise cluster.timeout_seconds",
     ) -> None:
         """`timeout_seconds`: timeout of the process group's collectives. With several ranks the
-        default process group must exist (see qsr.cluster.group)."""
+        `group` must exist (None: the default one; see qsr.cluster.group). `control`: the device of
+        small messages. `patience`: how a user makes collectives wait longer."""
         self.topology = topology
         self.device = device
+        self._group = group
+        self._control = control
+        self._patience = patience
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._timeout_seconds = timeout_seconds
@@ -76,7 +84,7 @@ class Communicator:
         """Collective: replace `tensor`, in place, by its sum over the ranks; timed."""
         if self.topology.ranks > 1:
             with self._timed():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self._group)
 
     def begin_sum_(self, tensor: Tensor) -> "PendingSum":
         """Collective: like `sum_`, but do not wait; the later wait is timed. `tensor` must not be
@@ -84,7 +92,7 @@ class Communicator:
         work = None
         if self.topology.ranks > 1:
             with self.missing("an average"):
-                work = dist.all_reduce(tensor, async_op=True)
+                work = dist.all_reduce(tensor, group=self._group, async_op=True)
         return PendingSum(tensor, work, self._timed)
 
     @contextlib.contextmanager
@@ -117,29 +125,36 @@ class Communicator:
         result = tensor.clone()
         if self.topology.ranks > 1:
             with self.missing("a sum"):
-                dist.all_reduce(result)
+                dist.all_reduce(result, group=self._group)
         return result
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Collective: replace `tensor`, in place, by that of the first rank."""
+        if self.topology.ranks > 1:
+            with self.missing("a broadcast"):
+                dist.broadcast(tensor, group=self._group, group_src=0)
 
     def gather_floats(self, values: Sequence[float]) -> list[list[float]]:
         """Collective: the `values` of every rank, in rank order; each has the same number."""
-        own = torch.tensor(values, dtype=torch.float64)
+        own = torch.tensor(values, dtype=torch.float64, device=self._control)
         if self.topology.ranks == 1:
             return [own.tolist()]
         everyone = [torch.empty_like(own) for _ in range(self.topology.ranks)]
         with self.missing("a comparison"):
-            dist.all_gather(everyone, own)
+            dist.all_gather(everyone, own, group=self._group)
         return [row.tolist() for row in everyone]
 
     def gather_texts(self, text: str) -> list[str]:
         """Collective: the `text` of every rank, in rank order."""
-        own = torch.tensor(list(text.encode(errors="surrogateescape")), dtype=torch.uint8)
+        data = list(text.encode(errors="surrogateescape"))
+        own = torch.tensor(data, dtype=torch.uint8, device=self._control)
         sizes = [int(row[0]) for row in self.gather_floats([len(own)])]
         if self.topology.ranks == 1 or max(sizes) == 0:
             return [text] * len(sizes)
         padded = nn.functional.pad(own, (0, max(sizes) - len(own)))
         everyone = [torch.empty_like(padded) for _ in sizes]
         with self.missing("a comparison"):
-            dist.all_gather(everyone, padded)
+            dist.all_gather(everyone, padded, group=self._group)
         return [
             bytes(row[:size].tolist()).decode(errors="surrogateescape")  # paths may be any bytes
             for row, size in zip(everyone, sizes, strict=True)
@@ -182,10 +197,10 @@ class Communicator:
 
     def begin_sum(self, values: Sequence[float]) -> "PendingSum":
         """Collective: sum `values` (the same number on each rank) over the ranks; do not wait."""
-        own, work = torch.tensor(values, dtype=torch.float64), None
+        own, work = torch.tensor(values, dtype=torch.float64, device=self._control), None
         if self.topology.ranks > 1:
             with self.missing("an agreement"):
-                work = dist.all_reduce(own, async_op=True)
+                work = dist.all_reduce(own, group=self._group, async_op=True)
         return PendingSum(own, work, partial(self.missing, "an agreement"))
 
     def barrier(self) -> None:
@@ -216,11 +231,11 @@ class Communicator:
         if absent:
             return (
                 f"{_ranks(absent)} not responding: {during} for {waited:.0f} s; if it is only "
-                f"slow, raise cluster.timeout_seconds"
+                f"slow, {self._patience}"
             )
         return (
             f"{during} for {waited:.0f} s, and so were all other ranks: check the network; if it "
-            f"is only slow, raise cluster.timeout_seconds"
+            f"is only slow, {self._patience}"
         )
 
 

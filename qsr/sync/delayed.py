@@ -1,16 +1,26 @@
 """Averages that overlap with training: a change of the algorithm, off by default."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsr.sync.averaging import Averager, PendingAverage
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
-from qsr.sync.flat import FlatBuffers, FlatModule
+from qsr.sync.flat import FlatBuffers
 
 PREFIX = "correction/"
 """Prefix of the corrections' names in a checkpoint."""
+
+
+class Flat(Protocol):
+    """Parameters in flat buffers."""
+
+    flat: FlatBuffers
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters by name, in the order of `flat.views`."""
 
 
 class DelayedAverage:
@@ -23,7 +33,7 @@ class DelayedAverage:
     one average.
     """
 
-    def __init__(self, averager: Averager, replicas: Sequence[FlatModule]) -> None:
+    def __init__(self, averager: Averager, replicas: Sequence[Flat]) -> None:
         self._averager = averager
         self._replicas = replicas
         self._copies = [_like(replica) for replica in replicas]
@@ -72,9 +82,9 @@ class DelayedAverage:
         self.due = due
 
 
-def _like(replica: FlatModule) -> FlatBuffers:
+def _like(replica: Flat) -> FlatBuffers:
     return FlatBuffers(replica.flat.views, FINGERPRINT_SIZE)
 
 
-def _names(replica: FlatModule) -> list[str]:
+def _names(replica: Flat) -> list[str]:
     return [f"{PREFIX}parameters/{name}" for name in replica.parameters()]

@@ -20,7 +20,8 @@ class Fingerprint(NamedTuple):
     round: int
     h: int
     lr: float
-    sampler: Sampler
+    sampler: Sampler | None
+    """None where the training loop is not ours."""
     config: str
 
     def encode(self) -> list[float]:
@@ -36,7 +37,8 @@ class Fingerprint(NamedTuple):
             for number, name in enumerate(self._fields)
             if any(wrong[_DIGITS * number + digit] for digit in digits)
         ]
-        here = ", ".join(f"{name}={value}" for name, value in self._asdict().items())
+        values = {name: value for name, value in self._asdict().items() if value is not None}
+        here = ", ".join(f"{name}={value}" for name, value in values.items())
         return DisagreementError(
             f"rank {rank}: the ranks disagree on {', '.join(fields)} (here {here}): start all "
             f"ranks with the same code, settings and data; the run resumes from its last checkpoint"

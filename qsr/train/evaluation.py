@@ -11,9 +11,9 @@ from torch.nn import functional
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
 from qsr.data import Loader, Request
+from qsr.sync.batchnorm import batchnorm_layers, reestimate
 from qsr.sync.communicator import Communicator
 from qsr.sync.flat import FlatBuffers, FlatModule
-from qsr.train.batchnorm import batchnorm_layers, reestimate
 from qsr.train.networks import evaluation_mode
 from qsr.train.precision import Precision
 

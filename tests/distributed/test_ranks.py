@@ -26,7 +26,7 @@ from qsr.sync.averaging import Averager
 from qsr.sync.communicator import Topology
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers
-from qsr.train.batchnorm import reestimate
+from qsr.sync.batchnorm import reestimate
 from tests.support import (
     CPU,
     Setup,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qsr.sync.communicator import Communicator
-from qsr.train.networks import evaluation_mode
 
 
 def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
@@ -51,7 +50,7 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
         total[1 : 1 + channels] += count * mean
         total[1 + channels :] += count * (variance + mean * mean)
 
-    evaluation_mode(model)
+    model.train().eval()  # train() first: it drops tensors that some networks keep in evaluation
     hooks = []
     for layer in layers:
         layer.reset_running_stats()  # with the batch count, so nothing of an earlier pass is left
@@ -70,4 +69,4 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor], communicator: Commun
         assert layer.running_var is not None
         layer.running_mean.copy_(mean)
         layer.running_var.copy_((square - mean * mean).clamp_(min=0.0) * (count / (count - 1)))
-    evaluation_mode(model)
+    model.train().eval()
