@@ -158,7 +158,7 @@ ScheduleConfig = Annotated[
 
 
 @dataclass(frozen=True, config=STRICT)
-class AverageConfig:
+class RuleConfig:
     """A synchronization rule: its settings, and all that the rest of the program asks of it. Beside
     them, what is averaged at a round's end with the parameters, and when it counts.
 
@@ -195,7 +195,7 @@ class AverageConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class EveryStepSync(AverageConfig):
+class EveryStepSync(RuleConfig):
     """Average in every step."""
 
     rule: Literal["every_step"]
@@ -216,7 +216,7 @@ class EveryStepSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class ConstantSync(AverageConfig):
+class ConstantSync(RuleConfig):
     """The same H in every round."""
 
     rule: Literal["constant"]
@@ -237,7 +237,7 @@ class ConstantSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class QuadraticSync(AverageConfig):
+class QuadraticSync(RuleConfig):
     """QSR: H = max(h_base, floor((alpha / lr)^2))."""
 
     rule: Literal["quadratic"]
@@ -263,7 +263,7 @@ class QuadraticSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class PowerSync(AverageConfig):
+class PowerSync(RuleConfig):
     """H = max(h_base, floor((coefficient / lr)^exponent))."""
 
     rule: Literal["power"]
@@ -291,7 +291,7 @@ class PowerSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class StagewiseSync(AverageConfig):
+class StagewiseSync(RuleConfig):
     """H doubles whenever the learning rate has halved."""
 
     rule: Literal["stagewise"]
@@ -312,7 +312,7 @@ class StagewiseSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class GrowingSync(AverageConfig):
+class GrowingSync(RuleConfig):
     """H = h_base + floor(growth * round)."""
 
     rule: Literal["growing"]
@@ -338,7 +338,7 @@ class GrowingSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class PostLocalSync(AverageConfig):
+class PostLocalSync(RuleConfig):
     """Data parallel until switch_epoch, constant H after it."""
 
     rule: Literal["post_local"]
@@ -364,7 +364,7 @@ class PostLocalSync(AverageConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
-class SwapSync(AverageConfig):
+class SwapSync(RuleConfig):
     """Data parallel until switch_epoch, alone after it, one average at the end."""
 
     rule: Literal["swap"]

@@ -202,8 +202,8 @@ def _methods(
     wanted = [(label, plan, True), ("data parallel", plain, False)]
     if plan.gradient_rounds == plan.total_steps:
         wanted = [(label, plain, True)]
-    h = _constant_h(config.sync)
-    if h is not None:
+    h = config.sync.smallest_h
+    if h is not None and not isinstance(plan.rule, EveryStepRule | ConstantRule):
         wanted.append((f"constant H = {h}", Plan(schedule, ConstantRule(h)), False))
     for name, its_plan, planned in wanted:
         if not its_plan.gradient_rounds or model is None:
@@ -240,16 +240,6 @@ def _method(
         cost=model.run(plan, overlapped=bool(overlapped)) if model else None,
         fitted_hours=None if model is None or overlapped else _fitted_hours(config, plan, model),
     )
-
-
-def _constant_h(sync: schema.SyncConfig) -> int | None:
-    """The constant H to compare with: H_base, or the H after data parallel training."""
-    match sync:
-        case schema.QuadraticSync(h_base=h) | schema.PowerSync(h_base=h):
-            return h
-        case schema.PostLocalSync(h=h):
-            return h
-    return None
 
 
 def _fitted_hours(config: schema.Config, plan: Plan, model: CostModel) -> float | None:

@@ -164,7 +164,7 @@ class Checkpointer:
             problem = self._problem(step)
             if problem is None:
                 for name, reason in problems.items():
-                    self._communicator.say(
+                    self._communicator.warn(
                         f"{self._folder / folder_name(name)} was skipped ({reason}); the run "
                         f"resumes from step {step}"
                     )

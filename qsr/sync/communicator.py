@@ -186,7 +186,7 @@ class Communicator:
         if reason:
             raise OSError(reason)
 
-    def say(self, line: str) -> None:
+    def warn(self, line: str) -> None:
         """Write a line for the user to stderr, on rank 0 only."""
         if self.topology.is_main:
             warn(line)

@@ -261,4 +261,4 @@ class Trainer:
             self.checkpoint_failure = None
         except CheckpointError as error:  # on all ranks alike
             self.checkpoint_failure = str(error)
-            self._synchronizer.communicator.say(f"{error}; training continues without it")
+            self._synchronizer.communicator.warn(f"{error}; training continues without it")
