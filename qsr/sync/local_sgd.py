@@ -506,7 +506,7 @@ def _check_wrapper(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     if not isinstance(model, DistributedDataParallel):
         return
     inside = set(dist.get_process_group_ranks(model.process_group))
-    if len(inside & set(dist.get_process_group_ranks(group))) > 1:  # type: ignore[arg-type]
+    if len(inside & set(dist.get_process_group_ranks(group))) > 1:
         raise ValueError(
             "the model is wrapped in DistributedDataParallel over the workers' own processes, "
             "which averages gradients in every step: give LocalSGD the bare model, or a group of "

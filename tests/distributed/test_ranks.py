@@ -23,10 +23,10 @@ from qsr.data import Batch, Request
 from qsr.errors import TrainingError
 from qsr.sync.agreement import MAX_PENDING
 from qsr.sync.averaging import Averager
+from qsr.sync.batchnorm import reestimate
 from qsr.sync.communicator import Topology
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers
-from qsr.sync.batchnorm import reestimate
 from tests.support import (
     CPU,
     Setup,

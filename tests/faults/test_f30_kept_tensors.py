@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from qsr import ConstantRule, ConstantSchedule, Plan, load_model
 from qsr.evidence.hessian import hessian_trace
-from qsr.train import model_file
 from qsr.sync.batchnorm import reestimate
+from qsr.train import model_file
 from qsr.train.evaluation import Evaluation, validate
 from qsr.train.networks import build_network
 from qsr.train.precision import Precision
