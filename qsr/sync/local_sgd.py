@@ -344,6 +344,8 @@ class LocalSGD:
             self._start_digest = self._digest()
         if self._delayed is not None and self._delayed.due is not None:
             self._delayed.due = step + min(self._delay_steps, self._round.length)
+        # the answers arrive while the workers train
+        self._agreement.begin(self._mark(self._round, step))
         return self._round
 
     def _planned(self, plan: Plan, lr: float) -> Round:
