@@ -1,6 +1,7 @@
 """The parameters of a worker whose training loop is not ours, and how they are averaged."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -27,8 +28,9 @@ class Replica(Protocol):
     def average_(self, mark: Fingerprint) -> None:
         """Collective: replace the parameters of every worker by their mean."""
 
-    def check_place(self) -> None:
-        """Raise TrainingError if a parameter has left the memory that is averaged."""
+    def check(self, model: nn.Module) -> None:
+        """Raise TrainingError if the model's trainable parameters are no longer these, or have left
+        the memory that is averaged."""
 
 
 class FlatReplica:
@@ -58,8 +60,9 @@ class FlatReplica:
         """Collective: replace the parameters of every worker by their mean."""
         self.averager.average_([self.flat], mark)
 
-    def check_place(self) -> None:
-        """Raise TrainingError if a parameter has left its buffer."""
+    def check(self, model: nn.Module) -> None:
+        """Raise TrainingError if the parameters are others, or not in their buffers."""
+        _check_same(self._parameters, model)
         for (name, parameter), view in zip(self._parameters.items(), self.flat.views, strict=True):
             if parameter.data_ptr() != view.data_ptr():
                 raise TrainingError(
@@ -88,8 +91,9 @@ class BucketReplica:
         """Collective: replace the parameters of every worker by their mean."""
         mean_tensors_(self._communicator, self.tensors())
 
-    def check_place(self) -> None:
-        """Parameters may move."""
+    def check(self, model: nn.Module) -> None:
+        """Raise TrainingError if the parameters are others; they may move."""
+        _check_same(self._parameters, model)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -101,6 +105,29 @@ def local(tensor: Tensor) -> Tensor:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name; a tied one once, under its first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _check_same(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+    known = {id(parameter) for parameter in parameters.values()}
+    now = trainable(model)
+    if [id(p) for p in now.values()] == [id(p) for p in parameters.values()]:
+        return
+    new = next((name for name, p in now.items() if id(p) not in known), None)
+    raise TrainingError(
+        "a parameter that was trainable when LocalSGD was built is frozen or gone: build LocalSGD "
+        "again for the parameters that are trained now"
+        if new is None
+        else f"the parameter {new} is new, or was frozen when LocalSGD was built: build LocalSGD "
+        f"after the model is complete"
+    )
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A hash of the values, to see whether workers start equal."""
+    found = hashlib.blake2b(digest_size=6)
+    for tensor in tensors:
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def can_be_flat(parameters: Mapping[str, nn.Parameter]) -> bool:

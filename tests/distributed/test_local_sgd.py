@@ -384,18 +384,17 @@ def disagreeing(rank: int, ranks: int, how: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("how", "field"),
+    ("how", "text"),
     [
-        ("rule", "builds another LocalSGD"),
-        ("rate", "lr"),
-        ("step", "step"),
-        ("weights", "config"),
+        ("rule", "DisagreementError: worker 1 builds another LocalSGD than worker 0"),
+        ("rate", "the ranks disagree on h, lr"),
+        ("step", "the ranks disagree on step"),
+        ("weights", "TrainingError: the workers' initial weights differ: "),
     ],
 )
-def test_workers_that_disagree_are_never_mixed(how: str, field: str) -> None:
+def test_workers_that_disagree_are_never_mixed(how: str, text: str) -> None:
     for message, unmixed in run_ranks(disagreeing, 2, how):
-        assert message.startswith("DisagreementError: ")
-        assert field in message
+        assert text in message
         assert unmixed
 
 

@@ -1,0 +1,50 @@
+"""The process group of a training loop that is not ours."""
+
+import math
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qsr.sync.communicator import Communicator, Topology
+
+
+def join_group(
+    parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None
+) -> Communicator:
+    """The communicator of the processes of `group`, each of them one worker; of this process alone
+    without torch.distributed. Raises ValueError if a process group is missing."""
+    device = next(iter(parameters.values())).device
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "several processes were started, but there is no process group: call "
+                "torch.distributed.init_process_group() before LocalSGD"
+            )
+        return Communicator(Topology(0, 1, 0, 1), device, 0.0)
+    rank, workers = dist.get_rank(group), dist.get_world_size(group)
+    backends = str(dist.get_backend_config(group))
+    return Communicator(
+        Topology(rank, workers, rank, workers),
+        device,
+        math.inf,
+        group=group,
+        control=torch.device("cpu") if "cpu:" in backends or "gloo" in backends else device,
+        patience="raise the timeout of init_process_group",
+    )
+
+
+def check_wrapper(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """DistributedDataParallel over the same processes would average all gradients already."""
+    if not isinstance(model, DistributedDataParallel):
+        return
+    inside = set(dist.get_process_group_ranks(model.process_group))
+    if len(inside & set(dist.get_process_group_ranks(group))) > 1:
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel over the workers' own processes, "
+            "which averages gradients in every step: give LocalSGD the bare model, or a group of "
+            "processes of different workers"
+        )
