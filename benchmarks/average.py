@@ -3,8 +3,9 @@
     python scripts/bench.py average
 
 The alternatives: torch.distributed.all_reduce of one flat tensor of the same size with AVG (the
-floor) and with SUM (without the division), qsr's average, torch's PeriodicModelAverager,
-accelerate's LocalSGD, and packing all parameters into a new tensor and unpacking it, as often
+floor) and with SUM (without the division), qsr's average in its trainer and as LocalSGD in any loop
+(parameters moved into one buffer, or in place), torch's PeriodicModelAverager, accelerate's
+LocalSGD, and packing all parameters into a new tensor and unpacking it, as often
 written by hand. Time is the slower rank's; memory is the temporary memory of one average on rank 0.
 """
 
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.local_sgd import LocalSGD
+from accelerate.local_sgd import LocalSGD as AccelerateLocalSGD
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.measure import alternate, peak_memory_bytes, ratio, record, summary
+from qsr import ConstantRule
 from qsr.cluster.group import join_process_group
 from qsr.cluster.place import find_place
 from qsr.cluster.processes import start_ranks
@@ -33,6 +35,7 @@ from qsr.sync.averaging import Averager
 from qsr.sync.communicator import Communicator, Topology
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatModule
+from qsr.sync.local_sgd import LocalSGD
 from qsr.train.models import build_model
 
 RANKS = 2
@@ -58,21 +61,56 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
     for parameter in by_torch.parameters():
         parameter.grad = torch.zeros_like(parameter)  # it skips parameters without gradients
     by_accelerate, packed = network(), network()
-    local_sgd = LocalSGD(Accelerator(cpu=True), by_accelerate, local_sgd_steps=1)
+    local_sgd = AccelerateLocalSGD(Accelerator(cpu=True), by_accelerate, local_sgd_steps=1)
 
     def pack() -> None:
         vector = parameters_to_vector(packed.parameters()).detach()
         dist.all_reduce(vector)
         vector_to_parameters(vector / RANKS, packed.parameters())
 
+    in_buffer = _each_step(network(), flatten=True)
+    in_place = _each_step(network(), flatten=False)
+
     return {
         FLOOR: lambda: dist.all_reduce(tensor, dist.ReduceOp.AVG),
         SUM: lambda: dist.all_reduce(tensor),
         "qsr": lambda: averager.average_([flat.flat], mark),
+        "qsr LocalSGD": in_buffer,
+        "qsr LocalSGD, parameters in place": in_place,
         "torch PeriodicModelAverager": lambda: periodic.average_parameters(by_torch.parameters()),
         "accelerate LocalSGD": local_sgd._sync_and_avg_model_params,
         "packed and unpacked": pack,
     }
+
+
+def _each_step(model: nn.Module, *, flatten: bool) -> Callable[[], object]:
+    """A step of a loop that averages in every step, and computes nothing."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # without gradients it does nothing
+    sync = LocalSGD(model, optimizer, ConstantRule(1), total_steps=10**9, flatten=flatten)
+
+    def step() -> None:
+        optimizer.step()
+        sync.step()
+
+    return step
+
+
+def seconds_between_averages(steps: int = 20_000) -> float:
+    """Seconds that `LocalSGD.step` takes within a round."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sync = LocalSGD(model, optimizer, ConstantRule(10**8), total_steps=10**8)
+
+    def loop(step: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            optimizer.step()
+            step()
+        return (time.perf_counter() - started) / steps
+
+    loop(sync.step)
+    with_it = loop(sync.step)
+    return with_it - loop(lambda: None)
 
 
 def measure_rank(repetitions: int) -> dict[str, Any]:
@@ -106,6 +144,15 @@ def measure_rank(repetitions: int) -> dict[str, Any]:
     }
 
 
+def _between() -> float:
+    """Collective: the same on each rank."""
+    place = find_place()
+    torch.set_num_threads(1)
+    here = Topology(place.rank, RANKS, place.local_rank, RANKS)
+    join_process_group(here, torch.device("cpu"), timeout_seconds=600.0)
+    return seconds_between_averages()
+
+
 def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns without it
     found = start_ranks(measure_rank, RANKS, 12)
@@ -114,7 +161,10 @@ def main() -> int:
             f"{name:40} {about['seconds']['median']:7.3f} s  "
             f"{about['ratio_to_floor']['median']:6.3f} x  {about['extra_bytes'] / 1e6:7.0f} MB"
         )
-    print(record("average", {"contenders": found}, RANKS))
+    between = start_ranks(_between, RANKS)
+    print(f"LocalSGD.step() between averages: {between * 1e6:.1f} microseconds")
+    record_of = {"contenders": found, "local_sgd_step_seconds": between}
+    print(record("average", record_of, RANKS))
     return 0
 
 
