@@ -182,7 +182,7 @@ def test_moments_are_counted_where_they_are_averaged() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["cluster=local"], "no hours: the speed of cluster=local is not known; measure it: python "
+        (["cluster=local"], "no hours: the speed of cluster=local is not known; measure it: "
          "qsr plan calibrate"),
         (["cluster=paper_2x8", "precision=bf16"], "cluster=paper_2x8 has no speed for "
          "vit_b16@224/bf16; measure it: qsr plan calibrate, or set "
