@@ -63,4 +63,4 @@ $(INSTALLED): requirements.txt pyproject.toml
 	touch $@
 
 clean:  ## remove what make made; runs/ and data/ stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

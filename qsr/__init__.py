@@ -1,6 +1,7 @@
 """qsr: the Quadratic Synchronization Rule for distributed deep learning.
 
-Importing this package imports nothing but the standard library; torch comes with `load_model`.
+Importing this package imports nothing but the standard library; torch comes with `LocalSGD` and
+`load_model`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from qsr.core.schedules import (
 )
 
 if TYPE_CHECKING:
+    from qsr.sync.local_sgd import LocalSGD
     from qsr.train.model_file import load_model
 
 __version__ = "0.1.0"
@@ -37,6 +39,7 @@ __all__ = [
     "EveryStepRule",
     "GrowingRule",
     "LinearSchedule",
+    "LocalSGD",
     "Plan",
     "PostLocalRule",
     "PowerOfTwoSchedule",
@@ -53,8 +56,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    # torch is slow to import
+    if name == "LocalSGD":
+        from qsr.sync.local_sgd import LocalSGD
+
+        return LocalSGD
     if name == "load_model":
-        from qsr.train.model_file import load_model  # torch is slow to import
+        try:
+            from qsr.train.model_file import load_model
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"load_model needs the training extras ({error}): pip install 'qsr-sync[train]'"
+            ) from None
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -234,7 +234,7 @@ def _common_ranks(configs: Sequence[Config]) -> int:
     slurm = any(isinstance(config.cluster, SlurmCluster) for config in configs)
     if slurm and (current_task() is None or (ranks > 1 and not find_place().launched)):
         raise ConfigError(
-            "a run with cluster=slurm must start in a Slurm job: submit it with scripts/submit.py, "
+            "a run with cluster=slurm must start in a Slurm job: submit it with qsr submit, "
             "or use cluster=local"
         )
     return ranks

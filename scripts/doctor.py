@@ -1,68 +1,9 @@
 #!/usr/bin/env python
-"""Check whether a run would start here, by trying everything that it needs.
+"""Check whether a run would start here: `qsr doctor` of this checkout."""
 
-    python scripts/doctor.py experiment=demo/quadratic
-    python scripts/doctor.py experiment=vit_b16_b4096/quadratic_h4 cluster=slurm cluster.nodes=2
-    srun --nodes=2 --ntasks-per-node=8 python scripts/doctor.py experiment=...
+from qsr.cli.doctor import main, run
 
-Takes the settings of scripts/train.py; the default is experiment=demo/quadratic. Checks the device,
-the data, the network, the plan, the run folder, the free space for checkpoints, decoding, a
-training pass, wandb, and an all-reduce between the ranks: those of a launcher, such as srun in an
-allocation, or processes started here. With cluster=slurm on a login node, checks what is possible
-there. Exit status: 0 all checks passed, 1 a check failed, 2 wrong settings.
-"""
-
-import shlex
-
-from qsr.cluster.slurm import current_task
-from qsr.config.load import load_config
-from qsr.config.schema import SlurmCluster
-from qsr.errors import showing_errors
-from qsr.output import program
-
-
-@showing_errors
-def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
-    config = load_config(arguments or ["experiment=demo/quadratic"])
-
-    from qsr.cluster.processes import start_ranks
-    from qsr.errors import ClusterError, RunFailedError
-    from qsr.ops.doctor import examine, examine_login_node
-    from qsr.session import number_of_ranks
-
-    try:
-        if isinstance(config.cluster, SlurmCluster) and current_task() is None:
-            well = examine_login_node(config)
-            print(
-                "to check the nodes as well: "
-                f"{_on_the_nodes(config.cluster)} {shlex.join(arguments)}"
-            )
-            return 0 if well else 1
-        return 0 if start_ranks(examine, number_of_ranks(config), config) else 1
-    except (ClusterError, RunFailedError) as error:
-        print(f"FAIL  {error}", flush=True)
-        return 1
-
-
-def _on_the_nodes(cluster: SlurmCluster) -> str:
-    options = {
-        "nodes": cluster.nodes,
-        "ntasks-per-node": cluster.tasks_per_node,
-        "gpus-per-node": cluster.gpus_per_node or None,
-        "cpus-per-task": cluster.cpus_per_task,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "reservation": cluster.reservation,
-    }
-    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    python = [cluster.container or "", cluster.python or "python", "scripts/doctor.py"]
-    return " ".join(["srun", shlex.join([*words, *cluster.srun_arguments]), *filter(None, python)])
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    program(main)
+    run()

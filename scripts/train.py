@@ -1,36 +1,9 @@
 #!/usr/bin/env python
-"""Train or resume one run, or several one after another.
+"""Train or resume one run, or several one after another: `qsr train` of this checkout."""
 
-    python scripts/train.py experiment=demo/quadratic seed=2 sync.alpha=0.5
-    python scripts/train.py experiment=demo/quadratic seed=1,2,3
-    torchrun --nproc-per-node 2 scripts/train.py experiment=demo/quadratic seed=2
+from qsr.cli.train import main, run
 
-The settings are those in configs/, described in qsr/config/schema.py; a list of values makes one
-run per value. Without a launcher the ranks are started here. A run is stored in
-runs/EXPERIMENT/seed_SEED; run the same command to resume it from its newest checkpoint. Exit
-status: 0 done, 1 failed (if one of several runs fails, the others still run), 2 wrong settings, 75
-stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, SIGHUP) with everything saved, 130 interrupted: the
-first Ctrl-C saves everything, the second exits immediately.
-"""
-
-from qsr.cluster.slurm import leave_when_signalled
-from qsr.config.load import load_configs
-from qsr.errors import showing_errors
-from qsr.output import program
-
-
-@showing_errors
-def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    leave_when_signalled()
-    configs = load_configs(arguments)
-
-    from qsr.session import carry_out  # imports torch, which is slow
-
-    return carry_out(configs)
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    program(main)
+    run()

@@ -200,7 +200,7 @@ def requeue(job: str) -> None:
     """
     if not os.environ.get(OWN_JOB) or os.environ[OWN_JOB] != os.environ.get("SLURM_JOB_ID"):
         raise SlurmError(
-            "it was not submitted by scripts/submit.py or slurm/train.sbatch with requeue enabled; "
+            "it was not submitted by qsr submit or slurm/train.sbatch with requeue enabled; "
             "run the same command to resume"
         )
     state = query([job]).get(job)

@@ -22,8 +22,6 @@ from yaml import YAMLError
 
 from qsr.errors import ConfigError
 
-CONFIG_DIR = Path(__file__).parents[2] / "configs"
-
 GIVEN = "given on the command line"
 """Source of a cluster constant that an override replaced."""
 

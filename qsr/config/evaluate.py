@@ -1,4 +1,4 @@
-"""Settings of scripts/evaluate.py: a network, and the images to validate it on."""
+"""Settings of qsr evaluate: a network, and the images to validate it on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,10 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from qsr.config.compose import (
-    CONFIG_DIR,
-    compose_settings,
-    expand_sweeps,
-    parse_overrides,
-)
+from qsr.config.compose import compose_settings, expand_sweeps, parse_overrides
 from qsr.config.load import check_model_name, check_reading
 from qsr.config.parsing import flatten, parse
+from qsr.config.places import CONFIG_DIR
 from qsr.config.schema import STRICT, BatchSize, DataConfig, ModelConfig
 from qsr.errors import ConfigError
 

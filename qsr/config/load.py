@@ -17,7 +17,6 @@ from hydra.core.override_parser.types import Override
 
 from qsr.config.batch_script import check_batch_script
 from qsr.config.compose import (
-    CONFIG_DIR,
     GIVEN,
     compose_defaults,
     compose_settings,
@@ -26,6 +25,7 @@ from qsr.config.compose import (
     parse_overrides,
 )
 from qsr.config.parsing import flatten, parse
+from qsr.config.places import CONFIG_DIR
 from qsr.config.planning import make_plan
 from qsr.config.rehearsal import Rehearsal, rehearse
 from qsr.config.schema import (

@@ -546,7 +546,7 @@ class FittedRun:
 
 @dataclass(frozen=True, config=STRICT)
 class SpeedConfig:
-    """How fast a cluster is, for plans. Measured by scripts/plan.py calibrate, or fitted."""
+    """How fast a cluster is, for plans. Measured by qsr plan calibrate, or fitted."""
 
     machines: PositiveInt
     """Machines of the cluster."""
@@ -611,7 +611,7 @@ class LocalCluster(ClusterConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class SlurmCluster(ClusterConfig):
-    """A Slurm cluster, for scripts/submit.py: one job per run."""
+    """A Slurm cluster, for qsr submit: one job per run."""
 
     launcher: Literal["slurm"]
     """Kind of cluster."""

@@ -130,7 +130,7 @@ def unreadable_files(dataset: ImageFolder, reasons: dict[int, str]) -> DataError
         named.append(f"{len(reasons) - MAX_NAMED_FILES} more")
     return DataError(
         f"cannot read {', '.join(named)}; restore or remove the broken files "
-        "(`python scripts/prepare.py check` finds all of them)"
+        "(`qsr prepare check` finds all of them)"
     )
 
 

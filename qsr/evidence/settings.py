@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from qsr.config.compose import CONFIG_DIR, compose_settings, parse_overrides
+from qsr.config.compose import compose_settings, parse_overrides
 from qsr.config.parsing import parse
+from qsr.config.places import CONFIG_DIR
 from qsr.config.planning import MOST_STEPS
 from qsr.config.schema import STRICT, Finite, Fraction, NonNegative, Positive, PositiveInt
 from qsr.core.plan import Plan

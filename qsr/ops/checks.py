@@ -203,9 +203,11 @@ def check_slurm(cluster: SlurmCluster) -> str:
 
 
 def check_submitit() -> str:
-    """Check that submitit, which scripts/submit.py needs, is installed."""
+    """Check that submitit, which qsr submit needs, is installed."""
     if importlib.util.find_spec("submitit") is None:
-        raise CheckError("not installed: pip install submitit, or use sbatch slurm/train.sbatch")
+        raise CheckError(
+            "not installed: pip install submitit, or, in a checkout, use sbatch slurm/train.sbatch"
+        )
     return "installed"
 
 

@@ -53,7 +53,7 @@ def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
     """The cost model of the run on its cluster. Raises UnknownSpeedError if the cluster's profile
     lacks a speed, ConfigError if the profile is not valid for the run."""
     speed, key = config.cluster.speed, speed_key(config)
-    calibrate = "measure it: python scripts/plan.py calibrate"
+    calibrate = "measure it: qsr plan calibrate"
     if speed is None:
         raise UnknownSpeedError(
             f"no hours: the speed of cluster={config.cluster.name} is not known; {calibrate}"

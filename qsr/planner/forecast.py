@@ -134,7 +134,7 @@ class Forecast:
                 "overlapped: assumes that hidden all-reduces do not slow down the backward pass"
             )
         if allreduce.ranks < self.config.workers and self.config.cluster.overlap_gradients:
-            notes.append("a rank holds several workers here, so scripts/train.py does not overlap")
+            notes.append("a rank holds several workers here, so qsr train does not overlap")
         if allreduce.machines == 1 < speed.machines and allreduce.ranks > 1:
             notes.append(
                 "the run fits on one machine, whose internal links are not in the profile: "

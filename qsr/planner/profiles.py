@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from qsr.config.schema import (
 from qsr.core.cost import fit_link
 from qsr.errors import ConfigError
 
-MARK = "# Written by `python scripts/plan.py calibrate`, which renews it; edit a copy."
+_BEGINNING = "# Written by `"
+MARK = f"{_BEGINNING}qsr plan calibrate`, which renews it; edit a copy."
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,18 @@ class Measurement:
 
 
 def profile_path(name: str, config_dir: Path = CONFIG_DIR) -> Path:
-    """Where a calibration writes its profile. Raises ConfigError if the name is not valid, or if
-    the file exists and was not written by a calibration."""
+    """Where a calibration writes its profile. Raises ConfigError if the name is not valid, the
+    folder cannot be written, or the file exists and was not written by a calibration."""
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise ConfigError(f"name={name}: use only letters, digits and underscores")
     path = config_dir / "cluster" / f"{name}.yaml"
-    if path.exists() and not path.read_text().startswith(MARK):
+    if path.exists() and not path.read_text().startswith(_BEGINNING):
         raise ConfigError(f"{path} was not written by a calibration: choose another name")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(
+            f"{path.parent} cannot be written: calibrate in a checkout of qsr, or where you "
+            f"installed it for yourself"
+        )
     return path
 
 

@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qsr.config.places import INSTALLED
 from qsr.output import warn
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ("qsr",)
 """The code that, besides the settings, determines what a run computes."""
-EVERYTHING = ("qsr", "scripts", "configs")
+EVERYTHING = ("qsr", "qsr/configs") if INSTALLED else ("qsr", "scripts", "configs")
 """The folders of the project that a job needs."""
 _REVISION = "revision.json"
 """File in a copy that holds the commit it was taken from."""
@@ -32,11 +33,14 @@ _LEFT_SECONDS = 86_400
 
 
 def code_files(root: Path, folders: tuple[str, ...]) -> Iterator[Path]:
-    """The files of these folders of `root`, sorted, without caches and hidden files."""
+    """The files of these folders of `root`, sorted, without caches and hidden files. Those of
+    "qsr/configs", which an installed package has, are none of "qsr"."""
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):
             parts = path.relative_to(root).parts
-            if path.is_file() and not any(p.startswith((".", "__pycache__")) for p in parts):
+            settings = folder == "qsr" and parts[1] == "configs"
+            hidden = any(part.startswith((".", "__pycache__")) for part in parts)
+            if path.is_file() and not settings and not hidden:
                 yield path
 
 
@@ -131,6 +135,8 @@ def git_revision() -> dict[str, Any] | None:
     if (ROOT / _REVISION).exists():
         stored: dict[str, Any] | None = json.loads((ROOT / _REVISION).read_text())
         return stored
+    if INSTALLED:  # a checkout around it is another project's
+        return None
     try:
         return {
             "revision": git("rev-parse", "HEAD"),

@@ -145,13 +145,13 @@ def read_description(path: str | os.PathLike[str]) -> tuple[Path, Description]:
     except (OSError, SafetensorError) as error:
         raise ModelFileError(
             f"{file} is not a readable safetensors file ({_line(error)}); pass other files to "
-            f"scripts/evaluate.py as weights=FILE model=NAME"
+            f"qsr evaluate as weights=FILE model=NAME"
         ) from None
     if _KEY not in metadata:
         raise ModelFileError(
             f"{file} does not say which network it holds: if an older version of qsr wrote it, use "
             f"that version or train again (its ViT was a different network); if another program "
-            f"did, give it to scripts/evaluate.py as weights=FILE model=NAME"
+            f"did, give it to qsr evaluate as weights=FILE model=NAME"
         )
     return file, _parse(metadata[_KEY], file)
 

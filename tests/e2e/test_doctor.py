@@ -239,7 +239,7 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert "FAIL  Slurm       sinfo is not installed here" in checks
     assert last.startswith(
         "to check the nodes as well: srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=4 "
-        "--partition=gpu --account=lab python scripts/doctor.py experiment=demo/quadratic "
+        "--partition=gpu --account=lab python -m qsr doctor experiment=demo/quadratic "
         "workers=2 "
     )
     assert last.endswith("'cluster.setup=[module load cuda]'")

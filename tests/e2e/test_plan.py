@@ -169,7 +169,9 @@ def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Pat
     assert speed["allreduce"]["sizes_bytes"] == [4876, 19_508, 78_040, 312_168]
     assert all(seconds > 0 for seconds in speed["allreduce"]["seconds"])
     assert speed["seconds_per_image"].keys() == {"small_resnet@32/fp32"}
-    command = "measured by plan.py calibrate experiment=demo/quadratic name=mine cluster.ranks=2 on"
+    command = (
+        "measured by qsr plan calibrate experiment=demo/quadratic name=mine cluster.ranks=2 on"
+    )
     assert speed["sources"]["small_resnet@32/fp32"].startswith(command)
 
     planned = json.loads(call(project, plan, DEMO, "cluster=mine", "--json"))

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+from qsr.cli import prepare
 from qsr.config.load import load_config, load_configs, run_folder
 from qsr.planner.forecast import forecast
 from qsr.train.model_file import Description
@@ -54,12 +54,11 @@ def test_the_demo_averages_as_often_as_the_readme_says() -> None:
 
 
 def test_every_preparing_command_is_accepted() -> None:
-    script = runpy.run_path(str(ROOT / "scripts" / "prepare.py"))
     commands = DATA.replace("\\\n", " ")
     found = re.findall(r"^    python scripts/prepare\.py ([^#\n]+)", commands, re.MULTILINE)
     assert len(found) == 5
     for command in found:
-        script["_parser"]().parse_args(command.split())
+        prepare.parser(Path("data")).parse_args(command.split())
 
 
 def test_every_training_command_is_accepted() -> None:

@@ -204,7 +204,7 @@ def test_with_cluster_local_the_run_is_carried_out_here_from_a_copy(
     words = shlex.split(dry.splitlines()[-1])
     assert status == 0
     assert words[0].startswith(f"PYTHONPATH={code}")
-    assert words[1:4] == [sys.executable, f"{code}/scripts/train.py", RUN[0]]
+    assert words[1:7] == [sys.executable, "-P", "-m", "qsr", "train", RUN[0]]
     assert list(tmp_path.iterdir()) == []
     done = call([*SUBMIT, *run])
     assert done.returncode == 0, done.stderr

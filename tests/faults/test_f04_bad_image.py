@@ -207,7 +207,7 @@ def test_all_ranks_stop_with_its_name_and_go_on_once_it_is_mended(
     assert failed.stderr.count("Traceback") == 0
     line = failed.stderr.splitlines()[-1]
     assert line.startswith(f"failed: rank 1: DataError: cannot read {victim} (index {index} of tr")
-    assert line.endswith("(`python scripts/prepare.py check` finds all of them)")
+    assert line.endswith("(`qsr prepare check` finds all of them)")
     assert steps_in(folder_in(tmp_path / "runs") / "checkpoints") == [10]
     assert prepare("check", "--root", str(data)) == 1
 

@@ -81,7 +81,7 @@ def test_a_stopped_run_requeues_its_own_job_alone(
     if asked is not None:
         assert done.stderr == f"job {asked.split()[1]}: requeued\n"
     elif "RANK" not in task:
-        assert "not requeued: it was not submitted by scripts/submit.py or slurm" in done.stderr
+        assert "not requeued: it was not submitted by qsr submit or slurm" in done.stderr
         assert done.stderr.count("\n") == 1
 
 

@@ -110,7 +110,7 @@ def test_a_job_that_is_somebody_elses_is_left_alone(rig: Rig, savers: Savers) ->
     rig.wait_for(job, "FAILED", "COMPLETED")
     assert savers.saved() == ["SIGUSR1" for _ in RANKS]
     assert (rig.state(job), rig.restarts(job)) == ("FAILED", 0)
-    assert f"job {job}: not requeued: it was not submitted by scripts/submit.py" in savers.log()
+    assert f"job {job}: not requeued: it was not submitted by qsr submit" in savers.log()
     assert f"exit code {os.EX_TEMPFAIL}" in savers.log()
 
 

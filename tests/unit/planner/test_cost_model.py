@@ -182,10 +182,10 @@ def test_moments_are_counted_where_they_are_averaged() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["cluster=local"], "no hours: the speed of cluster=local is not known; measure it: python "
-         "scripts/plan.py calibrate"),
+        (["cluster=local"], "no hours: the speed of cluster=local is not known; measure it: "
+         "qsr plan calibrate"),
         (["cluster=paper_2x8", "precision=bf16"], "cluster=paper_2x8 has no speed for "
-         "vit_b16@224/bf16; measure it: python scripts/plan.py calibrate, or set "
+         "vit_b16@224/bf16; measure it: qsr plan calibrate, or set "
          "cluster.speed.seconds_per_image={vit_b16@224/bf16:SECONDS}"),
         (["cluster=paper_2x8", "cluster.speed.link_gbit_per_second=null"], "has no speed of the "
          "link between ranks; set cluster.speed.link_gbit_per_second"),

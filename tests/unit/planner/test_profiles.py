@@ -116,6 +116,8 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     for name in ("", "a/b", "../x", "a.b"):
         with pytest.raises(ConfigError, match="letters, digits and underscores"):
             profile_path(name)
+    with pytest.raises(ConfigError, match=r"cluster cannot be written: calibrate in a checkout"):
+        profile_path("x", tmp_path)
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "x.yaml").write_text(MARK + "\nname: [")
     with pytest.raises(ConfigError, match=r"x\.yaml is not a profile of this version: delete it"):

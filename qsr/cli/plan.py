@@ -1,0 +1,164 @@
+"""Predict the time and cost of a run before it starts.
+
+    qsr plan experiment=vit_b16_b4096/quadratic_h4 cluster=paper_2x8
+    qsr plan experiment=... sync.alpha=0.01,0.0175,0.03      one row per value
+    qsr plan calibrate experiment=... name=NAME              measure these machines
+    qsr plan what-if                 where QSR pays, by link, workers and GPU
+
+Takes the settings of `qsr train`. --json prints one JSON object instead; --figure FILE draws
+FILE.png and FILE.svg. calibrate writes configs/cluster/NAME.yaml, for use as cluster=NAME; start it
+with torchrun on several machines. docs/planning.md explains the predictions.
+Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qsr.cli.usage import show_help
+from qsr.cluster.place import find_place
+from qsr.config.load import expand_sweeps, load_config, load_configs
+from qsr.config.schema import Config
+from qsr.errors import ConfigError, showing_errors
+from qsr.output import printer, program, warn
+from qsr.planner import as_json as planner_json
+from qsr.planner import profiles
+from qsr.planner import text as planner_text
+from qsr.planner.forecast import forecast, known_classes, known_images
+from qsr.planner.what_if import all_cases
+
+
+@showing_errors
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return show_help(__doc__)
+    commands = {"calibrate": calibrate, "what-if": what_if}
+    if arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return plan(arguments)
+
+
+def plan(arguments: list[str]) -> int:
+    """Predict a run, or each run of a sweep."""
+    options = _options(arguments)
+    swept = _swept_settings(options.settings)
+    configs = load_configs(options.settings)
+    forecasts = [forecast(config, _parameters(config)) for config in configs]
+    if options.json:
+        records = [planner_json.forecast_record(found) for found in forecasts]
+        rows = [{"settings": s, **record} for s, record in zip(swept, records, strict=True)]
+        _print_json({"sweep": rows} if swept[0] else records[0])
+    elif swept[0]:
+        planner_text.print_sweep(swept, forecasts)
+    else:
+        planner_text.print_forecast(forecasts[0])
+    if options.figure:
+        from qsr.report.plan_plots import plan_figure  # matplotlib takes a second
+
+        plans = forecasts[0].plans()
+        if swept[0]:
+            labels = (", ".join(f"{k}={v}" for k, v in values.items()) for values in swept)
+            plans = {label: found.plan for label, found in zip(labels, forecasts, strict=True)}
+        epochs = {found.steps_per_epoch for found in forecasts}
+        _save(plan_figure(plans, epochs.pop() if len(epochs) == 1 else None), options.figure)
+    return 0
+
+
+def what_if(arguments: list[str]) -> int:
+    """Compare QSR with data parallel training over links, workers, GPUs and networks."""
+    options = _options(arguments)
+    if options.settings:
+        raise ConfigError(f"what-if takes no settings: remove {options.settings[0]}")
+    cases = list(all_cases())
+    if options.json:
+        _print_json(planner_json.what_if_record(cases))
+    else:
+        planner_text.print_what_if(cases)
+    if options.figure:
+        from qsr.report.cost_plots import what_if_figure  # matplotlib takes a second
+
+        _save(what_if_figure(), options.figure)
+    return 0
+
+
+def calibrate(arguments: list[str]) -> int:
+    """Measure these machines and write or update a cluster's profile."""
+    names = [text.partition("=")[2] for text in arguments if text.startswith("name=")]
+    if len(names) != 1:
+        raise ConfigError("calibrate needs name=NAME: it writes configs/cluster/NAME.yaml")
+    path = profiles.profile_path(names[0])
+    stored = profiles.read_profile(path) if path.exists() else None
+    config = load_config([text for text in arguments if not text.startswith("name=")])
+    images, classes = known_images(config), known_classes(config)
+
+    from qsr.cluster.processes import start_ranks
+    from qsr.planner.calibrate import measure
+    from qsr.run.folder import write_text
+    from qsr.session import number_of_ranks
+    from qsr.train.models import check_network  # torch takes seconds to import
+
+    check_network(config)
+    command = " ".join(["qsr plan calibrate", *arguments])
+    ranks = number_of_ranks(config)
+    found = start_ranks(measure, ranks, config, classes, images, command)
+    if find_place().rank == 0:
+        cluster = dataclasses.replace(config.cluster, name=names[0])
+        profile = profiles.updated_profile(cluster, stored, found)
+        write_text(path, profiles.profile_text(profile))
+        planner_text.print_calibration(profile, found)
+        print(f"wrote {path}: use it with cluster={names[0]}")
+    return 0
+
+
+def _swept_settings(settings: Sequence[str]) -> list[dict[str, str]]:
+    """For each run of a sweep its swept settings; one empty dictionary if nothing is swept."""
+    return [
+        dict(new.split("=", 1) for new, given in zip(choice, settings, strict=True) if new != given)
+        for choice in expand_sweeps(settings)
+    ]
+
+
+def _parameters(config: Config) -> int | None:
+    """Number of parameters of a timm network, which must be built to count them; otherwise None."""
+    if config.model.name != "timm":
+        return None
+
+    from qsr.train.models import check_model, count_parameters
+
+    check_model(config.model, config.data.image_size)
+    return count_parameters(config.model, known_classes(config), config.data.image_size)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Save a matplotlib figure, untyped here because matplotlib is imported only if needed."""
+    from qsr.report.style import save
+
+    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    save(figure, stem)
+    warn(f"wrote {stem}.png and {stem}.svg")
+
+
+def _print_json(record: Any) -> None:
+    print(json.dumps(record, indent=2, allow_nan=False))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("settings", nargs="*")
+    return parser.parse_intermixed_args(arguments)
+
+
+def run() -> NoReturn:
+    """Run it with the command line's arguments; exits."""
+    (program if sys.argv[1:2] == ["calibrate"] else printer)(main)

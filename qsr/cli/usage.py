@@ -1,0 +1,32 @@
+"""The names of the commands, and help texts. Standard library only."""
+
+import re
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "train": "train or resume a run, or several one after another",
+    "plan": "predict the rounds, time and cost of a run before it starts",
+    "submit": "submit runs to a Slurm cluster, one job per run",
+    "status": "show the status of runs, one line each",
+    "doctor": "check whether a run would start here",
+    "prepare": "create and check data sets",
+    "evaluate": "validate a trained model, or published weights",
+}
+"""Every command `qsr NAME`, which is the module qsr.cli.NAME, and what it does."""
+
+
+def show_help(text: str | None) -> int:
+    """Print the help of a command, its module's docstring; returns the exit status 0."""
+    print(in_words_of_caller(text or ""))
+    return 0
+
+
+def in_words_of_caller(text: str) -> str:
+    """`text` with its commands as the user gives them: `qsr NAME`, or `python scripts/NAME.py`
+    where that script was started."""
+    if Path(sys.argv[0]).parent.name != "scripts":
+        return text
+    names = "|".join(COMMANDS)
+    text = re.sub(rf"-m qsr ({names})\b|`qsr ({names})`", r"scripts/\1\2.py", text)
+    return re.sub(rf"\bqsr ({names})\b", r"python scripts/\1.py", text)
