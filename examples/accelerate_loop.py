@@ -56,7 +56,7 @@ if accelerator.scaler is not None:
     parts["scaler"] = accelerator.scaler
 checkpoint = args.checkpoints / f"worker_{accelerator.process_index}.pt"
 if checkpoint.exists():
-    for name, state in torch.load(checkpoint, map_location=accelerator.device).items():
+    for name, state in torch.load(checkpoint, map_location="cpu").items():
         parts[name].load_state_dict(state)
 
 for epoch in range(sync.steps_done * args.epochs // total, min(args.epochs, args.stop_after)):

@@ -54,7 +54,7 @@ parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "sync": sync}
 parts["scheduler"] = scheduler
 checkpoint = args.checkpoints / f"worker_{rank}.pt"
 if checkpoint.exists():
-    for name, state in torch.load(checkpoint, map_location=device).items():
+    for name, state in torch.load(checkpoint, map_location="cpu").items():
         parts[name].load_state_dict(state)
 
 for epoch in range(sync.steps_done // len(loader), min(args.epochs, args.stop_after)):

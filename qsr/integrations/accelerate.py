@@ -51,7 +51,8 @@ class AcceleratedLocalSGD(LocalSGD):
         model: the prepared model, see the head of this module.
         optimizer: the prepared optimizer, or torch's own.
         rule, options: the other arguments of LocalSGD. `total_steps` and `warmup_steps` count
-            updates, not micro-batches.
+            updates, not micro-batches. `flatten` is False unless `delay_steps` needs it, because
+            safetensors, with which Accelerate saves, refuses parameters that share a buffer.
 
     Raises ValueError if the model is wrapped in DistributedDataParallel or sharded by Accelerate.
     """
@@ -72,6 +73,7 @@ class AcceleratedLocalSGD(LocalSGD):
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError(_WRAPPED)
         bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        options.setdefault("flatten", bool(options.get("delay_steps")))
         super().__init__(model, bare, rule, **options)
         self._accelerator = accelerator
         model.register_forward_pre_hook(_refuse_wrapper)
