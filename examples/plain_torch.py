@@ -50,12 +50,11 @@ scheduler = SequentialLR(optimizer, [ramp, CosineAnnealingLR(optimizer, total - 
 rule = QuadraticRule(h_base=2, alpha=0.15)
 sync = LocalSGD(model, optimizer, rule, total_steps=total, warmup_steps=warmup, peak_lr=0.1)
 # within a round every worker has its own parameters, so each has its own checkpoint
-parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "sync": sync}
-parts["scheduler"] = scheduler
+parts: list[Any] = [model, optimizer, scheduler, sync]
 checkpoint = args.checkpoints / f"worker_{rank}.pt"
 if checkpoint.exists():
-    for name, state in torch.load(checkpoint, map_location="cpu").items():
-        parts[name].load_state_dict(state)
+    for part, state in zip(parts, torch.load(checkpoint, map_location="cpu"), strict=True):
+        part.load_state_dict(state)
 
 for epoch in range(sync.steps_done // len(loader), min(args.epochs, args.stop_after)):
     sampler.set_epoch(epoch)
@@ -67,7 +66,7 @@ for epoch in range(sync.steps_done // len(loader), min(args.epochs, args.stop_af
         optimizer.zero_grad()
         sync.step()
     args.checkpoints.mkdir(parents=True, exist_ok=True)
-    torch.save({name: part.state_dict() for name, part in parts.items()}, checkpoint)
+    torch.save([part.state_dict() for part in parts], checkpoint)
 
 with sync.averaged(), torch.no_grad():
     sync.reestimate_batchnorm(loader, count=10)
