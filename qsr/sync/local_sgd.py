@@ -83,6 +83,11 @@ class LocalSGD:
         flatten: bool = True,
         on_average: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ValueError(
+                f"{type(optimizer).__name__} wraps an optimizer: give LocalSGD the torch.optim one, "
+                f"such as accelerate's optimizer.optimizer"
+            )
         if delay_steps < 0:
             raise ValueError(f"delay_steps cannot be negative, got {delay_steps}")
         self._rounds = RoundFollower(
@@ -155,6 +160,7 @@ class LocalSGD:
         many; LostRankError if a worker does not answer.
         """
         round_ = self._begin()
+        self._check_gradients(round_)
         ended = self._rounds.advance()
         self._gradients_averaged = False
         if self._delayed is not None and self._delayed.due == self.steps_done:
@@ -279,17 +285,14 @@ class LocalSGD:
 
     # Rounds
 
-    def _before_update(self, *_: object) -> None:
+    def _before_update(self, _: object, arguments: tuple[Any, ...], options: Any) -> None:
         """Called by torch at the beginning of every optimizer.step()."""
         self._rounds.count_update()
         if self._rounds.ended:
             return  # `step` reports it
         round_ = self._begin()
-        if round_.averages == "gradients" and not self._gradients_averaged and self.workers > 1:
-            raise TrainingError(
-                f"step {self.steps_done} is data parallel: call sync.average_gradients() between "
-                f"the backward pass and optimizer.step()"
-            )
+        if not arguments and not options:  # a closure makes its backward pass later
+            self._check_gradients(round_)
 
     def _begin(self) -> Round:
         """The round of this step; at the first step of a round the workers tell each other what
@@ -341,6 +344,13 @@ class LocalSGD:
         return Fingerprint(self.steps_done, index, h, lr, None, self._description)
 
     # Checks
+
+    def _check_gradients(self, round_: Round) -> None:
+        if round_.averages == "gradients" and not self._gradients_averaged and self.workers > 1:
+            raise TrainingError(
+                f"step {self.steps_done} is data parallel: call sync.average_gradients() between "
+                f"the backward pass and optimizer.step()"
+            )
 
     def _check_equal_start(self) -> None:
         """Collective: raise TrainingError unless all workers begin with the same weights; after an

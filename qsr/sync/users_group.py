@@ -39,10 +39,12 @@ def join_group(
 
 def check_wrapper(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     """DistributedDataParallel over the same processes would average all gradients already."""
-    if not isinstance(model, DistributedDataParallel):
-        return
-    inside = set(dist.get_process_group_ranks(model.process_group))
-    if len(inside & set(dist.get_process_group_ranks(group))) > 1:
+    for module in model.modules():
+        if not isinstance(module, DistributedDataParallel):
+            continue
+        inside = set(dist.get_process_group_ranks(module.process_group))
+        if len(inside & set(dist.get_process_group_ranks(group))) < 2:
+            continue
         raise ValueError(
             "the model is wrapped in DistributedDataParallel over the workers' own processes, "
             "which averages gradients in every step: give LocalSGD the bare model, or a group of "
