@@ -85,7 +85,7 @@ class LocalSGD:
     ) -> None:
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise ValueError(
-                f"{type(optimizer).__name__} wraps an optimizer: give LocalSGD that of torch.optim, "
+                f"{type(optimizer).__name__} wraps an optimizer: give LocalSGD the one inside, "
                 f"such as accelerate's optimizer.optimizer"
             )
         if delay_steps < 0:

@@ -438,7 +438,7 @@ def test_ddp_over_the_same_processes_is_refused() -> None:
     assert len(run_ranks(wrapped, 2)) == 2
 
 
-def hybrid(rank: int, ranks: int) -> tuple[list[float], list[int]]:
+def hybrid(rank: int, ranks: int) -> tuple[list[float], list[int], int]:
     """Workers of two processes: DDP inside, LocalSGD across."""
     model = start()
     worker, inside = divmod(rank, 2)
@@ -459,15 +459,16 @@ def hybrid(rank: int, ranks: int) -> tuple[list[float], list[int]]:
         set_rate(optimizer, step + 1, SCHEDULE)
         if sync.step():
             ends.append(sync.steps_done)
-    return flat(model), ends
+    return flat(model), ends, sync.summary()["bytes_sent_per_worker"]
 
 
 def test_workers_of_two_processes_are_two_workers_of_twice_the_batch() -> None:
     plan = Plan(SCHEDULE, QSR)
     expected = train(Setup(plan, optimizer=sgd(momentum=0.9), seed=SEED)).parameters().tolist()
-    for weights, ends in run_ranks(hybrid, 4):
+    for weights, ends, sent in run_ranks(hybrid, 4):
         assert weights == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert ends == [round_.end for round_ in plan.rounds()]
+        assert sent == plan.num_rounds * 4 * len(expected)  # a ring of two sends each byte once
 
 
 def test_the_ends_are_those_of_the_plan() -> None:
