@@ -5,8 +5,9 @@
 
 Runs both side by side on digits: five runs of two ranks, whose final weights must be equal byte for
 byte; a run that REVISION begins and the working tree resumes; the composed settings of every
-experiment, key by key; what scripts/plan.py predicts (its notes are words). Prints one line each, and every difference.
-Takes about 8 minutes on 2 cores. Exit status: 0 equal, 1 different.
+experiment, key by key; what scripts/plan.py predicts, but for the words of its notes. Prints one
+line each, and every difference. Takes about 8 minutes on 2 cores. Exit status: 0 equal, 1
+different.
 """
 
 import argparse
