@@ -152,7 +152,7 @@ def test_a_preempted_run_loses_no_step(
         rig.wait_for(job, "COMPLETED", "FAILED", seconds=240)
     assert (rig.state(job), rig.restarts(job)) == ("COMPLETED", 1), jobs.log(folder)
     assert same_weights(folder, undisturbed(*LONG))
-    assert f"stopped after step {saved} by {name}, everything saved" in jobs.log(folder)
+    assert f"stopped after step {saved} by {name}, everything is saved" in jobs.log(folder)
 
 
 @pytest.mark.slurm
@@ -183,5 +183,5 @@ def test_the_time_limit_of_a_run_loses_no_step(
     rig.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     rig.wait_for(job, "COMPLETED", "FAILED", seconds=300)
     assert rig.state(job) == "COMPLETED", jobs.log(folder)
-    assert f"stopped after step {saved} by SIGUSR2, everything saved" in jobs.log(folder)
+    assert f"stopped after step {saved} by SIGUSR2, everything is saved" in jobs.log(folder)
     assert same_weights(folder, undisturbed(*LONG))
