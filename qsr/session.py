@@ -24,6 +24,7 @@ from qsr.config.load import run_folder
 from qsr.config.planning import even_ranks
 from qsr.config.schema import Config, SlurmCluster
 from qsr.errors import (
+    INTERRUPTED,
     REFUSED,
     ConfigError,
     DataError,
@@ -64,7 +65,7 @@ def carry_out(configs: Sequence[Config]) -> int:
         again = "run the same command to resume from the newest checkpoint"
         folders = ", ".join(str(run_folder(config)) for config in configs)
         warn(f"interrupted; {again}: {folders}")
-        return 130
+        return INTERRUPTED
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     if find_place().rank == 0:
         for config, outcome in zip(configs, outcomes, strict=False):
@@ -87,7 +88,7 @@ def stopped_by_signal(outcomes: Sequence[Outcome]) -> int:
     otherwise see slurm.stopped_status); 0 if not."""
     by = [found.reason for found in outcomes if isinstance(found, Stopped) and found.by_signal]
     if "SIGINT" in by:
-        return 130
+        return INTERRUPTED
     return stopped_status() if by else 0
 
 

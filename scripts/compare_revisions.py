@@ -22,6 +22,7 @@ from typing import Any
 
 from qsr.data.prepare.digits import prepare_digits
 from qsr.output import program
+from qsr.run.folder import MODEL_NAME
 
 ROOT = Path(__file__).parents[1]
 QSR = ["experiment=demo/quadratic"]
@@ -82,7 +83,7 @@ def _weights(before: Path, folder: Path) -> Iterator[tuple[str, bool]]:
 def _train(code: Path, folder: Path, runs: Path, settings: list[str]) -> bytes | None:
     data = [f"data.root={folder / 'digits'}", f"runs_dir={runs}"]
     _call(code, [str(code / "scripts" / "train.py"), *settings, *SMALL, *data])
-    return next((path.read_bytes() for path in runs.rglob("model.safetensors")), None)
+    return next((path.read_bytes() for path in runs.rglob(MODEL_NAME)), None)
 
 
 def _settings(before: Path) -> Iterator[tuple[str, bool]]:

@@ -14,7 +14,7 @@ from qsr.config.load import parse_identity
 from qsr.config.planning import make_plan
 from qsr.errors import ConfigError
 from qsr.report.collect import walk
-from qsr.run.folder import is_number, read_json, read_rows
+from qsr.run.folder import RunFolder, is_number, read_json, read_rows
 from qsr.run.yaml_file import read_yaml
 
 State = Literal["queued", "running", "preempted", "stopped", "failed", "done", "unknown"]
@@ -44,31 +44,29 @@ class RunStatus:
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run folders at and below these paths, following symbolic links, sorted."""
-    marks = ("config.yaml", "job.json")
-    found = {
-        folder
-        for path in paths
-        for folder in walk(path)
-        if any(os.access(folder / name, os.F_OK) for name in marks)
-    }
-    return sorted(found)
+    found = map(RunFolder, {folder for path in paths for folder in walk(path)})
+    return sorted(
+        files.path
+        for files in found
+        if os.access(files.config, os.F_OK) or os.access(files.job, os.F_OK)
+    )
 
 
 class _Files:
     """The small files of a run folder, each read once; problems are collected in `damage`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.paths = RunFolder(folder)
         self.damage: list[str] = []
         if not os.access(folder, os.R_OK | os.X_OK):
             self.damage.append(f"{folder} cannot be read: permission denied")
-        self.job = self._record("job.json", job=str, log=str)
+        self.job = self._record(self.paths.job, job=str, log=str)
         if self.job is not None and not re.fullmatch(r"[0-9_]+", self.job["job"], re.ASCII):
             # squeue would reject the whole query, including the other jobs
-            self.damage.append(f"{folder}/job.json: {self.job['job']!r} is not a job number")
+            self.damage.append(f"{self.paths.job}: {self.job['job']!r} is not a job number")
             self.job = None
-        self.failure = self._record("failure.json", rank=int, error=str)
-        self.data = self._record("data.json", train_images=int)
+        self.failure = self._record(self.paths.failure, rank=int, error=str)
+        self.data = self._record(self.paths.data, train_images=int)
         self.trained, self.evaluated = self._rows()
 
     def total_steps(self) -> int | None:
@@ -76,7 +74,7 @@ class _Files:
         steps = (self.job or {}).get("steps")
         if isinstance(steps, int) or self.data is None:
             return steps if isinstance(steps, int) else None
-        path = self.folder / "config.yaml"
+        path = self.paths.config
         try:
             config = parse_identity(read_yaml(path))
             return make_plan(config, self.data["train_images"]).total_steps
@@ -84,8 +82,7 @@ class _Files:
             self.damage.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         return None
 
-    def _record(self, name: str, **fields: type) -> dict[str, Any] | None:
-        path = self.folder / name
+    def _record(self, path: Path, **fields: type) -> dict[str, Any] | None:
         if not os.access(path, os.F_OK):
             return None
         try:
@@ -100,7 +97,7 @@ class _Files:
 
     def _rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The rows of training and those of evaluations."""
-        path = self.folder / "metrics.jsonl"
+        path = self.paths.metrics
         if not os.access(path, os.F_OK):
             return [], []
         try:
@@ -133,7 +130,7 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None) -> RunStatus:
     files = _Files(folder)
     trained, evaluated = files.trained, files.evaluated
     rows = sorted([*trained, *evaluated], key=lambda row: int(row["step"]))
-    step = max([0, *(row["step"] for row in rows), *_checkpoints(folder)])
+    step = max([0, *(row["step"] for row in rows), *_checkpoints(files.paths)])
     total = files.total_steps()
     state, detail = _state(files, jobs)
     return RunStatus(
@@ -150,9 +147,9 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None) -> RunStatus:
 
 
 def _state(files: _Files, jobs: Mapping[str, JobState] | None) -> tuple[State, str]:
-    if os.access(files.folder / "summary.json", os.F_OK):
+    if os.access(files.paths.summary, os.F_OK):
         return "done", ""
-    if _locked(files.folder / "run.lock"):
+    if _locked(files.paths.lock):
         return "running", ""
     number = None if files.job is None else files.job["job"]
     if number is not None and jobs is None:
@@ -186,8 +183,8 @@ def _locked(path: Path) -> bool:
     return False
 
 
-def _checkpoints(folder: Path) -> list[int]:
-    names = (path.name.removeprefix("step_") for path in folder.glob("checkpoints/step_*"))
+def _checkpoints(paths: RunFolder) -> list[int]:
+    names = (path.name.removeprefix("step_") for path in paths.checkpoints.glob("step_*"))
     return [int(name) for name in names if name.isdecimal() and name.isascii()]
 
 

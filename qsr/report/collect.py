@@ -11,7 +11,7 @@ from qsr.config.load import differences, parse_identity
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
 from qsr.errors import ConfigError, ReportError
-from qsr.run.folder import read_json, read_rows
+from qsr.run.folder import NO_RUNS, RunFolder, read_json, read_rows
 from qsr.run.yaml_file import read_yaml
 
 
@@ -42,22 +42,23 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read a finished run. Raises ReportError if `folder` is not one that this version can read."""
-    if not (folder / "summary.json").exists():
+    files = RunFolder(folder)
+    if not files.summary.exists():
         raise ReportError(f"{folder} holds no finished run: run its training command to finish it")
     try:
-        config = parse_identity(read_yaml(folder / "config.yaml"))
+        config = parse_identity(read_yaml(files.config))
     except ConfigError as error:
         raise ReportError(
             f"{folder} cannot be read by this version ({error}): remove it, or use the version "
             f"that made it"
         ) from None
     try:
-        summary = read_json(folder / "summary.json")
-        rows, damaged = read_rows(folder / "metrics.jsonl")
+        summary = read_json(files.summary)
+        rows, damaged = read_rows(files.metrics)
     except ConfigError as error:
         raise ReportError(str(error)) from None
     if damaged:
-        raise ReportError(f"{folder}/metrics.jsonl, line {damaged[0]}, is damaged")
+        raise ReportError(f"{files.metrics}, line {damaged[0]}, is damaged")
     return Run(folder, config, summary, rows)
 
 
@@ -75,12 +76,9 @@ def walk(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((about.st_dev, about.st_ino))
-        folders[:] = sorted(set(folders) - _NO_RUNS)
+        folders[:] = sorted(set(folders) - NO_RUNS)
         yield Path(path)
     yield from map(Path, closed)  # they cannot be listed, but known paths in them may be readable
-
-
-_NO_RUNS = {".snapshots", "checkpoints", "slurm", "wandb"}
 
 
 def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

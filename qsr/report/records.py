@@ -17,16 +17,8 @@ from qsr.config.load import (
 )
 from qsr.errors import ConfigError, ReportError
 from qsr.report.collect import Run, read_run, walk
-from qsr.run.folder import is_number, read_json
+from qsr.run.folder import RunFolder, is_number, read_json
 from qsr.run.yaml_file import read_yaml
-
-RECORD_FILES = (
-    "config.yaml",
-    "data.json",
-    "environment.json",
-    "metrics.jsonl",
-    "summary.json",
-)
 
 _DATA = ("train_images", "val_images", "train_files", "val_files", "loader")
 _ENVIRONMENT = (
@@ -50,13 +42,15 @@ def add_record(folder: Path, records: Path) -> Path:
     run of that name, with any seed, with other settings or data, because means over seeds need
     seeds of the same run.
     """
-    missing = [name for name in RECORD_FILES if not (folder / name).exists()]
-    if missing and "summary.json" not in missing:
+    files = RunFolder(folder)
+    needed = (files.config, files.data, files.environment, files.metrics)
+    missing = [path.name for path in needed if not path.exists()]
+    if missing and files.summary.exists():
         raise ReportError(f"{folder} has no {', '.join(missing)}: it is not a complete run folder")
     run = read_run(folder)
     try:
-        settings = read_yaml(folder / "config.yaml")
-        data, environment = (read_json(folder / f"{n}.json") for n in ("data", "environment"))
+        settings = read_yaml(files.config)
+        data, environment = read_json(files.data), read_json(files.environment)
     except ConfigError as error:
         raise ReportError(str(error)) from None
     _check_run(run, settings, data)
@@ -64,21 +58,21 @@ def add_record(folder: Path, records: Path) -> Path:
     for stored in sorted(experiment.glob("seed_*")):
         _check_same(run, data, stored)
     _check_experiment(run)
-    target = experiment / f"seed_{run.config.seed}"
+    target = RunFolder(experiment / f"seed_{run.config.seed}")
     numbers = {name: value for name, value in run.summary.items() if is_number(value)}
     summary = {name: run.summary[name] for name in run.summary if name in {*_WORDS, *numbers}}
     planned = run.summary.get("planned", {})
     contents = {
-        "config.yaml": yaml.safe_dump(without_execution(settings), sort_keys=False),
-        "data.json": _json({name: data[name] for name in _DATA if name in data}),
-        "environment.json": _json({n: environment[n] for n in environment if n in _ENVIRONMENT}),
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in run.metrics),
-        "summary.json": _json(summary | ({"planned": planned} if planned else {})),
+        target.config: yaml.safe_dump(without_execution(settings), sort_keys=False),
+        target.data: _json({name: data[name] for name in _DATA if name in data}),
+        target.environment: _json({n: environment[n] for n in environment if n in _ENVIRONMENT}),
+        target.metrics: "".join(json.dumps(row) + "\n" for row in run.metrics),
+        target.summary: _json(summary | ({"planned": planned} if planned else {})),
     }
-    target.mkdir(parents=True, exist_ok=True)
-    for name, text in contents.items():
-        (target / name).write_text(text)
-    return target
+    target.path.mkdir(parents=True, exist_ok=True)
+    for path, text in contents.items():
+        path.write_text(text)
+    return target.path
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -92,7 +86,9 @@ def _check_run(run: Run, settings: Mapping[str, Any], data: Mapping[str, Any]) -
         raise ReportError(f"{run.folder}: experiment={name} is not a path inside the records")
     images = data.get("train_images")
     if not isinstance(images, int) or images < config.global_batch:
-        raise ReportError(f"{run.folder}/data.json: train_images={images} is not enough for a run")
+        raise ReportError(
+            f"{RunFolder(run.folder).data}: train_images={images} is not enough for a run"
+        )
     plan = replace(run, summary={"train_images": images}).plan
     measured = {"kind": "eval", "step": plan.total_steps}
     nothing: dict[str, Any] = {}
@@ -171,7 +167,7 @@ def read_summaries(records: Path) -> dict[str, list[Summary]]:
     """
     summaries: dict[str, list[Summary]] = {}
     for folder in walk(records):
-        path = folder / "summary.json"
+        path = RunFolder(folder).summary
         if not path.exists():
             continue
         try:
@@ -190,7 +186,7 @@ def _check_same(run: Run, data: Mapping[str, Any], stored: Path) -> None:
     other = read_run(stored)
     changed = differences(replace(run.config, seed=other.config.seed), other.config)
     try:
-        before = read_json(stored / "data.json")
+        before = read_json(RunFolder(stored).data)
     except ConfigError as error:
         raise ReportError(str(error)) from None
     changed += [

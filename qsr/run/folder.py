@@ -4,6 +4,7 @@ Readers of damaged or foreign files raise a one-line error.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,12 @@ from qsr.run.durable import replace_file
 
 MODEL_NAME = "model.safetensors"
 """File name of the averaged model in a run folder."""
+
+NO_RUNS = {".snapshots", "checkpoints", "slurm", "wandb"}
+"""Folders below the folder of all runs in which there are no runs."""
+
+_ROW_START = re.compile(rb'(?<=.)(?=\{"kind")')
+"""Separates rows where the newline between them is corrupted."""
 
 _IN_A_SUMMARY = ("steps", "averages", "volume", "top1", "planned")
 
@@ -98,23 +105,35 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a metrics.jsonl, and the numbers (from 1) of the lines that are not rows. A row
-    is an object with a kind, a step above 0 and finite numbers. An unterminated last line is
-    ignored: it is being written, or was cut off. Raises ConfigError if the file cannot be read."""
-    rows, damaged = [], []
+    """The rows of a metrics.jsonl, and the numbers (from 1) of the lines that are not rows; see
+    `split_rows`. Raises ConfigError if the file cannot be read."""
     try:
-        text = _read(path).decode(errors="replace")
+        rows, damaged = split_rows(_read(path))
     except ValueError as error:
         raise unreadable(path, error) from None
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
-        try:
-            row = parse_object(line)
-        except ValueError:
-            row = {}
-        if _is_row(row):
-            rows.append(row)
-        else:
-            damaged.append(number)
+    return [row for _, row in rows], [number for number, _ in damaged]
+
+
+def split_rows(
+    content: bytes,
+) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tuple[int, bytes]]]:
+    """The rows in the content of a metrics.jsonl, each with its bytes, and what is not a row, each
+    with the number (from 1) of its line. A row is an object with a kind, a step above 0 and finite
+    numbers. A last line that is incomplete is ignored: it is being written, or was cut off."""
+    rows, damaged = [], []
+    *lines, last = content.split(b"\n")
+    for number, line in enumerate([*lines, *filter(None, [last])], start=1):
+        for piece in _ROW_START.split(line):
+            try:
+                row = parse_object(piece)
+            except ValueError:
+                row = {}
+            if _is_row(row):
+                rows.append((piece, row))
+            else:
+                damaged.append((number, piece))
+    if damaged and damaged[-1][0] > len(lines):
+        damaged.pop()
     return rows, damaged
 
 

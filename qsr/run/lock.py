@@ -19,11 +19,10 @@ from pathlib import Path
 
 from qsr.errors import ConfigError, FolderInUseError
 from qsr.output import warn
-from qsr.run.folder import parse_object
+from qsr.run.folder import RunFolder, parse_object
 from qsr.run.folder_trial import TRIALS
 from qsr.sync.communicator import Communicator
 
-_NAME = "run.lock"
 PATIENCE_SECONDS = 2.0
 """Time for a session that is ending, or for a holder that has not written its name yet."""
 
@@ -42,7 +41,7 @@ class RunLock:
         assert self._folder is not None
         for path in (self._path, Path(f"/proc/self/fd/{self._folder}").resolve()):
             if _is(path, self._folder):
-                lock = path / _NAME  # may have been removed by somebody
+                lock = RunFolder(path).lock  # may have been removed by somebody
                 return str(path) if _is(lock, self._lock) or not lock.exists() else ""
         return ""
 
@@ -78,7 +77,7 @@ def claim(folder: Path, communicator: Communicator) -> RunLock | None:
 
 def check_free(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
     """Raises ConfigError, like `take`, if a session is using the folder."""
-    if os.path.lexists(folder / _NAME):
+    if os.path.lexists(RunFolder(folder).lock):
         os.close(_acquire(folder, patience_seconds))
 
 
@@ -99,15 +98,15 @@ def take(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> RunLock:
 
 
 def _acquire(folder: Path, patience_seconds: float) -> int:
-    descriptor = _open(folder / _NAME)
+    descriptor = _open(RunFolder(folder).lock)
     give_up = time.monotonic() + patience_seconds
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(folder / _NAME, descriptor):
+            if _is(RunFolder(folder).lock, descriptor):
                 return descriptor
             os.close(descriptor)  # the file was just removed: nobody else would see this lock
-            descriptor = _open(folder / _NAME)
+            descriptor = _open(RunFolder(folder).lock)
         except BlockingIOError:
             if time.monotonic() > give_up:
                 holder = _holder(os.pread(descriptor, 4096, 0))

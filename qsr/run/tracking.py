@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,7 +31,7 @@ from qsr.cluster.slurm import STOP_SIGNALS
 from qsr.config.schema import Config, TrackingConfig
 from qsr.output import warn
 from qsr.run.durable import replace_file, write_file
-from qsr.run.folder import parse_object
+from qsr.run.folder import RunFolder, split_rows
 
 Row = Mapping[str, float | int | str | bool]
 """One line of metrics: "kind" ("train" or "eval"), "step" (completed steps) and measured values."""
@@ -105,10 +105,6 @@ class RunTracker:
         self.close()
 
 
-_ROW_START = re.compile(rb'\n|(?<=.)(?=\{"kind")')
-"""Separates rows, even where the newline between them is corrupted."""
-
-
 class JsonlTracker:
     """Appends rows to a file, one JSON object per line.
 
@@ -137,9 +133,9 @@ class JsonlTracker:
 
     def _rewritten(self, step: int) -> FileIO:
         """The file opened for appending, with only the rows up to this step."""
-        rows, damaged = _rows(self._path.read_bytes() if self._path.exists() else b"")
+        rows, damaged = split_rows(self._path.read_bytes() if self._path.exists() else b"")
         if damaged:
-            self._put_aside(damaged)
+            self._put_aside([line for _, line in damaged])
         kept = [line + b"\n" for line, row in rows if row["step"] <= step]
         replace_file(self._path, kept)
         return self._path.open("ab", buffering=0)
@@ -166,29 +162,6 @@ class JsonlTracker:
         warn(f"{self._path}: moved {lines} that could not be read to {aside.name}")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The readable rows of a metrics.jsonl; raises OSError."""
-    return [row for _, row in _rows(path.read_bytes())[0]]
-
-
-def _rows(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
-    """The rows of a file, each with its line, and the lines that are not rows, ignoring an
-    incomplete last line."""
-    lines = _ROW_START.split(text)
-    rows, damaged = [], []
-    for line in filter(None, lines):
-        try:
-            row = parse_object(line)
-            if not (type(row["step"]) is int and isinstance(row["kind"], str)):
-                raise ValueError("not a row")
-            rows.append((line, row))
-        except (ValueError, KeyError):
-            damaged.append(line)
-    if damaged and lines[-1] == damaged[-1]:
-        damaged.pop()
-    return rows, damaged
-
-
 class WandbTracker:
     """Mirrors rows to Weights & Biases in a separate process, fed by a thread.
 
@@ -211,7 +184,7 @@ class WandbTracker:
             "project": config.tracking.wandb_project,
             "entity": config.tracking.wandb_entity,
             "name": f"{config.experiment}/seed_{config.seed}",
-            "id": _wandb_id(folder / "wandb_id"),
+            "id": _wandb_id(RunFolder(folder).wandb_id),
             "resume": "allow",
             "dir": str(folder),
             "mode": config.tracking.wandb,
@@ -370,7 +343,7 @@ class ProgressTracker:
 def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
     """The trackers of the main rank."""
     settings: TrackingConfig = config.tracking
-    trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl")]
+    trackers: list[Tracker] = [JsonlTracker(RunFolder(folder).metrics)]
     if settings.wandb != "none":
         try:
             trackers.append(WandbTracker(config, folder))

@@ -12,7 +12,7 @@ import yaml
 from qsr import build
 from qsr.config.load import CONFIG_DIR, load_config, run_folder, to_dict
 from qsr.errors import ConfigError
-from qsr.run.tracking import read_metrics
+from qsr.run.folder import read_rows
 from tests.cli import TORCHRUN, call, command, folder_in, same_weights
 
 
@@ -36,7 +36,7 @@ def test_the_run_folder_holds_what_it_promises(uninterrupted: Path) -> None:
     # 2 (K - 1) / K = 1, of 78,042 parameters in float32
     assert summary["bytes_sent_per_worker"] == 9 * 4 * 78_042
     assert summary["top1"] > 50
-    rows = read_metrics(uninterrupted / "metrics.jsonl")
+    rows = read_rows(uninterrupted / "metrics.jsonl")[0]
     assert [(row["kind"], row["step"]) for row in rows] == [
         ("eval", 22),
         ("train", 44),
@@ -207,4 +207,4 @@ def steps(number: int, digits: Path, runs: Path, *settings: str) -> list[dict[st
         ]
     )
     assert build.run(config) == build.Stopped(number, "stop_after_steps", by_signal=False)
-    return read_metrics(run_folder(config) / "metrics.jsonl")
+    return read_rows(run_folder(config) / "metrics.jsonl")[0]

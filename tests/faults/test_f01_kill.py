@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from qsr.run.durable import replace_file, reserve
-from qsr.run.tracking import read_metrics
+from qsr.run.folder import read_rows
 from tests.cli import call, command, folder_in, same_weights, start, wait_for
 from tests.faults.inject import Lost, crash_everywhere
 from tests.faults.small import checkpointer, flip_byte, holds, save, steps_in
@@ -120,10 +120,10 @@ def test_kill_9_and_the_same_command_again_give_the_same_bits(
     for name in ("worker_000.safetensors", "worker_001.safetensors", "shared.safetensors"):
         last = Path("checkpoints", "step_000000044", name)
         assert (folder / last).read_bytes() == (uninterrupted / last).read_bytes()
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")[0]
     assert [row["step"] for row in rows] == [22, 44, 44]
     assert rows[1]["loss"] == pytest.approx(
-        read_metrics(uninterrupted / "metrics.jsonl")[1]["loss"]
+        read_rows(uninterrupted / "metrics.jsonl")[0][1]["loss"]
     )
     # and once more: it is finished, and says so without training
     again = call(arguments)

@@ -20,7 +20,8 @@ from qsr.config import schema
 from qsr.config.load import load_config, run_folder
 from qsr.errors import CheckpointError
 from qsr.run.durable import partial_name
-from qsr.run.tracking import JsonlTracker, Row, read_metrics
+from qsr.run.folder import read_rows
+from qsr.run.tracking import JsonlTracker, Row
 from qsr.sync.communicator import Topology
 from qsr.train.state import checkpoint_bytes
 from tests.cli import RUN
@@ -194,7 +195,7 @@ def finish_on_a_full_disk(rank: int, ranks: int, folder: Path, digits: Path) -> 
         build.run(config)
     except CheckpointError as error:
         message = str(error)
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_rows(run / "metrics.jsonl")[0]
     model = load_file(run / "model.safetensors")
     whole = all(bool(tensor.isfinite().all()) for tensor in model.values())
     summary = json.loads((run / "summary.json").read_text())
@@ -242,7 +243,7 @@ def test_the_estimate_at_the_start_bounds_a_checkpoint(
 
 def test_rows_wait_until_the_disk_takes_them(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
-    rows: list[Row] = [{"kind": "train", "step": step} for step in range(6)]
+    rows: list[Row] = [{"kind": "train", "step": step} for step in range(1, 7)]
     tracker.log(rows[0])
     size = (tmp_path / "metrics.jsonl").stat().st_size
     with no_file_above(2 * size + 5):  # a row, and then part of one
@@ -252,4 +253,4 @@ def test_rows_wait_until_the_disk_takes_them(tmp_path: Path) -> None:
                 tracker.log(row)
     tracker.log(rows[5])
     tracker.close()
-    assert read_metrics(tmp_path / "metrics.jsonl") == rows
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == rows

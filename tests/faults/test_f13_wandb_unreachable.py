@@ -15,7 +15,8 @@ import pytest
 from qsr import build
 from qsr.config.load import load_config
 from qsr.run import tracking
-from qsr.run.tracking import WandbTracker, read_metrics
+from qsr.run.folder import read_rows
+from qsr.run.tracking import WandbTracker
 from tests.cli import ENVIRONMENT, command, folder_in, same_weights
 from tests.faults.inject import needs_own_network, no_network_here
 from tests.support import run_ranks
@@ -39,7 +40,7 @@ def online(digits: Path, runs: Path, *extra: str) -> list[str]:
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run without its times."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")[0]
     return [{k: v for k, v in row.items() if k != "kind" and "second" not in k} for row in rows]
 
 

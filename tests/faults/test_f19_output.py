@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from qsr.config.load import load_config
-from qsr.run.tracking import Row, RunTracker, WandbTracker, build_tracker, read_metrics
+from qsr.run.folder import read_rows
+from qsr.run.tracking import Row, RunTracker, WandbTracker, build_tracker
 from tests.cli import ENVIRONMENT, ROOT, command, folder_in, same_weights, wait_for
 
 # 300 kB and 40 kB: more than a pipe holds, and than a terminal does
@@ -275,9 +276,9 @@ def test_a_refused_run_ends_with_2(output: str, tmp_path: Path) -> None:
 def _is_whole(folder: Path, expected: Path) -> None:
     assert same_weights(folder, expected)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 44
-    places = [(row["kind"], row["step"]) for row in read_metrics(folder / "metrics.jsonl")]
+    places = [(row["kind"], row["step"]) for row in read_rows(folder / "metrics.jsonl")[0]]
     assert places == [
-        (row["kind"], row["step"]) for row in read_metrics(expected / "metrics.jsonl")
+        (row["kind"], row["step"]) for row in read_rows(expected / "metrics.jsonl")[0]
     ]
 
 
@@ -296,7 +297,7 @@ def test_the_bar_does_not_end_a_program_whose_reader_goes_away(
         with build_tracker(load_config(["experiment=demo/quadratic"]), tmp_path, 1) as tracker:
             tracker.log(row)
         monkeypatch.undo()
-    assert read_metrics(tmp_path / "metrics.jsonl") == [row]
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == [row]
 
 
 def mirrored() -> list[str]:
@@ -319,7 +320,7 @@ def test_a_mirror_that_cannot_start_is_one_line(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no_python"))
     with build_tracker(load_config(mirrored()), tmp_path, 1) as tracker:
         tracker.log({"kind": "train", "step": 1})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1}]
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == [{"kind": "train", "step": 1}]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: metrics are not mirrored to wandb: ")
     assert "no_python" in line

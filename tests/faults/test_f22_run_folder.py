@@ -22,11 +22,11 @@ from qsr.errors import ConfigError, FolderMovedError, TrainingError
 from qsr.run.checkpoint import Checkpointer
 from qsr.run.durable import partial_name, replace_file, reserve
 from qsr.run.environment import other_code
-from qsr.run.folder import RunFolder
+from qsr.run.folder import RunFolder, read_rows
 from qsr.run.identity import check_run_folder
 from qsr.run.lock import take
 from qsr.run.results import reserve_results, write_results
-from qsr.run.tracking import JsonlTracker, Row, _wandb_id, read_metrics
+from qsr.run.tracking import JsonlTracker, Row, _wandb_id
 from qsr.train.model_file import Description
 from tests.cli import RUN, command, folder_in, same_weights, start, wait_for
 from tests.faults.inject import (
@@ -136,7 +136,7 @@ def test_a_run_whose_folder_is_moved_loses_no_step(
     assert f"{run} was moved to {moved} during training; the checkpoint after step" in line
     assert not run.exists()
     newest = steps_in(moved / "checkpoints")[-1]
-    rows = read_metrics(moved / "metrics.jsonl")
+    rows = read_rows(moved / "metrics.jsonl")[0]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, newest + 1))
     moved.rename(run)
     again = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -258,7 +258,7 @@ def test_damage_costs_the_row_that_it_hits(record: Path, capfd: pytest.CaptureFi
         damaged[place] ^= 1 << draw.randrange(8)
         record.write_bytes(damaged)
         JsonlTracker(record).close()
-        found = read_metrics(record)
+        found = read_rows(record)[0]
         hit = whole[:place].count(b"\n")
         others = [row for at, row in enumerate(rows_of(20)) if at != hit]
         assert [row for row in found if row in others] == others
@@ -282,12 +282,12 @@ def test_a_line_that_is_no_row_is_put_aside(
 ) -> None:
     before, after = record.read_bytes().split(b"\n", 5)[:5], record.read_bytes().split(b"\n", 5)[5]
     record.write_bytes(b"\n".join([*before, line, after]))
-    assert read_metrics(record) == rows_of(20)
+    assert read_rows(record)[0] == rows_of(20)
     tracker = JsonlTracker(record)
     tracker.rewind(12)
     tracker.log({"kind": "train", "step": 13, "loss": 0.5})
     tracker.close()
-    assert read_metrics(record) == [*rows_of(12), {"kind": "train", "step": 13, "loss": 0.5}]
+    assert read_rows(record)[0] == [*rows_of(12), {"kind": "train", "step": 13, "loss": 0.5}]
     (aside,) = record.parent.glob("metrics.jsonl.damaged-*")
     assert aside.read_bytes() == line + b"\n"
     (told,) = capfd.readouterr().err.splitlines()

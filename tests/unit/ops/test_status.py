@@ -24,10 +24,9 @@ from qsr.ops.status import (
     read_status,
     status_table,
 )
-from qsr.run.folder import RunFolder
+from qsr.run.folder import RunFolder, read_rows
 from qsr.run.identity import make_run_folder
 from qsr.run.lock import take
-from qsr.run.tracking import read_metrics
 from tests.cli import ROOT, RUN, call, command, folder_in, start, wait_for
 
 STATUS = [sys.executable, str(ROOT / "scripts" / "status.py")]
@@ -74,7 +73,7 @@ def state(folder: Path, jobs: Mapping[str, JobState] | None = NO_JOBS) -> tuple[
 
 def test_how_far_a_run_is(folder: Path) -> None:
     status = read_status(folder, NO_JOBS)
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")[0]
     assert [(row["kind"], row["step"]) for row in rows] == [
         ("train", 10), ("train", 20), ("eval", 22),
     ]  # fmt: skip
@@ -89,7 +88,7 @@ def test_evaluations_take_time_too(folder: Path) -> None:
     metrics = folder / "metrics.jsonl"
     one, two, evaluation = metrics.read_text().splitlines(keepends=True)
     metrics.write_text(one + evaluation.replace('"step": 22', '"step": 15') + two)
-    rows = read_metrics(metrics)
+    rows = read_rows(metrics)[0]
     spent = rows[2]["train_seconds"] + rows[1]["seconds"]
     status = read_status(folder, NO_JOBS)
     assert status.seconds_left == pytest.approx(spent / 20 * (44 - status.step))

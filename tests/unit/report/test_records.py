@@ -10,8 +10,10 @@ import yaml
 from qsr.config.load import CONFIG_DIR, settings_hash
 from qsr.errors import ReportError
 from qsr.report.collect import read_run
-from qsr.report.records import RECORD_FILES, add_record, read_summaries
+from qsr.report.records import add_record, read_summaries
 from tests.unit.report.conftest import WriteRun
+
+RECORD_FILES = ("config.yaml", "data.json", "environment.json", "metrics.jsonl", "summary.json")
 
 RECORDS = CONFIG_DIR.parent / "results" / "runs"
 

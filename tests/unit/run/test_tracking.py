@@ -19,6 +19,7 @@ from rich.console import Console
 
 from qsr.config.load import load_config
 from qsr.config.schema import Config
+from qsr.run.folder import read_rows
 from qsr.run.tracking import (
     JsonlTracker,
     ProgressTracker,
@@ -26,7 +27,6 @@ from qsr.run.tracking import (
     RunTracker,
     WandbTracker,
     build_tracker,
-    read_metrics,
 )
 
 
@@ -54,7 +54,7 @@ def test_rows_are_on_disk_at_once_in_order(tmp_path: Path) -> None:
     tracker.log({"kind": "train", "step": 1, "loss": 0.1})
     assert path.read_text() == '{"kind": "train", "step": 1, "loss": 0.1}\n'
     tracker.log({"kind": "eval", "step": 1, "shadow": True})
-    assert read_metrics(path) == [
+    assert read_rows(path)[0] == [
         {"kind": "train", "step": 1, "loss": 0.1},
         {"kind": "eval", "step": 1, "shadow": True},
     ]
@@ -68,10 +68,10 @@ def test_rewind_drops_later_rows_and_goes_on(tmp_path: Path) -> None:
     for row in rows:
         tracker.log(row)
     tracker.rewind(4)
-    assert read_metrics(path) == rows[:3]
+    assert read_rows(path)[0] == rows[:3]
     tracker.log(train_row(5))
     tracker.close()
-    assert read_metrics(path) == [*rows[:3], train_row(5)]
+    assert read_rows(path)[0] == [*rows[:3], train_row(5)]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -81,7 +81,7 @@ def test_reopening_appends(tmp_path: Path) -> None:
         tracker = JsonlTracker(path)
         tracker.log(train_row(step))
         tracker.close()
-    assert read_metrics(path) == [train_row(1), train_row(2)]
+    assert read_rows(path)[0] == [train_row(1), train_row(2)]
 
 
 @pytest.mark.parametrize("cut", [1, 20, -1])
@@ -99,7 +99,7 @@ def test_a_last_line_that_a_kill_cut_short_spoils_nothing(
     last = path.read_text().removeprefix(before)
     path.write_text(before + last[:cut])
     kept = [train_row(1), train_row(2)] if cut == -1 else [train_row(1)]
-    assert read_metrics(path) == kept
+    assert read_rows(path)[0] == kept
 
     tracker = JsonlTracker(path)
     if rewind_to is not None:
@@ -107,7 +107,7 @@ def test_a_last_line_that_a_kill_cut_short_spoils_nothing(
         kept = kept[:rewind_to]
     tracker.log(train_row(9))
     tracker.close()
-    assert read_metrics(path) == [*kept, train_row(9)]
+    assert read_rows(path)[0] == [*kept, train_row(9)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -117,7 +117,7 @@ def test_a_value_that_json_cannot_hold_is_refused(tmp_path: Path, value: float) 
         tracker.log(train_row(1, loss=value))
     tracker.log(train_row(2))
     tracker.close()
-    assert read_metrics(tmp_path / "metrics.jsonl") == [train_row(2)]
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == [train_row(2)]
 
 
 # The terminal
@@ -286,7 +286,7 @@ def test_a_runs_trackers(tmp_path: Path) -> None:
             tracker.log(train_row(step))
         tracker.rewind(2)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert read_metrics(tmp_path / "metrics.jsonl") == [train_row(1), train_row(2)]
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == [train_row(1), train_row(2)]
 
 
 def test_trackers_are_closed_when_the_run_fails(tmp_path: Path) -> None:
