@@ -32,10 +32,11 @@ from qsr.cluster.processes import start_ranks
 from qsr.config.schema import ModelConfig
 from qsr.core.sampling import Sampler
 from qsr.sync.averaging import Averager
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatModule
 from qsr.sync.local_sgd import LocalSGD
+from qsr.sync.topology import Topology
 from qsr.train.models import build_model
 
 RANKS = 2

@@ -27,7 +27,8 @@ from benchmarks.measure import ROOT, record
 from qsr.run.checkpoint import Checkpointer, WorkerState
 from qsr.run.checkpoint_files import folder_name, verify
 from qsr.run.durable import write_file
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology
 
 CHECKSUMS: dict[str, Callable[[bytes], object]] = {
     "sha256": lambda data: hashlib.sha256(data).digest(),

@@ -54,10 +54,11 @@ from qsr.config.schema import AdamWConfig, LossConfig, ModelConfig, OptimizerCon
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, ImageFolder, Loader, Request, TrainTransform, make_loader
 from qsr.sync.averaging import mean_
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.sync.topology import Topology
 from qsr.train.losses import TrainingLoss
 from qsr.train.models import build_model
 from qsr.train.monitor import Monitor
@@ -372,7 +373,7 @@ def qsr_step(
         tune_convolutions(variant.tuned)
         number = next(numbers)
         for worker in workers:
-            stepper.find_gradients([worker], repeat(local), number, average=False)
+            stepper.find_gradients([worker], repeat(local), number)
         for worker in workers:
             stepper.update(worker, LR)
 

@@ -11,7 +11,7 @@ import torch
 
 from qsr.run.environment import environment
 from qsr.run.folder import write_json
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "bench"

@@ -36,7 +36,7 @@ from qsr.config.load import load_config
 from qsr.core.cost import Link, fit_link, ring_bytes
 from qsr.planner.cost_model import parameter_bytes, speed_key
 from qsr.planner.forecast import forecast
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 
 RANKS = (2, 4, 8)
 SIZES_BYTES = (2**12, 2**16, 2**20, 2**22, 2**24)

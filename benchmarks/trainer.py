@@ -31,10 +31,11 @@ from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.run.checkpoint import Checkpointer
 from qsr.run.tracking import JsonlTracker
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.sync.topology import Topology
 from qsr.train.evaluation import BatchNormSource, Evaluator
 from qsr.train.losses import TrainingLoss
 from qsr.train.models import build_model

@@ -31,8 +31,9 @@ from qsr.run.identity import check_run_folder, make_run_folder
 from qsr.run.lock import check_free, claim
 from qsr.run.results import missing_room, reserve_results, write_results
 from qsr.run.tracking import NullTracker, Tracker, build_tracker
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.sync.topology import Topology
 from qsr.train.evaluation import BatchNormSource, Evaluation, Evaluator
 from qsr.train.losses import TrainingLoss
 from qsr.train.model_file import Description
@@ -283,7 +284,7 @@ def _build(
         checkpoint_every=config.checkpoint.every_steps,
         stop_after=config.stop_after_steps,
     )
-    data = TrainingData(open_loader(train, train_transform, config.local_batch), sampler)
+    data = TrainingData(open_loader(train, train_transform, config.shard_size), sampler)
     state = RunState(workers, synchronizer, checkpointer)
     trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due)
     return trainer, evaluator
@@ -337,6 +338,7 @@ def _summary(
         "model": config.model.name,
         "data": config.data.name,
         "workers": config.workers,
+        "ranks_per_worker": config.ranks_per_worker,
         "ranks": place.ranks,
         "global_batch": config.global_batch,
         "epochs": config.epochs,
@@ -373,7 +375,7 @@ def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[st
     }
     here = replace(config, cluster=replace(config.cluster, ranks=ranks))
     try:
-        overlapped = ranks == config.workers and config.cluster.overlap_gradients
+        overlapped = ranks == config.shards and config.cluster.overlap_gradients
         cost = make_cost_model(here, parameters).run(plan, overlapped=overlapped)
     except ConfigError:  # the profile does not cover this network or this many machines
         return planned

@@ -243,13 +243,17 @@ def _common_ranks(configs: Sequence[Config]) -> int:
 
 def number_of_ranks(config: Config) -> int:
     """Number of ranks to start: those of the job on a Slurm cluster, or cluster.ranks if set;
-    otherwise one per worker on the CPU, or `even_ranks` for the number of GPUs."""
+    otherwise one per shard on the CPU, or `even_ranks` for the number of GPUs."""
     if isinstance(config.cluster, SlurmCluster):
         return config.cluster.job_ranks
     if config.cluster.ranks is not None:
         return config.cluster.ranks
-    if config.cluster.device == "cpu" or not torch.cuda.is_available():
-        return config.workers
+    if (
+        config.ranks_per_worker > 1
+        or config.cluster.device == "cpu"
+        or not torch.cuda.is_available()
+    ):
+        return config.shards
     most = max(1, torch.cuda.device_count())
     return even_ranks(config.workers, most)
 

@@ -22,10 +22,11 @@ from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.run.checkpoint import Checkpointer
 from qsr.run.tracking import Row
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.sync.topology import Topology
 from qsr.train.evaluation import BatchNormSource, Evaluator
 from qsr.train.losses import TrainingLoss
 from qsr.train.monitor import Monitor
@@ -201,14 +202,14 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         return setup.net().to(device)
 
     workers = []
-    for index in topology.workers:
+    for index, shard in zip(topology.workers, topology.shards, strict=True):
         model = FlatModule(make_net(), FINGERPRINT_SIZE)
         fused = device.type == "cuda" or setup.precision == "fp16"
         optimizer = build_optimizer(setup.optimizer, model.module.parameters(), fused=fused)
-        workers.append(Worker(index, model, optimizer, precision.scaler()))
+        workers.append(Worker(index, model, optimizer, precision.scaler(), shard))
     images, labels = digits_like(setup.samples)
-    sampler = Sampler(setup.samples, setup.global_batch, setup.workers, setup.seed)
-    micro_batch = setup.micro_batch or sampler.local_batch
+    sampler = Sampler(setup.samples, setup.global_batch, topology.num_shards, setup.seed)
+    micro_batch = setup.micro_batch or sampler.shard_size
     loader = MemoryLoader(images, labels, setup.noise, device)
     batchnorm_loader = MemoryLoader(images, labels, setup.noise, device)
     batchnorm = BatchNormSource(batchnorm_loader, sampler, micro_batch, 8)

@@ -13,19 +13,23 @@ from qsr.cluster.rendezvous import meet
 from qsr.cluster.rollcall import RollCall
 from qsr.config.schema import ClusterConfig, Config
 from qsr.errors import ClusterError
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology, WorkerGroups
 
 _roll_call: RollCall | None = None
 """The roll call of the current process group."""
+
+_parts: WorkerGroups | None = None
+"""The groups within the current process group, if several ranks make one worker."""
 
 _store: Store | None = None
 """The rendezvous store, kept for the life of the process because it may hold the port."""
 
 
-def topology(cluster: ClusterConfig, num_workers: int) -> Topology:
+def topology(cluster: ClusterConfig, num_workers: int, ranks_per_worker: int = 1) -> Topology:
     """The ranks and workers as given by the launcher; without one, a single rank with all workers.
 
-    Raises ClusterError if the workers cannot be divided evenly among the launched ranks.
+    Raises ClusterError if the launched ranks do not suit the workers.
     """
     place = find_place()
     ranks = place.ranks
@@ -34,12 +38,18 @@ def topology(cluster: ClusterConfig, num_workers: int) -> Topology:
             f"cluster.ranks={cluster.ranks}, but {ranks} ranks were launched: launch "
             f"{cluster.ranks} ranks, or leave cluster.ranks unset"
         )
-    if num_workers % ranks:
+    if ranks_per_worker > 1 and ranks != num_workers * ranks_per_worker:
+        wanted = num_workers * ranks_per_worker
+        raise ClusterError(
+            f"{ranks} ranks were launched, but workers={num_workers} x ranks_per_worker="
+            f"{ranks_per_worker} needs {wanted}: launch {wanted} ranks"
+        )
+    if ranks_per_worker == 1 and num_workers % ranks:
         raise ClusterError(
             f"{ranks} ranks were launched, which do not divide workers={num_workers} evenly: "
             f"launch a divisor of {num_workers}"
         )
-    return Topology(place.rank, ranks, place.local_rank, num_workers)
+    return Topology(place.rank, ranks, place.local_rank, num_workers, ranks_per_worker)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -63,7 +73,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 def join(config: Config, name: str = "group") -> Communicator:
     """Collective: choose this rank's place, device and number of threads, and join the process
     group `name`. Errors of the launch raise ClusterError before a process group exists."""
-    place = topology(config.cluster, config.workers)
+    place = topology(config.cluster, config.workers, config.ranks_per_worker)
     device = choose_device(config.cluster.device, place.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
@@ -82,12 +92,13 @@ def join_process_group(
     """
     if topology.ranks > 1 and not dist.is_initialized():
         _join(topology, device, timeout_seconds, name)
-    return Communicator(topology, device, timeout_seconds, _roll_call)
+    return Communicator(topology, device, timeout_seconds, _roll_call, parts=_parts)
 
 
 def leave_process_group() -> None:
     """Leave the process group, if there is one. Not collective: safe while other ranks fail."""
-    global _roll_call
+    global _parts, _roll_call
+    _parts = None
     if _roll_call is not None:
         _roll_call.close()
         _roll_call = None
@@ -96,7 +107,7 @@ def leave_process_group() -> None:
 
 
 def _join(topology: Topology, device: torch.device, timeout_seconds: float, name: str) -> None:
-    global _roll_call, _store
+    global _parts, _roll_call, _store
     # gloo in addition to NCCL, so that barriers and flags on the host never wait for the GPU queue
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout, task = timedelta(seconds=timeout_seconds), find_place().slurm
@@ -116,6 +127,7 @@ def _join(topology: Topology, device: torch.device, timeout_seconds: float, name
             world_size=topology.ranks,
             timeout=timeout,
         )
+        _parts = WorkerGroups.make(topology, timeout)
     except (OSError, dist.DistError) as error:
         first_line = str(error).partition("\n")[0]
         text = f"the {topology.ranks} ranks could not connect to each other: {first_line}"

@@ -76,7 +76,12 @@ EXECUTION = (
 """Settings that say how a run is executed and not what it computes. They are not part of a run's
 identity, its folder's name or its hash, and they may change when it resumes."""
 
-LATER = {"sync.delay_steps": 0, "schedule.final_lr": 0.0, "fp16_overflow": "skip"}
+LATER = {
+    "sync.delay_steps": 0,
+    "schedule.final_lr": 0.0,
+    "fp16_overflow": "skip",
+    "ranks_per_worker": 1,
+}
 """Settings added after the first runs, each with the value that matches what those runs did. With
 that value a setting is not part of a run's identity, so that older runs keep their identity."""
 
@@ -199,24 +204,27 @@ def _translate_first_version(settings: dict[str, Any]) -> None:
 
 def check(config: Config) -> None:
     """Checks across several settings. Raises ConfigError."""
-    local, remainder = divmod(config.global_batch, config.workers)
-    if remainder:
+    shards = _shards(config)
+    if config.global_batch % config.shards:
+        raise ConfigError(f"global_batch={config.global_batch} is not divisible by {shards}")
+    if config.shard_size % config.micro_batch_size:
         raise ConfigError(
-            f"global_batch={config.global_batch} is not divisible by workers={config.workers}"
-        )
-    if local % config.micro_batch_size:
-        raise ConfigError(
-            f"micro_batch={config.micro_batch} does not divide the local batch {local} "
-            f"(global_batch={config.global_batch} / workers={config.workers})"
+            f"micro_batch={config.micro_batch} does not divide the local batch {config.shard_size} "
+            f"(global_batch={config.global_batch} / {shards.replace(' x ', ' / ')})"
         )
     ranks = config.cluster.ranks
-    if ranks is not None and config.workers % ranks:
+    if ranks is not None and config.ranks_per_worker > 1 and ranks != config.shards:
+        raise ConfigError(
+            f"cluster.ranks={ranks}, but {shards} needs {config.shards} ranks: leave out "
+            f"cluster.ranks"
+        )
+    if ranks is not None and config.ranks_per_worker == 1 and config.workers % ranks:
         raise ConfigError(
             f"cluster.ranks={ranks} does not divide workers={config.workers}: every rank holds the "
             f"same number of workers; try cluster.ranks={_divisors(config.workers)}"
         )
     if isinstance(config.cluster, SlurmCluster):
-        _check_slurm(config.cluster, config.workers)
+        _check_slurm(config.cluster, config)
         check_batch_script(config.cluster, config.experiment, run_folder(config))
         if config.cluster.signal not in config.checkpoint.stop_signals:
             raise ConfigError(
@@ -310,8 +318,8 @@ def _check_delay(sync: SyncConfig) -> None:
         raise ConfigError(f"{delay}: only parameters, not moments, can be averaged with a delay")
 
 
-def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
-    each, ranks = cluster.tasks_per_node, cluster.job_ranks
+def _check_slurm(cluster: SlurmCluster, config: Config) -> None:
+    each, ranks, several = cluster.tasks_per_node, cluster.job_ranks, config.ranks_per_worker
     if not each:
         raise ConfigError("cluster.gpus_per_node=0 needs cluster.ranks_per_node: set it")
     if cluster.device != "cpu" and 0 < cluster.gpus_per_node < each:
@@ -319,11 +327,21 @@ def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
             f"cluster.ranks_per_node={each} exceeds cluster.gpus_per_node={cluster.gpus_per_node}: "
             f"every rank needs a GPU of its own"
         )
-    if workers % ranks:
+    if several > 1 and ranks != config.shards:
+        raise ConfigError(
+            f"cluster.nodes={cluster.nodes} x {each} ranks per node = {ranks} ranks, but "
+            f"{_shards(config)} needs {config.shards}: change one of them"
+        )
+    if several > 1 and several % each and each % several:
+        raise ConfigError(
+            f"ranks_per_worker={several} and {each} ranks per node: the ranks of a worker would "
+            f"lie on different nodes; let one number divide the other"
+        )
+    if several == 1 and config.workers % ranks:
         raise ConfigError(
             f"cluster.nodes={cluster.nodes} x {each} ranks per node = {ranks} ranks do not divide "
-            f"workers={workers}: every rank holds the same number of workers; try "
-            f"{_divisors(workers)} ranks"
+            f"workers={config.workers}: every rank holds the same number of workers; try "
+            f"{_divisors(config.workers)} ranks"
         )
     if cluster.ranks not in (None, ranks):
         raise ConfigError(
@@ -340,6 +358,12 @@ def _check_slurm(cluster: SlurmCluster, workers: int) -> None:
         fix = _SBATCH_ELSEWHERE.get(option.replace("_", "-"))
         if fix is not None:
             raise ConfigError(f"cluster.sbatch.{option}: {fix}")
+
+
+def _shards(config: Config) -> str:
+    """The settings that say how a step's samples are divided."""
+    several = f" x ranks_per_worker={config.ranks_per_worker}"
+    return f"workers={config.workers}{several if config.ranks_per_worker > 1 else ''}"
 
 
 def check_plan(config: Config, train_images: int) -> None:

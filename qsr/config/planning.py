@@ -21,7 +21,7 @@ and 200 bytes each; the paper's longest runs have 187,000 steps."""
 
 def make_sampler(config: schema.Config, train_images: int) -> Sampler:
     """The sampler for `train_images` samples, which also knows the steps per epoch."""
-    return Sampler(train_images, config.global_batch, config.workers, config.seed)
+    return Sampler(train_images, config.global_batch, config.shards, config.seed)
 
 
 def make_plan(config: schema.Config, train_images: int) -> Plan:

@@ -57,12 +57,15 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
         )
     if config.data.train_images is None or data.train_images is None:
         raise ValueError("a rehearsal needs data.train_images, to scale the warm-up: set it")
-    micro_batches = config.local_batch // config.micro_batch_size
+    micro_batches = config.local_batch // config.micro_batch_size  # of all ranks of a worker
     if rehearsal.local_batch % micro_batches:
         raise ValueError(
             f"rehearsal.local_batch={rehearsal.local_batch} is not divisible by the experiment's "
             f"{micro_batches} micro-batches"
         )
+    ranks = config.cluster.ranks
+    if ranks is None and config.ranks_per_worker == 1:
+        ranks = rehearsal.ranks
     workers = max(2, config.workers // rehearsal.workers_divisor)
     small = replace(
         config,
@@ -76,7 +79,7 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
         evaluation=schema.EvaluationConfig(
             rehearsal.evaluate_every_epochs, 128, rehearsal.batchnorm_micro_batches
         ),
-        cluster=replace(config.cluster, ranks=config.cluster.ranks or rehearsal.ranks),
+        cluster=replace(config.cluster, ranks=ranks),
     )
     steps = config.epochs * make_sampler(config, config.data.train_images).steps_per_epoch
     small_steps = small.epochs * make_sampler(small, data.train_images).steps_per_epoch

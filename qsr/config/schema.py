@@ -574,6 +574,9 @@ class SpeedConfig:
     sources: dict[str, str]
     """Where each constant comes from, by its name or its key of seconds_per_image. A text that
     begins with "unverified" marks every number that the constant enters."""
+    inside_gbit_per_second: Positive | None = None
+    """Effective bandwidth between the ranks of one machine, of each rank per direction, for workers
+    of several ranks; null: unknown, or that of the link if there is one machine."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -592,8 +595,9 @@ class ClusterConfig:
     timeout_seconds: Annotated[float, Field(gt=0, le=604_800)]
     """How long a collective waits for the other ranks before the run fails."""
     overlap_gradients: bool
-    """Whether data parallel steps hide their all-reduces behind the backward pass (torch's DDP),
-    which needs a rank for every worker. false: they block after it, as in the paper."""
+    """Whether averages of gradients are hidden behind the backward pass (torch's DDP), in data
+    parallel steps and within workers of several ranks; not where a rank holds several workers.
+    false: they block after it, as in the paper."""
     bucket_mib: Annotated[float, Field(gt=0, le=65_536)]
     """Size of the buckets of gradients that are all-reduced while the backward pass goes on, in MiB
     (25 is torch's)."""
@@ -701,12 +705,16 @@ class Config:
     """Root of every random choice."""
     workers: PositiveInt
     """K: the replicas that train alone during a round."""
+    ranks_per_worker: PositiveInt
+    """Processes that make one worker: they train data parallel among themselves in every step, as
+    the GPUs of a machine. 1: a worker is one process, or shares it with others (cluster.ranks)."""
     epochs: PositiveInt
     """Passes over the training set; an epoch has floor(train_images / global_batch) steps."""
     global_batch: PositiveInt
     """Samples per step over all workers."""
     micro_batch: PositiveInt | None
-    """Samples that go through the model at once (what BatchNorm sees); null: the local batch."""
+    """Samples that go through the model at once (what BatchNorm sees); null: all that a worker, or
+    each of its ranks, has in a step."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Autocast type of the forward pass. Parameters and averages stay fp32. fp16 scales the loss
     dynamically, on each worker by itself."""
@@ -746,6 +754,17 @@ class Config:
         return self.global_batch // self.workers
 
     @property
+    def shards(self) -> int:
+        """Parts of a step's samples, each for one copy of the model: one for each worker or, if
+        several ranks make one worker, one for each rank."""
+        return self.workers * self.ranks_per_worker
+
+    @property
+    def shard_size(self) -> int:
+        """Samples per shard and step."""
+        return self.global_batch // self.shards
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples that go through the model at once."""
-        return self.micro_batch or self.local_batch
+        return self.micro_batch or self.shard_size

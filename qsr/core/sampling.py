@@ -2,8 +2,9 @@
 
 Every epoch is one permutation of the data, divided among all workers without replacement:
 floor(N / B) steps of B samples; the remaining samples are left out, different ones in each epoch.
-Nothing here depends on processes, so K workers see the same samples however they are spread over
-ranks.
+A step's samples are dealt in shards: one for each worker or, if several ranks make one worker, one
+for each of its ranks. Nothing here depends on processes, so K workers see the same samples however
+they are spread over ranks.
 """
 
 import random
@@ -16,22 +17,22 @@ from qsr.core.seeds import seed_for
 
 @dataclass(frozen=True)
 class Sampler:
-    """Deals `num_samples` samples to `num_workers` workers, `global_batch` per step.
+    """Deals `num_samples` samples in `num_shards` shards, `global_batch` per step.
 
-    Raises ValueError if the batch is not divisible by the workers or exceeds the data.
+    Raises ValueError if the batch is not divisible by the shards or exceeds the data.
     """
 
     num_samples: int
     global_batch: int
-    num_workers: int
+    num_shards: int
     seed: int
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ValueError(f"num_workers must be at least 1, got {self.num_workers}")
-        if self.global_batch < 1 or self.global_batch % self.num_workers:
+        if self.num_shards < 1:
+            raise ValueError(f"num_shards must be at least 1, got {self.num_shards}")
+        if self.global_batch < 1 or self.global_batch % self.num_shards:
             raise ValueError(
-                f"global_batch {self.global_batch} does not divide by {self.num_workers} workers"
+                f"global_batch {self.global_batch} does not divide by {self.num_shards} shards"
             )
         if self.global_batch > self.num_samples:
             raise ValueError(
@@ -39,23 +40,23 @@ class Sampler:
             )
 
     @property
-    def local_batch(self) -> int:
-        """Samples per worker and step."""
-        return self.global_batch // self.num_workers
+    def shard_size(self) -> int:
+        """Samples per shard and step."""
+        return self.global_batch // self.num_shards
 
     @property
     def steps_per_epoch(self) -> int:
         """floor(N / B)."""
         return self.num_samples // self.global_batch
 
-    def indices(self, step: int, worker: int) -> list[int]:
-        """The `local_batch` sample indices of `worker` at the 0-based `step` of the run."""
-        if not 0 <= worker < self.num_workers:
-            raise ValueError(f"worker {worker} lies outside 0..{self.num_workers - 1}")
+    def indices(self, step: int, shard: int) -> list[int]:
+        """The `shard_size` sample indices of a shard at the 0-based `step` of the run."""
+        if not 0 <= shard < self.num_shards:
+            raise ValueError(f"shard {shard} lies outside 0..{self.num_shards - 1}")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.global_batch + worker * self.local_batch
+        start = step_in_epoch * self.global_batch + shard * self.shard_size
         order = epoch_order(self.num_samples, self.seed, epoch)
-        return order[start : start + self.local_batch].tolist()
+        return order[start : start + self.shard_size].tolist()
 
 
 @lru_cache(maxsize=2)

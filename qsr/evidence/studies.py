@@ -25,7 +25,7 @@ from qsr.evidence.settings import (
 )
 from qsr.evidence.simulation import Outcome, simulate
 from qsr.run.environment import environment
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 
 VALLEYS = {
     "one eigenvalue": Valley((1.0,), u=2.0),

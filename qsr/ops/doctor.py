@@ -23,7 +23,7 @@ def examine(config: Config) -> bool:
     all checks passed on all ranks. Raises ClusterError if the launch is wrong or this rank has no
     device, because then nothing else can be checked."""
     place = find_place()
-    own = topology(config.cluster, config.workers)
+    own = topology(config.cluster, config.workers, config.ranks_per_worker)
     device = choose_device(config.cluster.device, own.local_rank)
     report = _Report(place)
     report.check("device", lambda: f"{_name(device)}, {place.cores} cores per rank")

@@ -180,7 +180,7 @@ class _Steps:
             self._synchronizer.begin_step(self._round, 0)
             for group in [self._workers] if average else [[worker] for worker in self._workers]:
                 batches = itertools.repeat(self._batch)
-                self._stepper.find_gradients(group, batches, 0, average=average)
+                self._stepper.find_gradients(group, batches, 0)
             for worker in self._workers:
                 self._stepper.update(worker, lr=0.0)  # the same work, but the loss cannot grow
             self._synchronizer.stop_agreed(wait=average)

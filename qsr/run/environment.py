@@ -15,7 +15,7 @@ from qsr.config.schema import Config
 from qsr.errors import ConfigError
 from qsr.run.folder import RunFolder, read_record, write_json, write_text
 from qsr.run.snapshot import git_revision, running_code
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 
 _COMPUTING = ("torch", "torchvision", "nvidia-dali-cuda130", "timm")
 PACKAGES = (*_COMPUTING, "hydra-core", "safetensors")
@@ -80,6 +80,7 @@ def environment(topology: Topology, device: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         "ranks": topology.ranks,
         "workers_per_rank": len(topology.workers),
+        "ranks_per_worker": topology.ranks_per_worker,
         "threads_per_rank": torch.get_num_threads(),
     }
 

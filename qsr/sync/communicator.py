@@ -5,6 +5,7 @@ marked "Collective:" must be called by every rank, in the same order. With one r
 """
 
 import contextlib
+import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,29 +19,8 @@ from torch import Tensor, nn
 
 from qsr.errors import LostRankError
 from qsr.output import warn
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Place of this process: `rank` of `ranks`, with `workers` of the run's K workers."""
-
-    rank: int
-    ranks: int
-    local_rank: int
-    """Index of this rank on its machine."""
-    num_workers: int
-    """Number of workers of the run, K."""
-
-    @property
-    def workers(self) -> range:
-        """The workers of this rank: consecutive, the same number on each rank."""
-        each = self.num_workers // self.ranks
-        return range(self.rank * each, (self.rank + 1) * each)
-
-    @property
-    def is_main(self) -> bool:
-        """True on the rank that writes logs."""
-        return self.rank == 0
+from qsr.sync.stopwatch import Stopwatch
+from qsr.sync.topology import Topology, WorkerGroups
 
 
 class RollCall(Protocol):
@@ -66,73 +46,86 @@ class Communicator:
         group: dist.ProcessGroup | None = None,
         control: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
         patience: str = "raise cluster.timeout_seconds",
+        parts: WorkerGroups | None = None,
     ) -> None:
         """`timeout_seconds`: timeout of the process group's collectives. With several ranks the
         `group` must exist (None: the default one; see qsr.cluster.group). `control`: the device of
-        small messages. `patience`: how a user makes collectives wait longer."""
+        small messages. `patience`: how a user makes collectives wait longer. `parts`: the groups
+        within, if several ranks make one worker."""
         self.topology = topology
         self.device = device
-        self._group = group
+        self.group = group
+        self._rank = topology.rank  # in messages, also of `within_worker`
+        self._parts = parts
         self._control = control
         self._patience = patience
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._stopwatch = Stopwatch(device)
         self._timeout_seconds = timeout_seconds
         self._roll_call = roll_call
 
+    def within_worker(self) -> "Communicator":
+        """The collectives among the ranks of this rank's worker, where each rank counts as a
+        worker; its time is not part of `seconds`."""
+        assert self._parts is not None  # several ranks make one worker
+        place, other = self.topology, copy.copy(self)
+        each = place.ranks_per_worker
+        other.topology = Topology(place.part, each, place.local_rank, each)
+        other.group, other._parts = self._parts.inside, None
+        other._stopwatch = Stopwatch(self.device)
+        return other
+
+    def among_shards(self) -> "Communicator":
+        """The collectives among all ranks, where each shard counts as a worker."""
+        place, other = self.topology, copy.copy(self)
+        other.topology = Topology(place.rank, place.ranks, place.local_rank, place.num_shards)
+        other._parts = None
+        return other
+
     def sum_(self, tensor: Tensor) -> None:
-        """Collective: replace `tensor`, in place, by its sum over the ranks; timed."""
+        """Collective: replace the flat `tensor`, in place, by its sum over the ranks or, if several
+        ranks make one worker, by that over the workers; timed."""
         if self.topology.ranks > 1:
             with self._timed():
-                dist.all_reduce(tensor, group=self._group)
+                if self._parts is None:
+                    dist.all_reduce(tensor, group=self.group)
+                else:
+                    self._parts.begin_sum_(tensor)()
 
     def begin_sum_(self, tensor: Tensor) -> "PendingSum":
         """Collective: like `sum_`, but do not wait; the later wait is timed. `tensor` must not be
         touched before."""
-        work = None
+        wait: Callable[[], object] | None = None
         if self.topology.ranks > 1:
             with self.missing("an average"):
-                work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        return PendingSum(tensor, work, self._timed)
+                if self._parts is None:
+                    wait = dist.all_reduce(tensor, group=self.group, async_op=True).wait
+                else:
+                    wait = self._parts.begin_sum_(tensor)
+        return PendingSum(tensor, wait, self._timed)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         """Context for what training waits for: adds to its time; see `missing` for errors."""
-        if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            with self.missing("an average"):
-                yield
-            end.record()
-            self._events.append((start, end))
-        else:
-            started = time.perf_counter()
-            with self.missing("an average"):
-                yield
-            self._seconds += time.perf_counter() - started
+        with self._stopwatch.running(), self.missing("an average"):
+            yield
 
     def seconds(self) -> float:
-        """Seconds that training has waited for sums so far. Waits for the GPU, so call it where
-        the host waits anyway."""
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000.0
-        self._events.clear()
-        return self._seconds
+        """Seconds that training has waited for sums so far; see `Stopwatch.seconds`."""
+        return self._stopwatch.seconds()
 
     def total(self, tensor: Tensor) -> Tensor:
         """Collective: the sum of `tensor` over the ranks, as a new tensor; not timed."""
         result = tensor.clone()
         if self.topology.ranks > 1:
             with self.missing("a sum"):
-                dist.all_reduce(result, group=self._group)
+                dist.all_reduce(result, group=self.group)
         return result
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Collective: replace `tensor`, in place, by that of the first rank."""
         if self.topology.ranks > 1:
             with self.missing("a broadcast"):
-                dist.broadcast(tensor, group=self._group, group_src=0)
+                dist.broadcast(tensor, group=self.group, group_src=0)
 
     def gather_floats(self, values: Sequence[float]) -> list[list[float]]:
         """Collective: the `values` of every rank, in rank order; each has the same number."""
@@ -141,7 +134,7 @@ class Communicator:
             return [own.tolist()]
         everyone = [torch.empty_like(own) for _ in range(self.topology.ranks)]
         with self.missing("a comparison"):
-            dist.all_gather(everyone, own, group=self._group)
+            dist.all_gather(everyone, own, group=self.group)
         return [row.tolist() for row in everyone]
 
     def gather_texts(self, text: str) -> list[str]:
@@ -154,7 +147,7 @@ class Communicator:
         padded = nn.functional.pad(own, (0, max(sizes) - len(own)))
         everyone = [torch.empty_like(padded) for _ in sizes]
         with self.missing("a comparison"):
-            dist.all_gather(everyone, padded, group=self._group)
+            dist.all_gather(everyone, padded, group=self.group)
         return [
             bytes(row[:size].tolist()).decode(errors="surrogateescape")  # paths may be any bytes
             for row, size in zip(everyone, sizes, strict=True)
@@ -197,11 +190,11 @@ class Communicator:
 
     def begin_sum(self, values: Sequence[float]) -> "PendingSum":
         """Collective: sum `values` (the same number on each rank) over the ranks; do not wait."""
-        own, work = torch.tensor(values, dtype=torch.float64, device=self._control), None
+        own, wait = torch.tensor(values, dtype=torch.float64, device=self._control), None
         if self.topology.ranks > 1:
             with self.missing("an agreement"):
-                work = dist.all_reduce(own, group=self._group, async_op=True)
-        return PendingSum(own, work, partial(self.missing, "an agreement"))
+                wait = dist.all_reduce(own, group=self.group, async_op=True).wait
+        return PendingSum(own, wait, partial(self.missing, "an agreement"))
 
     def barrier(self) -> None:
         """Collective: wait for all ranks."""
@@ -221,7 +214,7 @@ class Communicator:
             raise LostRankError(self._describe(collective, waited, error)) from error
 
     def _describe(self, collective: str, waited: float, error: RuntimeError) -> str:
-        during = f"rank {self.topology.rank} was waiting for {collective}"
+        during = f"rank {self._rank} was waiting for {collective}"
         if waited < 0.9 * self._timeout_seconds:
             gone = self._roll_call.gone() if self._roll_call is not None else []
             if gone:
@@ -252,14 +245,14 @@ class PendingSum:
     """A sum over the ranks in progress."""
 
     _sum: Tensor
-    _work: dist.Work | None
+    _wait: Callable[[], object] | None
     _waiting: Callable[[], contextlib.AbstractContextManager[None]]
 
     def wait(self) -> Tensor:
         """Collective: wait for the sum and return it. With NCCL the device waits, not the host."""
-        if self._work is not None:
+        if self._wait is not None:
             with self._waiting():
-                self._work.wait()
+                self._wait()
         return self._sum
 
 

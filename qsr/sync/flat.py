@@ -65,6 +65,8 @@ class FlatModule:
 
     def flatten_gradients(self) -> None:
         """Keep the gradients in flat buffers from now on, so that averages need no packing."""
+        if self.gradients is not None:
+            return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.gradients = FlatBuffers([torch.zeros_like(p) for p in parameters])
         for parameter, view in zip(parameters, self.gradients.views, strict=True):

@@ -13,10 +13,11 @@ from qsr.sync.flat import FlatModule
 
 
 class GradientAverager:
-    """Averages the gradients of all workers; `replicas` are this rank's workers.
+    """Averages the gradients of all workers of the communicator, or of all ranks of a worker;
+    `replicas` are those of this rank.
 
-    With one worker per rank this is torch's DDP, which overlaps the all-reduces, in buckets of
-    `bucket_mib` MiB, with the backward pass. With several workers per rank, or if `bucket_mib` is
+    With one replica per rank this is torch's DDP, which overlaps the all-reduces, in buckets of
+    `bucket_mib` MiB, with the backward pass. With several replicas per rank, or if `bucket_mib` is
     None, gradients are kept in flat buffers, summed on the rank, and averaged after the backward
     pass.
     """
@@ -34,6 +35,7 @@ class GradientAverager:
                 warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
                 self._ddp = DistributedDataParallel(
                     replicas[0].module,
+                    process_group=communicator.group,
                     broadcast_buffers=False,  # each worker's BatchNorm statistics are its own
                     bucket_cap_mb=bucket_mib,
                     gradient_as_bucket_view=True,

@@ -2,7 +2,8 @@
 
 In a round of a local method each worker trains alone for H steps; then `end_round` replaces the
 parameters of all workers by their mean. In a data parallel round the gradients are averaged before
-every update instead. In every step the ranks also tell each other what they are about to do, so
+every update instead. A worker of several ranks averages the gradients among them in every
+local step. In every step the ranks also tell each other what they are about to do, so
 that ranks that disagree stop before their parameters are mixed.
 """
 
@@ -34,7 +35,7 @@ class SyncOptions:
     moments: Sequence[str] = ()
     """torch's keys of the optimizer states that are averaged with the parameters."""
     bucket_mib: float | None = None
-    """Data parallel rounds: DDP's bucket size in MiB; None: average after the backward pass."""
+    """Averages of gradients: DDP's bucket size in MiB; None: average after the backward pass."""
     delay_steps: int = 0
     """Steps after the end of a round at which its average is applied; 0: at the end."""
 
@@ -67,36 +68,38 @@ class Synchronizer:
         self._agreement = Agreement(communicator, asked_to_stop)
         self._averager = Averager(communicator)
         self._moments = MomentBuffers(optimizers, options.moments)
-        self._gradients = (
-            GradientAverager(replicas, communicator, options.bucket_mib)
-            if plan.gradient_rounds
-            else None
+        # of gradients: among all ranks in data parallel rounds, within workers in local ones
+        self._everywhere, self._within = _gradient_averagers(
+            plan, replicas, communicator, options.bucket_mib
         )
+        self._gradients = self._everywhere or self._within  # if both, neither of them is a DDP
+        self._now: GradientAverager | None = None  # what averages in this step
         self._delayed = DelayedAverage(self._averager, replicas) if options.delay_steps else None
 
     # A step, in the order of the calls
 
     def begin_step(self, round_: Round, step: int) -> None:
         """Collective: tell the other ranks that this one begins the 0-based `step`."""
+        self._now = self._everywhere if round_.averages == "gradients" else self._within
         self._agreement.begin(self._mark(round_, step + 1))
 
     def forward_of(self, replica: FlatModule) -> nn.Module:
         """The module for the replica's forward passes."""
         return replica.module if self._gradients is None else self._gradients.forward_of(replica)
 
-    def backward_context(self, *, average: bool) -> AbstractContextManager[object]:
-        """Context for a forward and backward pass; `average`: the last one of a step whose
-        gradients are averaged."""
+    def backward_context(self, *, last: bool) -> AbstractContextManager[object]:
+        """Context for a forward and backward pass; `last`: the last one of a replica's step."""
         if self._gradients is None:
             return nullcontext()
-        return self._gradients.backward_context(average=average)
+        return self._gradients.backward_context(average=last and self._now is not None)
 
     def average_gradients(self) -> int:
-        """Collective: complete the average after the last backward pass of a data parallel step.
-        Returns the bytes that each worker contributed."""
-        assert self._gradients is not None  # the plan has data parallel rounds
-        self._gradients.finish()
-        return self._replicas[0].flat.bytes
+        """Collective: complete the average, if there is one in this step, after the last backward
+        pass. Returns the bytes that each worker contributed to an average over the workers."""
+        if self._now is None:
+            return 0
+        self._now.finish()
+        return self._replicas[0].flat.bytes if self._now is self._everywhere else 0
 
     def end_step(self, step: int) -> None:
         """Collective: call after the update of the 0-based `step`; applies a delayed average."""
@@ -170,8 +173,14 @@ class Synchronizer:
 
     @property
     def measures_communication(self) -> bool:
-        """Whether all averages are timed; False if DDP overlaps them with the backward pass."""
-        return self._gradients is None or not self._gradients.overlaps
+        """Whether all averages over the workers are timed; False if DDP overlaps them with the
+        backward pass."""
+        return self._everywhere is None or not self._everywhere.overlaps
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether `settle` uses its images."""
+        return self._gradients is not None and self._gradients.overlaps
 
     # Begin and end of a session
 
@@ -203,3 +212,19 @@ class Synchronizer:
         """What all ranks must agree on in the 1-based `step`, which is in this round."""
         lr = self.plan.schedule(step - 1)
         return Fingerprint(step, round_.index, round_.length, lr, self._sampler, self.config_hash)
+
+
+def _gradient_averagers(
+    plan: Plan, replicas: Sequence[FlatModule], communicator: Communicator, bucket_mib: float | None
+) -> tuple[GradientAverager | None, GradientAverager | None]:
+    """For data parallel rounds, and for the local steps of workers of several ranks; None: there
+    are no such steps. A plan with both kinds does not overlap: DDP holds the gradients of a module,
+    so that a module can have only one."""
+    local = communicator.topology.ranks_per_worker > 1 and plan.gradient_rounds < plan.num_rounds
+    bucket_mib = None if local and plan.gradient_rounds else bucket_mib
+    return (
+        GradientAverager(replicas, communicator.among_shards(), bucket_mib)
+        if plan.gradient_rounds
+        else None,
+        GradientAverager(replicas, communicator.within_worker(), bucket_mib) if local else None,
+    )

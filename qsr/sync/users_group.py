@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology
 
 
 def join_group(

@@ -42,17 +42,18 @@ class BatchNormSource:
     micro_batch: int
     """Images per forward pass."""
     micro_batches: int
-    """Forward passes over all workers: at least one each, at most what the data set provides."""
+    """Forward passes over all shards: at least one each, at most what the data set provides."""
 
-    def requests(self, step: int, workers: range) -> Iterator[Request]:
-        """The batches that the given workers read in the evaluation after `step` steps."""
-        num_workers, samples = self.sampler.num_workers, self.sampler.num_samples
-        wanted = max(self.micro_batches, num_workers)
+    def requests(self, step: int, shards: range) -> Iterator[Request]:
+        """The batches that the replicas of these shards read in the evaluation after `step`
+        steps."""
+        num_shards, samples = self.sampler.num_shards, self.sampler.num_samples
+        wanted = max(self.micro_batches, num_shards)
         count = max(1, min(wanted, samples // self.micro_batch))
         seed = seed_for(self.sampler.seed, "batchnorm", step=step)
         drawn = random.Random(seed).sample(range(samples), min(count * self.micro_batch, samples))
         for number in range(count):
-            if number % num_workers in workers:
+            if number % num_shards in shards:
                 indices = drawn[number * self.micro_batch : (number + 1) * self.micro_batch]
                 yield Request(indices, seed_for(seed, "augment", batch=number))
 
@@ -103,7 +104,7 @@ class Evaluator:
         self._take_mean(replicas, averaged)
         model, topology = self.model, self._communicator.topology
         if batchnorm_layers(model):
-            requests = self._batchnorm.requests(step, topology.workers)
+            requests = self._batchnorm.requests(step, topology.shards)
             images = (batch.images for batch in self._batchnorm.loader.batches(requests))
             between()
             with self._precision.autocast():
@@ -121,7 +122,7 @@ class Evaluator:
         )
 
     def _take_mean(self, replicas: Sequence[FlatBuffers], averaged: bool) -> None:
-        num_workers = self._communicator.topology.num_workers
+        replicas_everywhere = self._communicator.topology.num_shards
         for dtype, mine in self._shadow.flat.buffers.items():
             parameters = [replica.buffers[dtype][: mine.numel()] for replica in replicas]
             mine.copy_(parameters[0])
@@ -129,7 +130,7 @@ class Evaluator:
                 for other in parameters[1:]:
                     mine.add_(other)
                 mine.copy_(self._communicator.total(mine))
-                mine.div_(num_workers)
+                mine.div_(replicas_everywhere)
 
 
 @torch.no_grad()

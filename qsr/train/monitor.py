@@ -124,8 +124,9 @@ class Monitor:
         loss_sum, loss_weight, not_finite, skipped, repeated = map(sum, zip(*rows, strict=True))
         progress.loss_sum += loss_sum
         progress.loss_weight += loss_weight
-        progress.skipped_updates += round(skipped)
-        progress.repeated_batches += round(repeated)
+        each = self._communicator.topology.ranks_per_worker  # which count the same
+        progress.skipped_updates += round(skipped) // each
+        progress.repeated_batches += round(repeated) // each
         if not_finite and (self._precision.name != "fp16" or loss_weight == 0.0):
             raise TrainingError(
                 f"the loss is not finite at or before step {progress.step} (round {round_.index}, "

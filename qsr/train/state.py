@@ -81,6 +81,7 @@ class RunState:
                 worker.values(),
             )
             for worker, of_worker in zip(self._workers, tensors, strict=True)
+            if self._communicator.topology.part == 0  # the ranks of a worker have the same state
         }
         run = {
             "progress": asdict(progress),

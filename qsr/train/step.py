@@ -44,16 +44,14 @@ class Stepper:
         workers: Sequence[Worker],
         batches: Iterator[Batch],
         step: int,
-        *,
-        average: bool,
     ) -> int:
-        """Compute the gradient of each worker's local batch and leave it on its parameters, for
-        `update`. Returns the bytes that each worker contributed to averages.
+        """Compute the gradient of each worker's batch and leave it on its parameters, for `update`.
+        Returns the bytes that each worker contributed to an average over the workers.
 
-        With `average` (data parallel training) this is collective, and leaves the mean over all
-        workers of the run. Batches are taken one by one, so that loading overlaps with computing.
-        While the loss scale is being searched for, batches whose fp16 gradients overflow are
-        repeated (see `LossScale`); with `average` all workers see the same overflow and repeat.
+        Collective if the synchronizer averages gradients in this step: the mean is what is left.
+        Batches are taken one by one, so that loading overlaps with computing. While the loss scale
+        is being searched for, batches whose fp16 gradients overflow are repeated (see `LossScale`);
+        all ranks whose gradients are averaged see the same overflow and repeat.
         """
         averaged_bytes = 0
         may_repeat = any(worker.scaler.is_searching for worker in workers)
@@ -64,9 +62,8 @@ class Stepper:
                 batch = next(batches)
                 if may_repeat:
                     kept.append(batch)
-                losses += self._forward_backward(worker, batch, step, average=average)
-            if average:
-                averaged_bytes += self._synchronizer.average_gradients()
+                losses += self._forward_backward(worker, batch, step)
+            averaged_bytes += self._synchronizer.average_gradients()
             overflowed = [self._must_repeat(worker) for worker in workers]
             if not any(overflowed):
                 break
@@ -76,14 +73,12 @@ class Stepper:
             self.monitor.count_loss(loss)
         return averaged_bytes
 
-    def _forward_backward(
-        self, worker: Worker, batch: Batch, step: int, *, average: bool
-    ) -> list[Tensor]:
-        """Compute the mean gradient of the local batch, times the loss scale. Returns the loss of
-        each micro-batch. Collective with `average`."""
+    def _forward_backward(self, worker: Worker, batch: Batch, step: int) -> list[Tensor]:
+        """Compute the mean gradient of the batch, times the loss scale. Returns the loss of each
+        micro-batch. Collective like `find_gradients`."""
         # a new seed for each step: dropout draws the same in a resumed run, and however many
         # workers share a process
-        seed = seed_for(self._seed, "model", worker=worker.index, step=step)
+        seed = seed_for(self._seed, "model", worker=worker.shard, step=step)
         _seed_generators(seed, batch.images.device)
         worker.model.zero_gradients()
         forward = self._synchronizer.forward_of(worker.model)
@@ -92,9 +87,9 @@ class Stepper:
         labels = batch.labels.split(self.micro_batch)
         for number, (x, y) in enumerate(zip(images, labels, strict=True)):
             last = number + 1 == len(images)
-            with self._synchronizer.backward_context(average=last and average):
+            with self._synchronizer.backward_context(last=last):
                 seed = seed_for(
-                    self._seed, "mixup", worker=worker.index, step=step, micro_batch=number
+                    self._seed, "mixup", worker=worker.shard, step=step, micro_batch=number
                 )
                 with self._precision.autocast():
                     loss = self._loss(forward, x, y, seed)

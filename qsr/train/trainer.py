@@ -41,14 +41,14 @@ class TrainingData:
     sampler: Sampler
 
     def batches(self, workers: Sequence[Worker], first: int, stop: int) -> Iterator[Batch]:
-        """One local batch per worker for each of the steps `first` to `stop` - 1."""
+        """One batch per worker for each of the steps `first` to `stop` - 1."""
         return iter(self.loader.batches(self._requests(workers, first, stop)))
 
     def _requests(self, workers: Sequence[Worker], first: int, stop: int) -> Iterator[Request]:
         for step in range(first, stop):
             for worker in workers:
-                indices = self.sampler.indices(step, worker.index)
-                seed = seed_for(self.sampler.seed, "augment", worker=worker.index, step=step)
+                indices = self.sampler.indices(step, worker.shard)
+                seed = seed_for(self.sampler.seed, "augment", worker=worker.shard, step=step)
                 yield Request(indices, seed)
 
 
@@ -159,12 +159,12 @@ class Trainer:
         self._synchronizer.begin_step(round_, step)
         if round_.averages == "gradients":
             self.progress.averaged_bytes += self._stepper.find_gradients(
-                self._workers, batches, step, average=True
+                self._workers, batches, step
             )
             self.progress.averages += 1
         else:
             for worker in self._workers:
-                self._stepper.find_gradients([worker], batches, step, average=False)
+                self._stepper.find_gradients([worker], batches, step)
         for worker in self._workers:
             self._stepper.update(worker, self._plan.schedule(step))
         self._synchronizer.end_step(step)
@@ -206,7 +206,7 @@ class Trainer:
 
     def _settled(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; images of the first one are used to settle the synchronizer."""
-        first = list(itertools.islice(batches, 1)) if self._plan.gradient_rounds else []
+        first = list(itertools.islice(batches, 1)) if self._synchronizer.needs_images else []
         for batch in first:
             self._synchronizer.settle(batch.images[: self._stepper.micro_batch])
         return itertools.chain(first, batches)

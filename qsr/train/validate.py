@@ -23,7 +23,8 @@ from qsr.errors import ClusterError, ConfigError, DataError, ModelFileError
 from qsr.output import warn
 from qsr.run.folder import RunFolder
 from qsr.run.yaml_file import read_yaml
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology
 from qsr.train.evaluation import Evaluation, validate
 from qsr.train.model_file import (
     Description,

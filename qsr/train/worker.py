@@ -16,7 +16,7 @@ from qsr.train.precision import LossScale, Precision
 
 
 class Worker:
-    """Worker `index` of the run's K workers."""
+    """Worker `index` of the run's K workers, or this rank's part of it."""
 
     def __init__(
         self,
@@ -24,8 +24,11 @@ class Worker:
         model: FlatModule,
         optimizer: torch.optim.Optimizer,
         scaler: LossScale,
+        shard: int | None = None,
     ) -> None:
+        """`shard`: which of the run's shards of samples it trains on; None: that of its index."""
         self.index = index
+        self.shard = index if shard is None else shard
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
@@ -101,11 +104,12 @@ def make_workers(config: Config, num_classes: int, communicator: Communicator) -
     precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
     fused = device.type == "cuda" or precision.name == "fp16"
     workers = []
-    for index in communicator.topology.workers:
+    place = communicator.topology
+    for index, shard in zip(place.workers, place.shards, strict=True):
         model = initial_model(config, num_classes, device)
         flat = FlatModule(model, extra=FINGERPRINT_SIZE)
         optimizer = build_optimizer(config.optimizer, model.parameters(), fused=fused)
-        workers.append(Worker(index, flat, optimizer, precision.scaler()))
+        workers.append(Worker(index, flat, optimizer, precision.scaler(), shard))
     return workers
 
 

@@ -24,9 +24,9 @@ from qsr.errors import TrainingError
 from qsr.sync.agreement import MAX_PENDING
 from qsr.sync.averaging import Averager
 from qsr.sync.batchnorm import reestimate
-from qsr.sync.communicator import Topology
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers
+from qsr.sync.topology import Topology
 from tests.support import (
     CPU,
     Setup,

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from qsr.run.checkpoint import Checkpointer, WorkerState
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology
 from tests.support import CPU
 
 PAIR = Communicator(Topology(0, 1, 0, 2), CPU, 10.0)

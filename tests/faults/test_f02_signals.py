@@ -15,7 +15,7 @@ import torch
 
 from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
 from qsr.cluster.signals import StopFlag
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.cli import ENVIRONMENT, call, command, folder_in, same_weights, wait_for
 from tests.faults.accidents import Accident
 from tests.support import Setup, build, new_folder, run_ranks

@@ -22,7 +22,7 @@ from qsr.errors import CheckpointError
 from qsr.run.durable import partial_name
 from qsr.run.folder import read_rows
 from qsr.run.tracking import JsonlTracker, Row
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from qsr.train.state import checkpoint_bytes
 from tests.cli import RUN
 from tests.faults.inject import fill, needs_mounts, no_file_above, small_disk_here

@@ -17,7 +17,7 @@ from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
 from qsr.cluster.group import join_process_group
 from qsr.errors import CheckpointError
 from qsr.run.checkpoint import Checkpointer
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.faults.small import checkpointer, flip_byte, holds, rewrite_manifest, save, steps_in
 from tests.support import CPU, Setup, adamw, batchnorm_net, run_ranks, sgd, train
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
 from qsr.errors import TrainingError
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from qsr.train.precision import LossScale
 from tests.faults.small import steps_in
 from tests.support import (

@@ -16,7 +16,8 @@ import torch
 from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
 from qsr.cluster.group import join_process_group
 from qsr.cluster.processes import GRACE_SECONDS
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology
 from tests.cli import call, command, folder_in, same_weights, start, wait_for
 from tests.faults.accidents import Accident
 from tests.support import CPU, Setup, build, new_folder, run_ranks

@@ -16,7 +16,7 @@ from qsr import ConstantRule, CosineSchedule, EveryStepRule, Plan
 from qsr.cluster.group import join_process_group
 from qsr.cluster.processes import start_ranks
 from qsr.errors import RunFailedError
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.faults.accidents import Accident
 from tests.support import CPU, Setup, build, run_ranks
 

@@ -13,7 +13,7 @@ from qsr.config.load import load_config
 from qsr.errors import ConfigError, TrainingError
 from qsr.run.environment import write_records
 from qsr.run.identity import check_run_folder, make_run_folder
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.cli import RUN
 from tests.support import Setup, adamw, run_ranks, train
 

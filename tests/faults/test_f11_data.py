@@ -16,7 +16,7 @@ from qsr.data.prepare.check import check_images
 from qsr.errors import ClusterError, ConfigError, DataError
 from qsr.run.environment import write_records
 from qsr.run.identity import make_run_folder
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.cli import RUN, command, refusal
 from tests.faults.inject import give_up_privileges_here
 from tests.image_trees import GOOD, plant

@@ -22,7 +22,7 @@ from qsr.cluster.processes import start_ranks
 from qsr.cluster.rendezvous import meet
 from qsr.cluster.slurm import SlurmTask, current_task
 from qsr.errors import ClusterError
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.cli import RUN, TORCHRUN, TRAIN, call, folder_in, same_weights, start, wait_for
 from tests.support import CPU, free_port, run_ranks
 

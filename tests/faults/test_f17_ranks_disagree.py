@@ -26,9 +26,9 @@ from qsr.core.plan import Round
 from qsr.core.sampling import Sampler
 from qsr.errors import DataError, DisagreementError
 from qsr.sync.averaging import Averager
-from qsr.sync.communicator import Topology
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers
+from qsr.sync.topology import Topology
 from tests.cli import RUN
 from tests.image_trees import plant
 from tests.support import CPU, Setup, build, linear_net, run_ranks

@@ -18,7 +18,7 @@ from qsr.run.environment import code_that_runs
 from qsr.run.folder import RunFolder
 from qsr.run.identity import check_run_folder
 from qsr.run.snapshot import code_hash
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.cli import ENVIRONMENT, ROOT, RUN, folder_in
 from tests.support import CPU, free_port, run_ranks
 

@@ -21,7 +21,7 @@ from qsr.config.schema import Config
 from qsr.errors import ConfigError, LostRankError, RunFailedError
 from qsr.run.lock import take
 from qsr.session import Failed, execute, raise_failures
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.cli import ENVIRONMENT, TORCHRUN, TRAIN, call
 from tests.support import CPU, run_ranks
 

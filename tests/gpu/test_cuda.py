@@ -41,9 +41,10 @@ from qsr.data.transforms import draw
 from qsr.errors import DisagreementError
 from qsr.planner.calibrate import measure
 from qsr.sync.averaging import Averager
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers
+from qsr.sync.topology import Topology
 from qsr.train.models import build_model
 from qsr.train.precision import SETTLED_STEPS, LossScale
 from tests.support import (

@@ -14,7 +14,7 @@ import torch
 from benchmarks.network import MACHINES, Network, NetworkError, missing_reason
 from qsr.cluster.group import join_process_group
 from qsr.cluster.place import find_place
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from tests.cli import ENVIRONMENT, ROOT
 
 BYTES = 2_000_000

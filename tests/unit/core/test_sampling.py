@@ -14,7 +14,7 @@ def epoch_of(sampler: Sampler, epoch: int) -> list[list[int]]:
     steps = range(first, first + sampler.steps_per_epoch)
     return [
         [i for step in steps for i in sampler.indices(step, worker)]
-        for worker in range(sampler.num_workers)
+        for worker in range(sampler.num_shards)
     ]
 
 
@@ -86,7 +86,7 @@ GOLDEN_SEED = 7_299_339_228_647_506_867
         ((100, 10, 3, 0), "does not divide"),
         ((5, 10, 2, 0), "exceeds"),
         ((5, 0, 1, 0), "global_batch"),
-        ((5, 1, 0, 0), "num_workers"),
+        ((5, 1, 0, 0), "num_shards"),
     ],
 )
 def test_refuses(arguments: tuple[int, int, int, int], message: str) -> None:
@@ -95,5 +95,5 @@ def test_refuses(arguments: tuple[int, int, int, int], message: str) -> None:
 
 
 def test_refuses_a_worker_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="worker 4"):
+    with pytest.raises(ValueError, match="shard 4"):
         Sampler(100, 8, 4, 0).indices(0, 4)

@@ -14,7 +14,8 @@ from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
 from qsr.errors import CheckpointError, TrainingError
 from qsr.run.checkpoint import Checkpointer, WorkerState
 from qsr.run.checkpoint_files import pack_tensors, packed_size
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology
 from tests.faults.inject import no_file_above
 from tests.support import CPU, Setup, adamw, batchnorm_net, build, linear_net, train
 

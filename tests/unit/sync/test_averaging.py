@@ -9,9 +9,10 @@ from torch import nn
 from qsr.core.sampling import Sampler
 from qsr.errors import DisagreementError
 from qsr.sync.averaging import Averager, MomentBuffers
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers, FlatModule
+from qsr.sync.topology import Topology
 
 CPU = torch.device("cpu")
 

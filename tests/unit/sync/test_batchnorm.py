@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from qsr.sync.batchnorm import batchnorm_layers, reestimate
-from qsr.sync.communicator import Communicator, Topology
+from qsr.sync.communicator import Communicator
+from qsr.sync.topology import Topology
 from tests.support import batchnorm_net
 
 ALONE = Communicator(Topology(0, 1, 0, 1), torch.device("cpu"), 10.0)

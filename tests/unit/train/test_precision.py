@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan
 from qsr.config.schema import LossConfig
-from qsr.sync.communicator import Topology
+from qsr.sync.topology import Topology
 from qsr.train.losses import TrainingLoss
 from qsr.train.precision import GROWTH_STEPS, MOST_REPEATS, SETTLED_STEPS, LossScale
 from tests.support import Rig, Setup, build, run_ranks
