@@ -23,7 +23,7 @@ from qsr.data import (
 )
 from qsr.errors import CheckpointError, ClusterError, ConfigError, DataError
 from qsr.output import warn
-from qsr.planner.cost_model import make_cost_model, moment_bytes, parameter_bytes
+from qsr.planner.cost_model import make_cost_model, moment_bytes, overlaps, parameter_bytes
 from qsr.run.checkpoint import Checkpointer
 from qsr.run.environment import code_that_runs, other_code, write_records
 from qsr.run.folder import RunFolder
@@ -375,7 +375,7 @@ def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[st
     }
     here = replace(config, cluster=replace(config.cluster, ranks=ranks))
     try:
-        overlapped = ranks == config.shards and config.cluster.overlap_gradients
+        overlapped = overlaps(config, plan, ranks)
         cost = make_cost_model(here, parameters).run(plan, overlapped=overlapped)
     except ConfigError:  # the profile does not cover this network or this many machines
         return planned

@@ -84,6 +84,29 @@ class MeasuredAllReduce:
         return times[right - 1] + share * (times[right] - times[right - 1])
 
 
+@dataclass(frozen=True)
+class AverageOfParts:
+    """Averages of workers that are made of several ranks each: every rank averages its part with
+    the ranks of the same part of the other workers; then the ranks of a worker gather the parts,
+    which takes half as long as an all-reduce among them."""
+
+    between: AllReduce
+    """Among the workers, each of them counted as one rank."""
+    inside: AllReduce
+    """Among the ranks of a worker."""
+    share: float
+    """Share of the bytes that one link between workers carries: 1 if a machine holds whole workers,
+    less if the ranks of a worker have several links."""
+
+    def seconds(self, num_bytes: float) -> float:
+        """Time of one average of `num_bytes`."""
+        return self.between.seconds(self.share * num_bytes) + self.inside.seconds(num_bytes) / 2
+
+    def bytes_per_link(self, num_bytes: float) -> float:
+        """Bytes over the link of each machine, per direction."""
+        return ring_bytes(self.between.ranks, self.share * num_bytes)
+
+
 def ring_bytes(ranks: int, num_bytes: float) -> float:
     """Bytes that each of `ranks` sends in a ring all-reduce of `num_bytes`: 2 (ranks - 1) / ranks
     times `num_bytes`. With several machines as much crosses each machine's link, per direction."""
@@ -136,6 +159,8 @@ class RunCost:
     """Time of a run, without evaluations and checkpoints."""
 
     compute_seconds: float
+    """With the averages of gradients within workers of several ranks, as far as they are not
+    hidden."""
     communication_seconds: float
     """All-reduces that are not hidden, and waiting for the slowest rank before them."""
     ranks: int
@@ -171,6 +196,10 @@ class CostModel:
     """How long ranks wait for the slowest one, on average, if all must end a step together."""
     overlapped_step_seconds: float | None = None
     """Measured time of an overlapped data parallel step; None: use the formula."""
+    parts: AverageOfParts | None = None
+    """How averages of parameters travel if several ranks make one worker; None: as `allreduce`."""
+    overlap_within_workers: bool = False
+    """Whether the averages of gradients within such workers overlap with the backward pass."""
 
     @property
     def gradient_seconds(self) -> float:
@@ -184,9 +213,19 @@ class CostModel:
         accumulated over the earlier ones."""
         if self.overlapped_step_seconds is not None:
             return max(0.0, self.overlapped_step_seconds - self.compute_seconds)
+        return self._exposed(self.allreduce) + self.waiting_seconds
+
+    def _exposed(self, allreduce: AllReduce) -> float:
         window = BACKWARD_SHARE * self.compute_seconds / self.micro_batches
-        last_bucket = self.allreduce.seconds(min(self.bucket_bytes, self.parameter_bytes))
-        return exposed_seconds(self.gradient_seconds, window, last_bucket) + self.waiting_seconds
+        last_bucket = allreduce.seconds(min(self.bucket_bytes, self.parameter_bytes))
+        return exposed_seconds(allreduce.seconds(self.parameter_bytes), window, last_bucket)
+
+    def seconds_within_workers(self, *, overlapped: bool) -> float:
+        """What the average of gradients among the ranks of a worker adds to a local step."""
+        if self.parts is None:
+            return 0.0
+        inside = self.parts.inside
+        return self._exposed(inside) if overlapped else inside.seconds(self.parameter_bytes)
 
     def round_waiting_seconds(self, h: int) -> float:
         """Waiting at the end of a round of `h` local steps. Slow and fast steps partly cancel, so
@@ -196,30 +235,45 @@ class CostModel:
     @property
     def average_seconds(self) -> float:
         """All-reduces at the end of a round of local steps; moments have a separate one."""
-        moments = self.allreduce.seconds(self.moment_bytes) if self.moment_bytes else 0.0
-        return self.allreduce.seconds(self.parameter_bytes) + moments
+        allreduce = self.parts or self.allreduce
+        moments = allreduce.seconds(self.moment_bytes) if self.moment_bytes else 0.0
+        return allreduce.seconds(self.parameter_bytes) + moments
+
+    def bytes_per_link(self, plan: Plan) -> float:
+        """Bytes of a plan's averages over the link of each machine, per direction; those within
+        workers stay inside a machine, and are left out."""
+        if self.allreduce.machines == 1:
+            return 0.0
+        gradients = plan.gradient_rounds * self.parameter_bytes
+        rest = averaged_bytes(plan, self.parameter_bytes, self.moment_bytes) - gradients
+        ranks = self.allreduce.ranks
+        of_rest = ring_bytes(ranks, rest) if self.parts is None else self.parts.bytes_per_link(rest)
+        return ring_bytes(ranks, gradients) + of_rest
 
     def data_parallel(self, steps: int, *, overlapped: bool) -> RunCost:
         """Data parallel training, its all-reduces after the backward pass or overlapped with it."""
-        return self._run(steps, steps * self._gradient_step_seconds(overlapped))
+        seconds = steps * self._gradient_step_seconds(overlapped)
+        return RunCost(steps * self.compute_seconds, seconds, self.allreduce.ranks)
 
     def run(self, plan: Plan, *, overlapped: bool) -> RunCost:
         """The rounds of a plan; `overlapped` applies to those that average gradients."""
         seconds = plan.gradient_rounds * self._gradient_step_seconds(overlapped)
-        hidden = self.delay_steps * self.compute_seconds
+        # the trainer does not overlap in plans with both kinds of averages
+        overlap_within = self.overlap_within_workers and not plan.gradient_rounds
+        within = self.seconds_within_workers(overlapped=overlap_within)
+        hidden = self.delay_steps * (self.compute_seconds + within)
         if plan.gradient_rounds < plan.num_rounds:
             for round_ in plan.rounds():
                 if round_.averages == "parameters":
                     each = self.average_seconds + self.round_waiting_seconds(round_.length)
                     last = round_.end == plan.total_steps
                     seconds += each if last else max(0.0, each - hidden)
-        return self._run(plan.total_steps, seconds)
+        local_steps = plan.total_steps - plan.gradient_rounds
+        compute = plan.total_steps * self.compute_seconds + local_steps * within
+        return RunCost(compute, seconds, self.allreduce.ranks)
 
     def _gradient_step_seconds(self, overlapped: bool) -> float:
         """Time of a data parallel step in addition to its computing."""
         if overlapped:
             return self.exposed_gradient_seconds
         return self.gradient_seconds + self.waiting_seconds
-
-    def _run(self, steps: int, communication_seconds: float) -> RunCost:
-        return RunCost(steps * self.compute_seconds, communication_seconds, self.allreduce.ranks)

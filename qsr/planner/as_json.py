@@ -19,6 +19,7 @@ def forecast_record(forecast: Forecast) -> dict[str, Any]:
         "parameters": forecast.parameters,
         "precision": config.precision,
         "workers": config.workers,
+        "ranks_per_worker": config.ranks_per_worker,
         "ranks": model.allreduce.ranks if model else None,
         "machines": model.allreduce.machines if model else None,
         "global_batch": config.global_batch,

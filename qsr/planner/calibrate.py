@@ -1,6 +1,7 @@
 """Measures how fast these machines are: steps on all ranks at once, and all-reduces."""
 
 import itertools
+import math
 import os
 import statistics
 import time
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from qsr.cluster.group import join
 from qsr.config.planning import make_plan, make_sampler
@@ -20,6 +22,7 @@ from qsr.planner.profiles import Measurement
 from qsr.run.environment import environment
 from qsr.sync.communicator import Communicator
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
+from qsr.sync.topology import Topology
 from qsr.train.losses import TrainingLoss
 from qsr.train.monitor import Monitor
 from qsr.train.precision import Precision
@@ -50,8 +53,11 @@ class Calibration:
     """The parts of `measure`, for callers that interleave other work. All are collective."""
 
     def __init__(self, config: Config, num_classes: int, train_images: int) -> None:
+        # speeds are those of ranks: each counts as a worker here
+        config = replace(config, workers=config.shards, ranks_per_worker=1)
         self._config = config
         self._communicator = join(config)
+        self._inside = _within_machine(self._communicator)
         place = self._communicator.topology
         # rule and bucket size
         kinds: dict[str, tuple[Rule, float | None]] = {"alone": (ConstantRule(1), None)}
@@ -65,6 +71,7 @@ class Calibration:
         }
         self._seconds: dict[str, list[float]] = {kind: [] for kind in self._kinds}
         self._allreduce_seconds: dict[int, float] = {}
+        self._inside_seconds: dict[int, float] = {}
         for steps in self._kinds.values():
             steps.take(WARMUP)
             steps.settle()
@@ -80,10 +87,11 @@ class Calibration:
     def time_allreduces(self) -> None:
         """Time all-reduces of all sizes; replaces earlier measurements."""
         if self._communicator.topology.ranks > 1:
-            self._allreduce_seconds = {
-                size: _allreduce_seconds(self._communicator, size)
-                for size in _sizes(self._kinds["alone"].parameter_bytes)
-            }
+            sizes = _sizes(self._kinds["alone"].parameter_bytes)
+            everyone, inside = self._communicator, self._inside
+            self._allreduce_seconds = {s: _allreduce_seconds(everyone, everyone, s) for s in sizes}
+            if inside is not None:
+                self._inside_seconds = {s: _allreduce_seconds(inside, everyone, s) for s in sizes}
 
     def measurement(self, command: str, blocks: int) -> Measurement:
         """The result from the last `blocks` blocks of steps and the all-reduces."""
@@ -94,7 +102,7 @@ class Calibration:
         slowest = map(max, zip(*communicator.gather_floats(means), strict=True))
         seconds = dict(zip(self._kinds, slowest, strict=True))
         found = environment(place, str(communicator.device))
-        ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        ranks_per_machine = _ranks_per_machine()
         data_parallel = None
         if "blocking" in seconds:
             data_parallel = DataParallelSteps(
@@ -112,6 +120,7 @@ class Calibration:
             seconds_per_image=seconds["alone"] / images,
             sizes_bytes=tuple(self._allreduce_seconds),
             allreduce_seconds=tuple(self._allreduce_seconds.values()),
+            inside_seconds=tuple(self._inside_seconds.values()),
             data_parallel=data_parallel,
             how=(
                 f"measured by {command} on {found['gpu'] or found['cpu']}, torch "
@@ -206,7 +215,25 @@ def _sizes(largest: int) -> list[int]:
     return sizes[::-1]
 
 
-def _allreduce_seconds(communicator: Communicator, num_bytes: int) -> float:
+def _ranks_per_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _within_machine(everyone: Communicator) -> Communicator | None:
+    """Collective: the collectives among the ranks of this machine; None if that is one rank, or if
+    all are on one machine."""
+    each, place = _ranks_per_machine(), everyone.topology
+    if not 1 < each < place.ranks:
+        return None
+    machines = [list(range(first, first + each)) for first in range(0, place.ranks, each)]
+    group, _ = dist.new_subgroups_by_enumeration(machines)
+    assert isinstance(group, dist.ProcessGroup)  # this rank is a member
+    own = Topology(place.rank % each, each, place.local_rank, each)
+    return Communicator(own, everyone.device, math.inf, group=group)
+
+
+def _allreduce_seconds(communicator: Communicator, everyone: Communicator, num_bytes: int) -> float:
+    """The time on the slowest rank of everyone."""
     buffer = torch.zeros(num_bytes // 4, device=communicator.device)
 
     def timed() -> float:
@@ -216,9 +243,9 @@ def _allreduce_seconds(communicator: Communicator, num_bytes: int) -> float:
 
     seconds = []
     for _ in range(WARMUP + ALLREDUCE_REPETITIONS):
-        communicator.barrier()  # all begin at the same time
+        everyone.barrier()  # all begin at the same time
         seconds.append(timed())
-    medians = communicator.gather_floats([statistics.median(seconds[WARMUP:])])
+    medians = everyone.gather_floats([statistics.median(seconds[WARMUP:])])
     return max(median for (median,) in medians)
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from qsr.config import schema
 from qsr.config.planning import even_ranks
-from qsr.core.cost import AllReduce, CostModel, Link, MeasuredAllReduce
+from qsr.core.cost import AllReduce, AverageOfParts, CostModel, Link, MeasuredAllReduce
+from qsr.core.plan import Plan
 from qsr.errors import ConfigError, UnknownSpeedError
 
 BYTES_PER_PARAMETER = 4
@@ -31,18 +32,20 @@ def speed_key(config: schema.Config) -> str:
 
 def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tuple[int, int]:
     """Ranks and machines of the run: those of a Slurm job; otherwise cluster.ranks, or the largest
-    number that shares the workers evenly, on as few machines as possible. Raises ConfigError if the
-    cluster is too small."""
+    number that shares the workers evenly (if several ranks make one worker, all of these), on as
+    few machines as possible. Raises ConfigError if the cluster is too small."""
     most = speed.machines * speed.ranks_per_machine
     cluster = config.cluster
     if isinstance(cluster, schema.SlurmCluster):
         return cluster.job_ranks, cluster.nodes
     ranks = cluster.ranks
-    if ranks is None:
+    if config.ranks_per_worker > 1:
+        ranks = config.shards
+    elif ranks is None:
         ranks = even_ranks(config.workers, most)
     if ranks > most:
         raise ConfigError(
-            f"cluster.ranks={ranks}, but {config.cluster.name} has {speed.machines} x "
+            f"the run has {ranks} ranks, but {config.cluster.name} has {speed.machines} x "
             f"{speed.ranks_per_machine} ranks: use fewer, or raise cluster.speed.machines or "
             f"cluster.speed.ranks_per_machine"
         )
@@ -64,7 +67,7 @@ def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
             f"no hours: cluster={config.cluster.name} has no speed for {key}; {calibrate}, or set "
             f"cluster.speed.seconds_per_image={{{key}:SECONDS}}"
         )
-    images = config.local_batch * (config.workers // allreduce.ranks)
+    images = config.shard_size * (config.shards // allreduce.ranks)
     model = CostModel(
         allreduce=allreduce,
         compute_seconds=speed.seconds_per_image[key] * images,
@@ -73,6 +76,8 @@ def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
         moment_bytes=moment_bytes(config.sync, parameters),
         delay_steps=config.sync.delay_steps,
         bucket_bytes=config.cluster.bucket_mib * 2**20,
+        parts=_parts(config, speed, allreduce) if config.ranks_per_worker > 1 else None,
+        overlap_within_workers=config.cluster.overlap_gradients,
     )
     measured = speed.data_parallel.get(key)
     own = (allreduce.ranks, images, model.micro_batches)
@@ -95,10 +100,49 @@ def _allreduce(config: schema.Config, speed: schema.SpeedConfig) -> AllReduce:
             return MeasuredAllReduce(ranks, machines, measured.sizes_bytes, measured.seconds)
         except ValueError as error:
             raise ConfigError(f"cluster.speed.allreduce: {error}") from None
+    return Link(ranks, machines, _bytes_per_second(config, speed, ranks), speed.latency_seconds)
+
+
+def _bytes_per_second(config: schema.Config, speed: schema.SpeedConfig, ranks: int) -> float:
     gbit_per_second = speed.link_gbit_per_second
     if gbit_per_second is None and ranks > 1:
         raise UnknownSpeedError(
             f"no hours: cluster={config.cluster.name} has no speed of the link between ranks; set "
             f"cluster.speed.link_gbit_per_second"
         )
-    return Link(ranks, machines, (gbit_per_second or math.inf) * 1e9 / 8, speed.latency_seconds)
+    return (gbit_per_second or math.inf) * 1e9 / 8
+
+
+def _parts(
+    config: schema.Config, speed: schema.SpeedConfig, allreduce: AllReduce
+) -> AverageOfParts:
+    """Averages of workers of several ranks over the two kinds of links: that between machines, and
+    those between the ranks of a machine."""
+    each, latency = config.ranks_per_worker, speed.latency_seconds
+    on_machine = math.ceil(allreduce.ranks / allreduce.machines)
+    link = _bytes_per_second(config, speed, allreduce.ranks)
+    inside_gbit = speed.inside_gbit_per_second
+    if inside_gbit is None and speed.machines == 1:
+        inside_gbit = speed.link_gbit_per_second
+    if inside_gbit is None and (each <= on_machine or allreduce.machines == 1):
+        raise UnknownSpeedError(
+            f"no hours: cluster={config.cluster.name} has no speed between the ranks of a machine; "
+            f"set cluster.speed.inside_gbit_per_second, or measure it: qsr plan calibrate"
+        )
+    within = (inside_gbit or math.inf) * 1e9 / 8
+    if each > on_machine:  # a worker lies on several machines
+        inside = Link(each, math.ceil(each / on_machine), link, latency)
+    else:
+        inside = Link(each, 1, within, latency)
+    if allreduce.machines == 1:  # every rank has its own link to the others
+        between = Link(config.workers, 1, within, latency)
+        return AverageOfParts(between, inside, share=1 / each)
+    between = Link(config.workers, allreduce.machines, link, latency)
+    return AverageOfParts(between, inside, share=min(1.0, on_machine / each))
+
+
+def overlaps(config: schema.Config, plan: Plan, ranks: int) -> bool:
+    """Whether the trainer hides the averages of a plan's data parallel rounds behind the backward
+    pass: only if each rank has one shard, and no other averages of gradients."""
+    mixed = config.ranks_per_worker > 1 and plan.gradient_rounds < plan.total_steps
+    return config.cluster.overlap_gradients and ranks == config.shards and not mixed

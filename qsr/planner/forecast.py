@@ -14,6 +14,7 @@ from qsr.errors import ConfigError, UnknownSpeedError
 from qsr.planner.cost_model import (
     make_cost_model,
     moment_bytes,
+    overlaps,
     parameter_bytes,
     speed_key,
 )
@@ -133,12 +134,16 @@ class Forecast:
             notes.append(
                 "overlapped: assumes that hidden all-reduces do not slow down the backward pass"
             )
-        if allreduce.ranks < self.config.workers and self.config.cluster.overlap_gradients:
+        if allreduce.ranks < self.config.shards and self.config.cluster.overlap_gradients:
             notes.append("a rank holds several workers here, so qsr train does not overlap")
         if allreduce.machines == 1 < speed.machines and allreduce.ranks > 1:
             notes.append(
                 "the run fits on one machine, whose internal links are not in the profile: "
                 "communication is an upper bound, at the speed of the link between machines"
+            )
+        if self.model.parts is not None:
+            notes.append(
+                "compute: local steps with their averages of gradients among the ranks of a worker"
             )
         return notes
 
@@ -192,12 +197,7 @@ def _methods(
     config: schema.Config, plan: Plan, parameters: int, model: CostModel | None
 ) -> Iterator[Method]:
     schedule, label = plan.schedule, config.sync.label
-    # DDP overlaps only if every rank is one worker; else the trainer sums a rank's workers first
-    overlaps = (
-        config.cluster.overlap_gradients
-        and model is not None
-        and model.allreduce.ranks == config.workers
-    )
+    overlapping = model is not None and overlaps(config, plan, model.allreduce.ranks)
     plain = Plan(schedule, EveryStepRule("gradients"))
     wanted = [(label, plan, True), ("data parallel", plain, False)]
     if plan.gradient_rounds == plan.total_steps:
@@ -210,7 +210,7 @@ def _methods(
             yield _method(config, name, its_plan, None, planned, parameters, model)
             continue
         for overlapped, how in ((False, "blocking"), (True, "overlapped")):
-            itself = planned and overlapped is overlaps
+            itself = planned and overlapped is overlapping
             its_name = f"{name}, {how}"
             yield _method(config, its_name, its_plan, overlapped, itself, parameters, model)
 
@@ -226,17 +226,13 @@ def _method(
 ) -> Method:
     moments = moment_bytes(config.sync, parameters)
     given = averaged_bytes(plan, parameter_bytes(parameters), moments)
-    per_link = None
-    if model is not None:
-        machines = model.allreduce.machines
-        per_link = round(ring_bytes(model.allreduce.ranks, given)) if machines > 1 else 0
     return Method(
         label=label,
         plan=plan,
         overlapped=overlapped,
         planned=planned,
         bytes_sent_per_worker=round(ring_bytes(config.workers, given)),
-        bytes_per_link=per_link,
+        bytes_per_link=None if model is None else round(model.bytes_per_link(plan)),
         cost=model.run(plan, overlapped=bool(overlapped)) if model else None,
         fitted_hours=None if model is None or overlapped else _fitted_hours(config, plan, model),
     )
@@ -244,7 +240,11 @@ def _method(
 
 def _fitted_hours(config: schema.Config, plan: Plan, model: CostModel) -> float | None:
     sources = _sources(config)
-    if model.moment_bytes or any(source.text == GIVEN for source in _of_times(sources)):
+    if (
+        model.moment_bytes
+        or model.parts is not None
+        or any(source.text == GIVEN for source in _of_times(sources))
+    ):
         return None
     assert config.cluster.speed is not None
     for run in config.cluster.speed.fitted_to:
@@ -265,6 +265,9 @@ def _sources(config: schema.Config) -> tuple[Source, ...]:
     values = {
         "link_gbit_per_second": speed.link_gbit_per_second,
         "latency_seconds": speed.latency_seconds,
+        "inside_gbit_per_second": speed.inside_gbit_per_second
+        if config.ranks_per_worker > 1
+        else None,
         key: speed.seconds_per_image[key],
         PRICE: speed.price_per_gpu_hour,
     }

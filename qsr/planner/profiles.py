@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from qsr.config.schema import (
     DataParallelSteps,
     SpeedConfig,
 )
-from qsr.core.cost import fit_link
+from qsr.core.cost import Link, fit_link
 from qsr.errors import ConfigError
 
 _BEGINNING = "# Written by `"
@@ -39,6 +40,8 @@ class Measurement:
     """Sizes of the all-reduces, rising to the model's size; empty for one rank."""
     allreduce_seconds: tuple[float, ...]
     """Times of the slowest rank."""
+    inside_seconds: tuple[float, ...]
+    """The same among the ranks of each machine; empty for one machine, or one rank on each."""
     data_parallel: DataParallelSteps | None
     """Data parallel steps; None for one rank."""
     how: str
@@ -98,15 +101,10 @@ def updated_profile(
             f"{cluster.name} was measured on {before.machines} x {before.ranks_per_machine} ranks, "
             f"not {found.machines} x {found.ranks_per_machine}: choose another name"
         )
-    link, latency, measured = None, 0.0, None
+    link, latency, measured, inside = None, 0.0, None, None
     sources = {**(before.sources if before else {}), found.key: found.how}
     if found.ranks > 1:
-        try:
-            fit, residual = fit_link(
-                found.ranks, found.machines, found.sizes_bytes, found.allreduce_seconds
-            )
-        except ValueError as error:
-            raise ConfigError(f"{error}: measure again on idle machines") from None
+        fit, residual = _fit(found.ranks, found.machines, found, found.allreduce_seconds)
         link, latency = _rounded(fit.bytes_per_second * 8 / 1e9), _rounded(fit.latency_seconds)
         measured = AllReduceTimes(found.ranks, found.sizes_bytes, found.allreduce_seconds)
         text = f"fitted to all-reduces of {len(found.sizes_bytes)} sizes, to within "
@@ -116,6 +114,11 @@ def updated_profile(
             "latency_seconds": "fitted with the link",
             "allreduce": found.how,
         }
+    if found.inside_seconds:
+        fit, residual = _fit(found.ranks_per_machine, 1, found, found.inside_seconds)
+        inside = _rounded(fit.bytes_per_second * 8 / 1e9)
+        text = f"fitted like the link, to within {100 * residual:.0f} %"
+        sources["inside_gbit_per_second"] = text
     speed = SpeedConfig(
         machines=found.machines,
         ranks_per_machine=found.ranks_per_machine,
@@ -133,8 +136,18 @@ def updated_profile(
         price_per_gpu_hour=before.price_per_gpu_hour if before else None,
         fitted_to=(),
         sources=sources,
+        inside_gbit_per_second=inside,
     )
     return dataclasses.replace(cluster, speed=speed)
+
+
+def _fit(
+    ranks: int, machines: int, found: Measurement, seconds: Sequence[float]
+) -> tuple[Link, float]:
+    try:
+        return fit_link(ranks, machines, found.sizes_bytes, seconds)
+    except ValueError as error:
+        raise ConfigError(f"{error}: measure again on idle machines") from None
 
 
 def _rounded(value: float) -> float:

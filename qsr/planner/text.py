@@ -24,7 +24,7 @@ def print_forecast(forecast: Forecast) -> None:
     console.print(f"{config.experiment}, cluster {config.cluster.name}", style="bold")
     console.print(
         f"{config.model.timm_name or config.model.name}, {forecast.parameters:,} parameters; "
-        f"{config.workers} workers{_place(forecast)}; global batch {config.global_batch:,}"
+        f"{_workers(forecast)}{_place(forecast)}; global batch {config.global_batch:,}"
     )
     console.print(
         f"{plan.total_steps:,} steps = {config.epochs} epochs of {forecast.steps_per_epoch:,}; "
@@ -54,7 +54,7 @@ def plan_line(forecast: Forecast) -> str:
     text = (
         f"{plan.total_steps:,} steps in {config.epochs} epochs, {plan.num_rounds:,} rounds (volume "
         f"{100 * plan.volume:.1f} %), the longest of H={longest.length:,} from step "
-        f"{longest.start:,}; {config.workers} workers, global batch {config.global_batch:,}; "
+        f"{longest.start:,}; {_workers(forecast)}, global batch {config.global_batch:,}; "
     )
     if run.cost is None:
         return text + forecast.why_no_times
@@ -121,6 +121,11 @@ def print_calibration(profile: ClusterConfig, found: Measurement) -> None:
         f"{1e6 * speed.latency_seconds:.4g} microseconds: "
         f"{speed.sources['link_gbit_per_second'].partition(';')[0]}"
     )
+    if speed.inside_gbit_per_second is not None:
+        console.print(
+            f"between the ranks of a machine {speed.inside_gbit_per_second:.4g} Gbit/s: "
+            f"{speed.sources['inside_gbit_per_second']}"
+        )
 
 
 def print_what_if(cases: Sequence[what_if.Case]) -> None:
@@ -154,6 +159,11 @@ def _spread(cases: Sequence[what_if.Case]) -> str:
         alike.setdefault(key, []).append(case.saved_of_overlapped)
     most = max(max(values) - min(values) for values in alike.values())
     return f"within {100 * most:.1f} points of these"
+
+
+def _workers(forecast: Forecast) -> str:
+    each = forecast.config.ranks_per_worker
+    return f"{forecast.config.workers} workers" + (f" of {each} ranks each" if each > 1 else "")
 
 
 def _place(forecast: Forecast) -> str:

@@ -284,7 +284,7 @@ def test_a_run_on_such_files_does_not_start(tmp_path: Path, name: str) -> None:
     root = plant(tmp_path / "data", *GOOD)
     (root / "train/b/x.png").write_bytes(unusable(name))
     settings = [*RUN, "data=folder", f"data.root={root}", f"runs_dir={tmp_path / 'runs'}"]
-    with pytest.raises(DataError, match=r"train/b/x\.png \(index 2 of train: .*prepare\.py check"):
+    with pytest.raises(DataError, match=r"train/b/x\.png \(index 2 of train: .*qsr prepare check"):
         build.prepare(load_config([*settings, "global_batch=2"]))
     assert not (tmp_path / "runs").exists()
 

@@ -267,7 +267,7 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     config = load_config([DEMO])
     left_out = leaves(to_dict(config)) - set(identity(config))
     assert {name.split(".")[0] for name in left_out} == {
-        "checkpoint", "cluster", "data", "evaluation", "experiment", "runs_dir",
+        "checkpoint", "cluster", "data", "evaluation", "experiment", "ranks_per_worker", "runs_dir",
         "stop_after_steps", "sync", "tracking",
     }  # fmt: skip
     assert {name for name in left_out if name.startswith(("data", "evaluation", "sync"))} == {

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan, PostLocalRule
 from qsr.core.cost import (
+    AverageOfParts,
     CostModel,
     Link,
     MeasuredAllReduce,
@@ -214,3 +215,41 @@ def test_bytes_and_hours_of_gpus() -> None:
     assert ring_bytes(4, 100) == 150
     cost = RunCost(compute_seconds=3600.0, communication_seconds=1800.0, ranks=16)
     assert (cost.total_seconds, cost.gpu_hours) == (5400.0, 24.0)
+
+
+# two machines of four ranks, each machine one worker: 100 MiB/s between them, 400 within
+PARTS = AverageOfParts(Link(2, 2, 100 * 2**20, 0.0), Link(4, 1, 400 * 2**20, 0.0), share=1.0)
+HYBRID = CostModel(Link(8, 2, 100 * 2**20, 0.0), 1.2, 1, 100 * 2**20, parts=PARTS)
+
+
+def test_workers_of_several_ranks() -> None:
+    plan = Plan(ConstantSchedule(0.1, 10), ConstantRule(4))  # 4, 4, 2
+    # all ranks: 2 x 7/8 x 1 s. Among the workers: 1 s. Among the ranks of one: 6/4 x 1/4 s, and
+    # half as long to gather the parts
+    assert HYBRID.gradient_seconds == pytest.approx(1.75)
+    assert HYBRID.average_seconds == pytest.approx(1.0 + 0.375 / 2)
+    cost = HYBRID.run(plan, overlapped=False)
+    assert cost.communication_seconds == pytest.approx(3 * 1.1875)
+    assert cost.compute_seconds == pytest.approx(10 * (1.2 + 0.375))
+    assert cost.ranks == 8
+    # DDP hides all but the last bucket, a quarter, behind 0.8 s
+    hiding = replace(HYBRID, overlap_within_workers=True).run(plan, overlapped=False)
+    assert hiding.compute_seconds == pytest.approx(10 * (1.2 + 0.375 / 4))
+    # not in a plan that averages over all ranks as well: 4 data parallel steps, 6 local ones
+    mixed = Plan(ConstantSchedule(0.1, 10), PostLocalRule(4, 3))
+    cost = replace(HYBRID, overlap_within_workers=True).run(mixed, overlapped=False)
+    assert cost.compute_seconds == pytest.approx(10 * 1.2 + 6 * 0.375)
+    assert cost.communication_seconds == pytest.approx(4 * 1.75 + 2 * 1.1875)
+    assert HYBRID.data_parallel(10, overlapped=False).total_seconds == pytest.approx(12 + 17.5)
+
+
+def test_bytes_over_the_link_of_a_machine() -> None:
+    parameters = 100 * 2**20
+    plan = Plan(ConstantSchedule(0.1, 10), PostLocalRule(4, 3))
+    assert HYBRID.bytes_per_link(plan) == pytest.approx((4 * 1.75 + 2 * 1.0) * parameters)
+    flat = replace(HYBRID, parts=None)
+    assert flat.bytes_per_link(plan) == pytest.approx(6 * 1.75 * parameters)
+    assert replace(HYBRID, allreduce=Link(8, 1, 1.0, 0.0)).bytes_per_link(plan) == 0
+    # a worker on two machines: each of their links carries half
+    spread = replace(HYBRID, parts=replace(PARTS, share=0.5))
+    assert spread.bytes_per_link(plan) == pytest.approx((4 * 1.75 + 2 * 0.5) * parameters)

@@ -204,7 +204,7 @@ def test_one_rank_needs_no_link() -> None:
 
 
 def test_more_ranks_than_the_cluster_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.ranks=32, but paper_2x8 has 2 x 8"):
+    with pytest.raises(ConfigError, match="the run has 32 ranks, but paper_2x8 has 2 x 8"):
         make_cost_model(load_config([*VIT_64, *QSR, "cluster=paper_2x8", "cluster.ranks=32"]), 1)
 
 
@@ -278,3 +278,53 @@ def test_a_clusters_speed_is_no_part_of_a_runs_identity() -> None:
     local, paper = (load_config([*VIT_16, *QSR, f"cluster={c}"]) for c in ("local", "paper_2x8"))
     assert config_hash(local) == config_hash(paper)
     assert local.experiment == paper.experiment
+
+
+INSIDE = "cluster.speed.inside_gbit_per_second=160"
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "inside", "between", "share"),
+    [
+        # a machine is a worker, half a worker, or two of them; all 16 ranks on 2 machines
+        (2, 8, (8, 1, 20e9), (2, 2), 1.0),
+        (1, 16, (16, 2, 2.322590650e9), (1, 2), 0.5),
+        (4, 4, (4, 1, 20e9), (4, 2), 1.0),
+        # on one machine every rank has a link of its own
+        (2, 4, (4, 1, 20e9), (2, 1), 0.25),
+    ],
+)
+def test_links_of_workers_of_several_ranks(
+    workers: int,
+    each: int,
+    inside: tuple[int, int, float],
+    between: tuple[int, int],
+    share: float,
+) -> None:
+    settings = (f"workers={workers}", f"ranks_per_worker={each}", "cluster=paper_2x8", INSIDE)
+    config = load_config([*VIT_16, *QSR, *settings])
+    model = make_cost_model(config, 86_381_800)
+    assert (model.allreduce.ranks, model.allreduce.machines) == (
+        workers * each,
+        2 if workers * each == 16 else 1,
+    )
+    assert model.compute_seconds == pytest.approx(0.00292180879 * 4096 / (workers * each))
+    assert model.overlap_within_workers
+    parts = model.parts
+    assert parts is not None
+    assert isinstance(parts.inside, Link)
+    found = (parts.inside.ranks, parts.inside.machines, parts.inside.bytes_per_second)
+    assert found == pytest.approx(inside)
+    assert (parts.between.ranks, parts.between.machines, parts.share) == (*between, share)
+
+
+def test_the_speed_within_a_machine_must_be_known() -> None:
+    settings = ("workers=2", "ranks_per_worker=8", "cluster=paper_2x8")
+    with pytest.raises(UnknownSpeedError, match=r"set cluster\.speed\.inside_gbit_per_second"):
+        make_cost_model(load_config([*VIT_16, *QSR, *settings]), 86_381_800)
+
+
+def test_a_cluster_that_is_too_small_for_the_ranks_of_the_workers() -> None:
+    settings = ("workers=4", "ranks_per_worker=8", "cluster=paper_2x8", INSIDE)
+    with pytest.raises(ConfigError, match="the run has 32 ranks, but paper_2x8 has 2 x 8"):
+        make_cost_model(load_config([*VIT_16, *QSR, *settings]), 86_381_800)

@@ -145,6 +145,7 @@ def test_a_run_on_one_of_two_machines_is_an_upper_bound() -> None:
 
 RECORD = {
     *("experiment", "cluster", "rule", "model", "parameters", "precision", "workers", "ranks"),
+    "ranks_per_worker",
     *("machines", "global_batch", "local_batch", "micro_batch", "epochs", "steps_per_epoch"),
     *("steps", "rounds", "volume", "h_first_steps", "h_last_steps", "longest_round_steps"),
     *("longest_round_epochs", "longest_round_start_step", "speedup_over_blocking_data_parallel"),

@@ -30,6 +30,7 @@ FOUND = Measurement(
     seconds_per_image=0.00123456789,
     sizes_bytes=SIZES,
     allreduce_seconds=tuple(LINK.seconds(size) for size in SIZES),
+    inside_seconds=(),
     data_parallel=STEPS,
     how="measured by a test",
 )
@@ -51,6 +52,22 @@ def test_a_first_profile() -> None:
     assert speed.sources["link_gbit_per_second"] == (
         "fitted to all-reduces of 3 sizes, to within 0 % (root mean square); measured by a test"
     )
+
+
+def test_the_link_between_the_ranks_of_a_machine() -> None:
+    inside = Link(2, 1, 4e9, 50e-6)
+    seconds = tuple(inside.seconds(size) for size in SIZES)
+    both = Link(4, 2, 1e9, 50e-6)
+    found = replace(
+        FOUND,
+        machines=2,
+        allreduce_seconds=tuple(both.seconds(size) for size in SIZES),
+        inside_seconds=seconds,
+    )
+    speed = updated_profile(CLUSTER, None, found).speed
+    assert speed is not None
+    assert (speed.link_gbit_per_second, speed.inside_gbit_per_second) == (8.0, 32.0)
+    assert speed.sources["inside_gbit_per_second"] == "fitted like the link, to within 0 %"
 
 
 def test_another_network_is_added_and_the_link_renewed() -> None:
