@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from qsr import build
 from qsr.config.load import CONFIG_DIR, load_config, run_folder, to_dict
@@ -109,6 +111,26 @@ def test_one_process_with_two_virtual_workers_makes_the_same_run(
     theirs = uninterrupted / "checkpoints" / "step_000000044"
     for name in ("worker_000.safetensors", "worker_001.safetensors", "shared.safetensors"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_one_worker_of_two_ranks_is_data_parallel_training_on_two_workers(
+    digits: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, whatever the rule, and resumed in the middle of a round."""
+    parallel = command(digits, tmp_path / "parallel", "experiment=demo/parallel")
+    hybrid = command(digits, tmp_path / "hybrid", "workers=1", "ranks_per_worker=2")
+    assert call(parallel).returncode == 0
+    assert "stopped after step 31" in call([*hybrid, "stop_after_steps=31"]).stdout
+    assert call(hybrid).returncode == 0
+    ours, theirs = (folder_in(tmp_path / name) for name in ("hybrid", "parallel"))
+    one, other = (load_file(run / "model.safetensors") for run in (ours, theirs))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    summary = json.loads((ours / "summary.json").read_text())
+    assert (summary["workers"], summary["ranks_per_worker"], summary["ranks"]) == (1, 2, 2)
+    assert summary["bytes_sent_per_worker"] == summary["planned"]["bytes_sent_per_worker"] == 0
+    environment = json.loads((ours / "environment.json").read_text())
+    assert environment["ranks_per_worker"] == 2
 
 
 def test_another_run_in_the_folder_is_refused(digits: Path, tmp_path: Path) -> None:
