@@ -133,6 +133,21 @@ class RoundFollower:
             return float(groups[self._param_group]["lr"])
         return max(float(group["lr"]) for group in groups)
 
+    def summary(self) -> dict[str, Any]:
+        """Progress, for a tracker; with a plan also what it foresees."""
+        last = self.last
+        values: dict[str, Any] = {
+            "step": self.steps_done,
+            "total_steps": self.total_steps,
+            "round": None if last is None else last.index,
+            "h": None if last is None else last.length,
+            "lr": None if last is None else last.lr,
+        }
+        if self.plan is not None:
+            values["planned_averages"] = self.plan.num_rounds
+            values["planned_volume"] = self.plan.volume
+        return values
+
     def state_dict(self) -> dict[str, Any]:
         """What decides the rounds to come."""
         return {

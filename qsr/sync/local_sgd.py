@@ -1,13 +1,5 @@
 """Local SGD in any training loop: the method of Gu et al. 2024 (Algorithm 1) for other people's
-code. Needs torch and the standard library only.
-
-    sync = LocalSGD(model, optimizer, QuadraticRule(h_base=4, alpha=0.0175), total_steps=93_600,
-                    warmup_steps=10_000, peak_lr=0.008)
-    for x, y in loader:
-        loss(model(x), y).backward()
-        optimizer.step(); scheduler.step(); optimizer.zero_grad()
-        sync.step()
-"""
+code (docs/own-loop.md). Needs torch and the standard library only."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,20 +8,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qsr.core.cost import ring_bytes
 from qsr.core.plan import Plan, Round
 from qsr.core.rules import Rule
-from qsr.errors import DisagreementError, TrainingError
+from qsr.errors import TrainingError
 from qsr.sync.agreement import Agreement
-from qsr.sync.averaging import mean_tensors_
+from qsr.sync.averaging import mean_gradients_, mean_tensors_
 from qsr.sync.batchnorm import reestimate
-from qsr.sync.delayed import DelayedAverage
+from qsr.sync.equal_start import check_equal_start
 from qsr.sync.fingerprint import Fingerprint
 from qsr.sync.follower import RoundFollower
-from qsr.sync.replica import BucketReplica, FlatReplica, can_be_flat, digest, local, trainable
-from qsr.sync.users_group import check_wrapper, join_group
+from qsr.sync.replica import MoreToAverage, delayed_average, make_replica, trainable
+from qsr.sync.users_group import check_arguments, check_same_arguments, join_group
 
 
 class LocalSGD:
@@ -83,45 +75,32 @@ class LocalSGD:
         flatten: bool = True,
         on_average: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise ValueError(
-                f"{type(optimizer).__name__} wraps an optimizer: give LocalSGD the one inside, "
-                f"such as accelerate's optimizer.optimizer"
-            )
-        if delay_steps < 0:
-            raise ValueError(f"delay_steps cannot be negative, got {delay_steps}")
+        check_arguments(model, optimizer, group, delay_steps)
         self._rounds = RoundFollower(
             optimizer, rule, plan, total_steps, warmup_steps, peak_lr, param_group
         )
         self.averages = 0
         """Averages so far: of parameters, and of gradients."""
-        self._model, self._optimizer = model, optimizer
-        self._average_buffers, self._delay_steps = average_buffers, delay_steps
+        self._model = model
+        self._delay_steps = delay_steps
         self._on_average = on_average or (lambda _: None)
         parameters = trainable(model)
-        if not parameters:
-            raise ValueError("the model has no trainable parameters")
-        check_wrapper(model, group)
         self._communicator = join_group(parameters, group)
-        flat = flatten and can_be_flat(parameters)
-        self._replica: FlatReplica | BucketReplica = (FlatReplica if flat else BucketReplica)(
-            parameters, self._communicator
+        self._replica = make_replica(parameters, self._communicator, flatten)
+        self._delayed = delayed_average(self._replica) if delay_steps else None
+        self._more = MoreToAverage(
+            model,
+            optimizer,
+            momentum=average_momentum,
+            second_moment=average_second_moment,
+            buffers=average_buffers,
         )
-        self._delayed = None
-        if delay_steps:
-            if not isinstance(self._replica, FlatReplica):
-                raise ValueError("delay_steps needs parameters that can be moved (flatten=True)")
-            self._delayed = DelayedAverage(self._replica.averager, [self._replica])
-        self._state_keys = [
-            *(_momentum_of(optimizer) if average_momentum else ()),
-            *(("exp_avg_sq",) if average_second_moment else ()),
-        ]
         self._agreement = Agreement(self._communicator, lambda: False)
         self._bytes = 0
         self._gradients_averaged = False
         self._resumed = False
         self._description = f"{self._rounds.description}, delay_steps={delay_steps}"
-        self._check_same_arguments()
+        check_same_arguments(self._communicator, self._description, parameters)
         optimizer.register_step_pre_hook(self._before_update)
 
     # In the training loop
@@ -137,16 +116,8 @@ class LocalSGD:
             return False
         self._agree()
         parameters = list(trainable(self._model).values())
-        have = torch.tensor([float(p.grad is not None) for p in parameters])
-        anywhere = self._communicator.total(have.to(self._communicator.device)).tolist()
-        used = [p for p, number in zip(parameters, anywhere, strict=True) if number]
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [local(p.grad) for p in used if p.grad is not None]
-        mean_tensors_(self._communicator, gradients)
+        self._bytes += mean_gradients_(self._communicator, parameters)
         self.averages += 1
-        self._bytes += sum(gradient.nbytes for gradient in gradients)
         return True
 
     def step(self) -> bool:
@@ -218,22 +189,12 @@ class LocalSGD:
         """Progress so far, for a tracker: steps, rounds, H, averages, volume (averages / steps),
         bytes sent per worker in a ring, seconds spent in averages; with a plan also what it
         foresees for the run."""
-        last = self._rounds.last
-        values: dict[str, Any] = {
-            "step": self.steps_done,
-            "total_steps": self._rounds.total_steps,
-            "round": None if last is None else last.index,
-            "h": None if last is None else last.length,
-            "lr": None if last is None else last.lr,
+        return self._rounds.summary() | {
             "averages": self.averages,
             "volume": self.averages / self.steps_done if self.steps_done else 0.0,
             "bytes_sent_per_worker": round(ring_bytes(self.workers, self._bytes)),
             "averaging_seconds": self._communicator.seconds(),
         }
-        if self.plan is not None:
-            values["planned_averages"] = self.plan.num_rounds
-            values["planned_volume"] = self.plan.volume
-        return values
 
     @property
     def plan(self) -> Plan | None:
@@ -301,7 +262,12 @@ class LocalSGD:
             return self._rounds.round
         self._replica.check(self._model)
         if self._rounds.last is None and not self._resumed:
-            self._check_equal_start()
+            check_equal_start(
+                self._communicator,
+                [self._replica.tensors()],
+                "seed all workers alike before the model is built, load the same weights, or call "
+                "sync.broadcast() before the first step",
+            )
         round_ = self._rounds.begin()
         if self._delayed is not None and self._delayed.due is not None:
             self._delayed.due = round_.start + min(self._delay_steps, round_.length)
@@ -315,22 +281,11 @@ class LocalSGD:
             self._delayed.begin(self._mark(), due=self._rounds.total_steps)
         else:
             self._replica.average_(self._mark())
-        more = list(self._more_tensors())
+        more = list(self._more.tensors())
         mean_tensors_(self._communicator, more)
         self.averages += 1
         self._bytes += self._replica.bytes + sum(tensor.nbytes for tensor in more)
         self._on_average(self.summary())
-
-    def _more_tensors(self) -> Iterator[Tensor]:
-        """Optimizer states and buffers that are averaged with the parameters; where a worker has no
-        state for a parameter yet, zeros that nobody reads."""
-        for parameter in trainable(self._model).values() if self._state_keys else ():
-            state = self._optimizer.state[parameter]
-            for key in self._state_keys:
-                value = state.get(key)
-                yield torch.zeros_like(local(parameter)) if value is None else local(value)
-        if self._average_buffers:
-            yield from (buffer for buffer in self._model.buffers() if buffer.is_floating_point())
 
     def _agree(self) -> None:
         """Collective: raise DisagreementError unless all workers are at the same point."""
@@ -351,29 +306,3 @@ class LocalSGD:
                 f"step {self.steps_done} is data parallel: call sync.average_gradients() between "
                 f"the backward pass and optimizer.step()"
             )
-
-    def _check_equal_start(self) -> None:
-        """Collective: raise TrainingError unless all workers begin with the same weights; after an
-        average a difference would no longer show."""
-        hashes = self._communicator.gather_texts(digest(self._replica.tensors()))
-        if len(set(hashes)) > 1:
-            raise TrainingError(
-                "the workers' initial weights differ: seed all workers alike before the model is "
-                "built, load the same weights, or call sync.broadcast() before the first step"
-            )
-
-    def _check_same_arguments(self) -> None:
-        """Collective: raise DisagreementError unless all workers have the same model and rule."""
-        shapes = {name: list(p.shape) for name, p in trainable(self._model).items()}
-        record = {"run": self._description, "parameters": shapes}
-        differs = self._communicator.first_difference(record)
-        if differs is not None:
-            raise DisagreementError(
-                f"worker {differs.rank} builds another LocalSGD than worker 0 ({differs.what}): "
-                f"use the same model and arguments on all"
-            )
-
-
-def _momentum_of(optimizer: torch.optim.Optimizer) -> list[str]:
-    """torch's name of the first moment."""
-    return ["momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"]

@@ -1,36 +1,17 @@
 """The parameters of a worker whose training loop is not ours, and how they are averaged."""
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qsr.errors import TrainingError
-from qsr.sync.averaging import Averager, mean_tensors_
+from qsr.sync.averaging import Averager, local, mean_tensors_
 from qsr.sync.communicator import Communicator
+from qsr.sync.delayed import DelayedAverage
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
 from qsr.sync.flat import FlatBuffers
-
-
-class Replica(Protocol):
-    """The trainable parameters of a worker's model."""
-
-    @property
-    def bytes(self) -> int:
-        """Size of what an average sends, in bytes."""
-
-    def tensors(self) -> list[Tensor]:
-        """What an average replaces, in this process's memory."""
-
-    def average_(self, mark: Fingerprint) -> None:
-        """Collective: replace the parameters of every worker by their mean."""
-
-    def check(self, model: nn.Module) -> None:
-        """Raise TrainingError if the model's trainable parameters are no longer these, or have left
-        the memory that is averaged."""
 
 
 class FlatReplica:
@@ -96,10 +77,32 @@ class BucketReplica:
         _check_same(self._parameters, model)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    data = tensor.detach()
-    return data.to_local() if isinstance(data, DTensor) else data
+class MoreToAverage:
+    """Optimizer states and buffers that are averaged with the parameters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        momentum: bool,
+        second_moment: bool,
+        buffers: bool,
+    ) -> None:
+        self._model, self._optimizer, self._buffers = model, optimizer, buffers
+        # torch's names
+        first = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
+        self._keys = [first] * momentum + ["exp_avg_sq"] * second_moment
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors. Where a worker has no state for a parameter yet, zeros that nobody reads."""
+        for parameter in trainable(self._model).values() if self._keys else ():
+            state = self._optimizer.state[parameter]
+            for key in self._keys:
+                value = state.get(key)
+                yield torch.zeros_like(local(parameter)) if value is None else local(value)
+        if self._buffers:
+            yield from (buffer for buffer in self._model.buffers() if buffer.is_floating_point())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -122,17 +125,20 @@ def _check_same(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> Non
     )
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """A hash of the values, to see whether workers start equal."""
-    found = hashlib.blake2b(digest_size=6)
-    for tensor in tensors:
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def can_be_flat(parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether the parameters can be moved into flat buffers."""
+def make_replica(
+    parameters: Mapping[str, nn.Parameter], communicator: Communicator, flatten: bool
+) -> FlatReplica | BucketReplica:
+    """The parameters in flat buffers if they can be moved there and `flatten` allows it."""
     dense = all(
         not isinstance(p, DTensor) and p.layout == torch.strided for p in parameters.values()
     )
-    return dense and len({p.device for p in parameters.values()}) == 1
+    if flatten and dense and len({p.device for p in parameters.values()}) == 1:
+        return FlatReplica(parameters, communicator)
+    return BucketReplica(parameters, communicator)
+
+
+def delayed_average(replica: FlatReplica | BucketReplica) -> DelayedAverage:
+    """Averages of the replica that overlap with training. Raises ValueError."""
+    if isinstance(replica, BucketReplica):
+        raise ValueError("delay_steps needs parameters that can be moved (flatten=True)")
+    return DelayedAverage(replica.averager, [replica])

@@ -7,7 +7,6 @@ local step. In every step the ranks also tell each other what they are about to 
 that ranks that disagree stop before their parameters are mixed.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from qsr.core.plan import Plan, Round
 from qsr.core.sampling import Sampler
-from qsr.errors import TrainingError
 from qsr.sync.agreement import MAX_PENDING, Agreement
 from qsr.sync.averaging import Averager, MomentBuffers
 from qsr.sync.communicator import Communicator
 from qsr.sync.delayed import PREFIX, DelayedAverage
+from qsr.sync.equal_start import check_equal_start
 from qsr.sync.fingerprint import Fingerprint
 from qsr.sync.flat import FlatModule
 from qsr.sync.gradients import GradientAverager
@@ -146,20 +145,12 @@ class Synchronizer:
         return lambda: self._agreement.check(mark)
 
     def check_equal_start(self) -> None:
-        """Collective: raise TrainingError unless all workers begin with the same weights; after an
-        average a difference would no longer show."""
-        digests = set()
-        for replica in self._replicas:
-            digest = hashlib.blake2b(digest_size=6)
-            for buffer in replica.flat.buffers.values():
-                digest.update(buffer.cpu().view(torch.uint8).numpy().data)
-            digests.add(float(int.from_bytes(digest.digest(), "big")))
-        rows = self.communicator.gather_floats([min(digests), max(digests)])
-        if len({value for row in rows for value in row}) > 1:
-            raise TrainingError(
-                "the workers' initial weights differ, though their seed is the same: use the same "
-                "code, torch and kind of device on all ranks"
-            )
+        """Collective: raise TrainingError unless all workers begin with the same weights."""
+        check_equal_start(
+            self.communicator,
+            [replica.flat.buffers.values() for replica in self._replicas],
+            "they have the same seed, so use the same code, torch and kind of device on all ranks",
+        )
 
     # What is true now
 

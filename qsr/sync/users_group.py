@@ -1,4 +1,4 @@
-"""The process group of a training loop that is not ours."""
+"""What a training loop that is not ours must have: checks, and its process group."""
 
 import math
 import os
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qsr.errors import DisagreementError
 from qsr.sync.communicator import Communicator
 from qsr.sync.topology import Topology
 
@@ -38,8 +39,23 @@ def join_group(
     )
 
 
-def check_wrapper(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """DistributedDataParallel over the same processes would average all gradients already."""
+def check_arguments(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None,
+    delay_steps: int,
+) -> None:
+    """Raise ValueError if the model or the optimizer cannot be used."""
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(
+            f"{type(optimizer).__name__} wraps an optimizer: give LocalSGD the one inside, such as "
+            f"accelerate's optimizer.optimizer"
+        )
+    if delay_steps < 0:
+        raise ValueError(f"delay_steps cannot be negative, got {delay_steps}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no trainable parameters")
+    # over the same processes it would average all gradients already
     for module in model.modules():
         if not isinstance(module, DistributedDataParallel):
             continue
@@ -50,4 +66,18 @@ def check_wrapper(model: nn.Module, group: dist.ProcessGroup | None) -> None:
             "the model is wrapped in DistributedDataParallel over the workers' own processes, "
             "which averages gradients in every step: give LocalSGD the bare model, or a group of "
             "processes of different workers"
+        )
+
+
+def check_same_arguments(
+    communicator: Communicator, run: str, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Collective: raise DisagreementError unless all workers have the same model, and `run`, which
+    describes the other arguments."""
+    shapes = {name: list(p.shape) for name, p in parameters.items()}
+    differs = communicator.first_difference({"run": run, "parameters": shapes})
+    if differs is not None:
+        raise DisagreementError(
+            f"worker {differs.rank} builds another LocalSGD than worker 0 ({differs.what}): use "
+            f"the same model and arguments on all"
         )
