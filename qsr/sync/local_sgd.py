@@ -81,24 +81,18 @@ class LocalSGD:
         )
         self.averages = 0
         """Averages so far: of parameters, and of gradients."""
-        self._model = model
-        self._delay_steps = delay_steps
+        self._model, self._delay_steps = model, delay_steps
         self._on_average = on_average or (lambda _: None)
         parameters = trainable(model)
         self._communicator = join_group(parameters, group)
         self._replica = make_replica(parameters, self._communicator, flatten)
         self._delayed = delayed_average(self._replica) if delay_steps else None
         self._more = MoreToAverage(
-            model,
-            optimizer,
-            momentum=average_momentum,
-            second_moment=average_second_moment,
-            buffers=average_buffers,
+            model, optimizer, average_momentum, average_second_moment, average_buffers
         )
         self._agreement = Agreement(self._communicator, lambda: False)
         self._bytes = 0
-        self._gradients_averaged = False
-        self._resumed = False
+        self._gradients_averaged = self._resumed = False
         self._description = f"{self._rounds.description}, delay_steps={delay_steps}"
         check_same_arguments(self._communicator, self._description, parameters)
         optimizer.register_step_pre_hook(self._before_update)
@@ -150,8 +144,7 @@ class LocalSGD:
         `reestimate_batchnorm`. An exception in the block is safe."""
         kept = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         if not self.workers_are_equal:
-            tensors = self._replica.tensors()
-            kept += [(tensor, tensor.clone()) for tensor in tensors]
+            kept += [(tensor, tensor.clone()) for tensor in self._replica.tensors()]
             self._agree()
             self._replica.average_(self._mark())
         training = self._model.training
@@ -297,8 +290,6 @@ class LocalSGD:
         last = self._rounds.last
         index, h, lr = (-1, 0, 0.0) if last is None else (last.index, last.length, last.lr)
         return Fingerprint(self.steps_done, index, h, lr, None, self._description)
-
-    # Checks
 
     def _check_gradients(self, round_: Round) -> None:
         if round_.averages == "gradients" and not self._gradients_averaged and self.workers > 1:

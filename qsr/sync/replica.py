@@ -84,7 +84,6 @@ class MoreToAverage:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        *,
         momentum: bool,
         second_moment: bool,
         buffers: bool,
