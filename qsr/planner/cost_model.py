@@ -44,8 +44,12 @@ def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tupl
     elif ranks is None:
         ranks = even_ranks(config.workers, most)
     if ranks > most:
+        wanted = f"cluster.ranks={ranks}"
+        if config.ranks_per_worker > 1:
+            wanted = f"workers={config.workers} x ranks_per_worker={config.ranks_per_worker} = "
+            wanted += f"{ranks} ranks"
         raise ConfigError(
-            f"the run has {ranks} ranks, but {config.cluster.name} has {speed.machines} x "
+            f"{wanted}, but {config.cluster.name} has {speed.machines} x "
             f"{speed.ranks_per_machine} ranks: use fewer, or raise cluster.speed.machines or "
             f"cluster.speed.ranks_per_machine"
         )

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "slurm" / "README.md", *sorted((ROOT / "docs
 
 def test_the_rule_in_your_own_loop() -> None:
     """As it stands, with ten batches."""
-    section = README.partition("## The rule in your own loop\n")[2].partition("All workers")[0]
+    section = README.partition("## The rule in your own loop\n")[2].partition("H follows")[0]
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.008)
     evaluated: list[torch.nn.Module] = []
@@ -34,16 +34,25 @@ def test_the_rule_in_your_own_loop() -> None:
         "loader": [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))] * 10,
         "evaluate": evaluated.append,
     }
-    code = [line[4:] for line in section.splitlines() if line.startswith("    ")]
-    exec("\n".join(code), names)
+    exec(_code(section), names)
     assert names["sync"].summary()["h"] == 4
     assert names["sync"].averages == 2
     assert evaluated == [model]
+
+
+def test_the_plan_in_python() -> None:
+    section = README.partition("In Python, with any schedule")[2].partition("\n**")[0]
+    names: dict[str, Any] = {}
+    exec(_code(section), names)
     numbers = re.search(r"# (\d+), ([\d.]+)", section)
     assert numbers is not None
     plan = names["plan"]
     assert str(plan.num_rounds) == numbers[1]
     assert f"{plan.volume:.5f}" == numbers[2]
+
+
+def _code(section: str) -> str:
+    return "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
 
 
 def test_the_demo_averages_as_often_as_the_readme_says() -> None:

@@ -204,7 +204,7 @@ def test_one_rank_needs_no_link() -> None:
 
 
 def test_more_ranks_than_the_cluster_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match="the run has 32 ranks, but paper_2x8 has 2 x 8"):
+    with pytest.raises(ConfigError, match=r"cluster\.ranks=32, but paper_2x8 has 2 x 8"):
         make_cost_model(load_config([*VIT_64, *QSR, "cluster=paper_2x8", "cluster.ranks=32"]), 1)
 
 
@@ -326,5 +326,7 @@ def test_the_speed_within_a_machine_must_be_known() -> None:
 
 def test_a_cluster_that_is_too_small_for_the_ranks_of_the_workers() -> None:
     settings = ("workers=4", "ranks_per_worker=8", "cluster=paper_2x8", INSIDE)
-    with pytest.raises(ConfigError, match="the run has 32 ranks, but paper_2x8 has 2 x 8"):
+    with pytest.raises(
+        ConfigError, match="workers=4 x ranks_per_worker=8 = 32 ranks, but paper_2x8 has 2 x 8"
+    ):
         make_cost_model(load_config([*VIT_16, *QSR, *settings]), 86_381_800)
