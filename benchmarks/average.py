@@ -5,8 +5,9 @@
 The alternatives: torch.distributed.all_reduce of one flat tensor of the same size with AVG (the
 floor) and with SUM (without the division), qsr's average in its trainer and as LocalSGD in any loop
 (parameters moved into one buffer, or in place), torch's PeriodicModelAverager, accelerate's
-LocalSGD, and packing all parameters into a new tensor and unpacking it, as often
-written by hand. Time is the slower rank's; memory is the temporary memory of one average on rank 0.
+LocalSGD, torchft's LocalSGD if it is installed (pip install torchft==0.2.0), and packing all
+parameters into a new tensor and unpacking it, as often written by hand. Time is the slower rank's;
+memory is the temporary memory of one average on rank 0.
 """
 
 import os
@@ -15,6 +16,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -72,6 +75,7 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
 
     in_buffer = _each_step(network(), flatten=True)
     in_place = _each_step(network(), flatten=False)
+    by_torchft = {} if find_spec("torchft") is None else {"torchft LocalSGD": _torchft(network())}
 
     return {
         FLOOR: lambda: dist.all_reduce(tensor, dist.ReduceOp.AVG),
@@ -81,6 +85,7 @@ def make_contenders(communicator: Communicator) -> dict[str, Callable[[], object
         "qsr LocalSGD, parameters in place": in_place,
         "torch PeriodicModelAverager": lambda: periodic.average_parameters(by_torch.parameters()),
         "accelerate LocalSGD": local_sgd._sync_and_avg_model_params,
+        **by_torchft,
         "packed and unpacked": pack,
     }
 
@@ -95,6 +100,45 @@ def _each_step(model: nn.Module, *, flatten: bool) -> Callable[[], object]:
         sync.step()
 
     return step
+
+
+def _torchft(model: nn.Module) -> Callable[[], object]:
+    """Collective: an average with agreement through torchft's lighthouse, its server, which rank 0
+    starts."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torchft import Manager, ProcessGroupGloo
+    from torchft.coordination import LighthouseServer
+    from torchft.local_sgd import LocalSGD as TorchftLocalSGD
+
+    minute, rank = timedelta(minutes=1), dist.get_rank()
+    lighthouse = LighthouseServer(bind="[::]:0", min_replicas=RANKS) if rank == 0 else None
+    address = [lighthouse.address() if lighthouse else None]
+    dist.broadcast_object_list(address)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=minute),
+        load_state_dict=lambda _: None,
+        state_dict=dict,
+        min_replica_size=RANKS,
+        use_async_quorum=False,
+        rank=0,
+        world_size=1,
+        store_addr="localhost",
+        store_port=store.port,
+        lighthouse_addr=address[0],
+        replica_id=f"worker_{rank}",
+        timeout=minute,
+        init_sync=False,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    local_sgd = TorchftLocalSGD(manager, model, optimizer, sync_every=1)
+
+    def average() -> None:
+        assert lighthouse or rank > 0  # kept alive
+        assert store is not None
+        local_sgd.sync()
+
+    return average
 
 
 def seconds_between_averages(steps: int = 20_000) -> float:
