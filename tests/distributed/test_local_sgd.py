@@ -329,6 +329,25 @@ def odd_parameters(rank: int, ranks: int, flatten: bool) -> tuple[list[str], boo
     return wrong, tied, [model.conv.weight.is_contiguous(memory_format=torch.channels_last)]
 
 
+def average_buffers(rank: int, ranks: int, average: bool) -> Any:
+    dist.init_process_group("gloo")
+    torch.manual_seed(1)
+    model = nn.Linear(2, 2)
+    model.register_buffer("level", torch.tensor([1.0, 5.0]) * (rank + 1))
+    model.register_buffer("count", torch.tensor(rank))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sync = LocalSGD(model, optimizer, ConstantRule(1), total_steps=1, average_buffers=average)
+    optimizer.step()
+    sync.step()
+    buffers = dict(model.named_buffers())
+    return buffers["level"].tolist(), buffers["count"].item()
+
+
+def test_buffers_are_averaged_if_asked_and_if_they_are_numbers_with_fractions() -> None:
+    assert run_ranks(average_buffers, 2, True) == [([1.5, 7.5], 0), ([1.5, 7.5], 1)]
+    assert run_ranks(average_buffers, 2, False) == [([1.0, 5.0], 0), ([2.0, 10.0], 1)]
+
+
 @pytest.mark.parametrize("flatten", [True, False])
 def test_odd_parameters(flatten: bool) -> None:
     for found in run_ranks(odd_parameters, 2, flatten):
