@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from qsr.cluster.group import join
+from qsr.cluster.group import choose_device, join
+from qsr.cluster.place import find_place
 from qsr.cluster.signals import StopFlag
 from qsr.config.load import check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
@@ -16,8 +17,11 @@ from qsr.data import (
     ImageFolder,
     Loader,
     TrainTransform,
+    decoders_at_work,
+    fallback_note,
     make_loader,
     open_image_folders,
+    resolve_decode,
     try_some,
     uses_dali,
 )
@@ -112,6 +116,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     if finished is not None:
         return finished
     plan = make_plan(config, len(train))
+    decoder = _gpu_decoder(config, train)
     communicator = join(config, f"{config.experiment}/seed_{config.seed}")
     place = communicator.topology
     _check_same_code_and_data(communicator, data)
@@ -129,7 +134,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
 
         def begin() -> None:
             nonlocal tracker
-            write_records(folder, config, data, place, str(communicator.device))
+            write_records(folder, config, data, place, str(communicator.device), decoder)
             tracker = build_tracker(config, folder.path, plan.total_steps)
 
         _on_main(communicator, folder, begin)
@@ -182,6 +187,23 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         tracker.close()
         if lock is not None:
             lock.release()
+
+
+def _gpu_decoder(config: Config, train: ImageFolder) -> str | None:
+    """On the first rank of a machine, if JPEGs are to be decoded on its GPU: what decodes them.
+    Warns if that is not a GPU's decoder. Raises DataError if they cannot be decoded there."""
+    data, place = config.data, find_place()
+    if place.local_rank > 0 or not uses_dali(data.loader):
+        return None
+    device = choose_device(config.cluster.device, place.local_rank)
+    decode = resolve_decode(data.decode, device)
+    if decode == "cpu":
+        return None
+    decoder = decoders_at_work(train, decode, device)
+    note = fallback_note(decoder)
+    if note is not None and place.rank == 0:
+        warn(f"note: {note}")
+    return decoder
 
 
 def _check_same_code_and_data(communicator: Communicator, data: dict[str, Any]) -> None:

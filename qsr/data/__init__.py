@@ -11,6 +11,7 @@ from qsr.data.datasets import (
     open_validation_folder,
     try_some,
 )
+from qsr.data.decoder import decoders_at_work, fallback_note, resolve_decode
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
 from qsr.errors import DataError
@@ -23,9 +24,12 @@ __all__ = [
     "Loader",
     "Request",
     "TrainTransform",
+    "decoders_at_work",
+    "fallback_note",
     "make_loader",
     "open_image_folders",
     "open_validation_folder",
+    "resolve_decode",
     "try_some",
     "uses_dali",
 ]
@@ -57,8 +61,6 @@ def make_loader(
     if uses_dali(kind):
         from qsr.data.dali import DaliLoader  # an optional dependency
 
-        if decode == "auto":
-            decode = "gpu" if device.type == "cuda" else "cpu"
         return DaliLoader(
             dataset,
             transform,
@@ -66,7 +68,7 @@ def make_loader(
             device=device,
             threads=threads,
             prefetch=prefetch,
-            decode=decode,
+            decode=resolve_decode(decode, device),
         )
     if decode == "gpu":
         raise DataError("decode=gpu needs loader=dali with NVIDIA DALI installed: use decode=cpu")

@@ -13,6 +13,7 @@ from qsr.data.batch import Batch, Request, check_request
 from qsr.data.crew import Crew
 from qsr.data.dali_graph import Decode, eval_pipeline, train_pipeline
 from qsr.data.datasets import ImageFolder, unreadable_files
+from qsr.data.decoder import log_errors_only
 from qsr.data.decoding import defect
 from qsr.data.randaugment_torch import augment_batch
 from qsr.data.resize import Resizer
@@ -47,6 +48,7 @@ class DaliLoader:
     ) -> None:
         if decode == "gpu" and device.type != "cuda":
             raise DataError(f"decode=gpu needs a CUDA device, not {device}: use decode=cpu")
+        log_errors_only()
         self._dataset = dataset
         self._transform = transform
         self._batch_size = batch_size

@@ -38,15 +38,7 @@ def train_pipeline(
     gpu = resizer is None
     encoded, shape = as_decoded_alike(read_files(), crew)
     box = crop_box(transform, shape)
-    images = fn.decoders.image_slice(
-        encoded,
-        device="mixed" if decode == "gpu" else "cpu",
-        start=box[0:2],
-        shape=box[2:4],
-        axes=(0, 1),
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,  # as CPU decoders do
-    )
+    images = decode_box(encoded, box, decode)
     flips = fn.external_source(name="flips", dtype=types.INT32, ndim=0)
     if transform.randaugment is not None and resizer is not None:
         images = _with_python(resizer.augmented, images, flips, *_randaugment_draws())
@@ -73,12 +65,7 @@ def eval_pipeline(
     # torchvision's CenterCrop: Python's round, which rounds halves to even.
     margin = resized - transform.size
     corner = margin // 2 + (margin & 1) * (margin // 2 & 1)
-    images = fn.decoders.image(
-        encoded,
-        device="mixed" if decode == "gpu" else "cpu",
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-    )
+    images = _decode(encoded, decode)
     if resizer is None:
         # only the crop of the resized image is computed
         scale = fn.cast(shape[0:2], dtype=types.FLOAT) / fn.cast(resized, dtype=types.FLOAT)
@@ -106,6 +93,28 @@ def as_decoded_alike(encoded: DataNode, crew: Crew) -> tuple[DataNode, DataNode]
     if (shape[2] == 4) | (shape[0] * shape[1] > MAX_PIXELS):
         encoded = _by_pillow(encoded, crew)
     return encoded, shape
+
+
+def decode_box(encoded: DataNode, box: DataNode, decode: Decode) -> Any:
+    """The pixels of a box [top, left, height, width].
+
+    On the GPU the whole image is decoded first: nvImageCodec 0.9 leaves boxes to the CPU where
+    nvJPEG is older than 13.2, and with later ones it fails on ordinary boxes (its issue 55)."""
+    start, shape = box[0:2], box[2:4]
+    if decode == "gpu":
+        return fn.slice(_decode(encoded, decode), start=start, shape=shape, axes=(0, 1))
+    return fn.decoders.image_slice(
+        encoded, start=start, shape=shape, axes=(0, 1), adjust_orientation=False
+    )
+
+
+def _decode(encoded: DataNode, decode: Decode) -> Any:
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if decode == "gpu" else "cpu",
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # as CPU decoders do
+    )
 
 
 def _by_pillow(encoded: DataNode, crew: Crew) -> Any:

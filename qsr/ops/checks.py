@@ -22,8 +22,10 @@ from qsr.data import (
     ImageFolder,
     Request,
     TrainTransform,
+    decoders_at_work,
     make_loader,
     open_image_folders,
+    resolve_decode,
     try_some,
     uses_dali,
 )
@@ -124,7 +126,10 @@ class DataChecks:
                 f"decoding {self.train.path(0)} or one of the next images gives pixels that are "
                 f"not finite: check these files"
             )
-        return f"{'DALI' if uses_dali(data.loader) else 'torchvision'} on {batch.images.device}"
+        if not uses_dali(data.loader):
+            return f"torchvision on {batch.images.device}"
+        by = decoders_at_work(self.train, resolve_decode(data.decode, device), device)
+        return f"DALI on {batch.images.device}" + (f", JPEGs by {by}" if by else "")
 
 
 def check_passes(config: Config) -> str:

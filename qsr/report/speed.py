@@ -169,6 +169,26 @@ def _ratio(values: Record) -> str:
     return f"{values['median']:.3f} ({low:.3f} to {high:.3f})"
 
 
+def gpu_steps_markdown(record: Record) -> str:
+    """One row per network, precision and way to train."""
+    rows = [
+        {
+            "network, precision": case,
+            "loop": name,
+            "images/s": f"{about['images_per_second']['median']:,.0f}",
+            "speed to timm": _ratio(about["speed_to_timm"]),
+            "of the matrix ceiling": f"{100 * about['share_of_matrix_products']['median']:.0f} %",
+            "memory (GB)": f"{about['peak_memory_bytes'] / 1e9:.1f}",
+        }
+        for case, found in record["steps"].items()
+        if "contenders" in found
+        for name, about in found["contenders"].items()
+    ]
+    at = record.get("measured_at")
+    when = f"\nMeasured on {at['date']} at revision {at['revision']}.\n" if at else ""
+    return markdown_table(pd.DataFrame(rows)) + when
+
+
 SPEED_TABLES: dict[str, Callable[[Record], str]] = {
     "slow_link": slow_link_markdown,
     "average": average_markdown,
@@ -177,5 +197,6 @@ SPEED_TABLES: dict[str, Callable[[Record], str]] = {
     "loaders": loaders_markdown,
     "delay": delay_markdown,
     "scale": scale_markdown,
+    "gpu_steps_nvidia-h100-80gb-hbm3": gpu_steps_markdown,
 }
 """The benchmarks that have a table, and the functions that make it."""

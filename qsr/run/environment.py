@@ -22,13 +22,20 @@ PACKAGES = (*_COMPUTING, "hydra-core", "safetensors")
 
 
 def write_records(
-    folder: RunFolder, config: Config, data: Mapping[str, Any], topology: Topology, device: str
+    folder: RunFolder,
+    config: Config,
+    data: Mapping[str, Any],
+    topology: Topology,
+    device: str,
+    decoder: str | None = None,
 ) -> None:
-    """Write config.yaml, data.json and environment.json; remove an earlier failure.json."""
+    """Write config.yaml, data.json and environment.json; remove an earlier failure.json.
+    `decoder`: what decodes JPEGs on the GPU, if something was to."""
     earlier = _earlier_code(folder)
     write_json(folder.data, data)
     write_text(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False))
-    write_json(folder.environment, environment(topology, device) | {"earlier_code": earlier})
+    found = environment(topology, device) | {"decoder": decoder, "earlier_code": earlier}
+    write_json(folder.environment, found)
     folder.failure.unlink(missing_ok=True)
 
 

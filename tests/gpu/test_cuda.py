@@ -31,6 +31,7 @@ from qsr.data import (
     EvalTransform,
     ImageFolder,
     Request,
+    decoders_at_work,
     make_loader,
     open_image_folders,
 )
@@ -407,6 +408,31 @@ def test_photos_decode_on_the_gpu_as_on_the_cpu(
     record[f"decode_{colour}_colour_mean_difference"] = difference.mean().item()
     assert difference.mean() < 1.0
     assert difference.max() <= 3.0
+
+
+def test_the_gpu_decodes_and_says_nothing(record: Record, tmp_path: Path) -> None:
+    """Boxes of the training pipeline too, which nvImageCodec itself would leave to the CPU."""
+    pytest.importorskip("nvidia.dali")
+    photos = save_photos(tmp_path, 2)
+    decoder = decoders_at_work(photos, "gpu", CUDA)
+    record["decoder"] = decoder
+    assert decoder is not None
+    assert "nvjpeg" in decoder
+    assert "libjpeg_turbo" not in decoder
+    pixels = []
+    for decode in ("gpu", "cpu"):
+        loader = make_loader(
+            "dali",
+            photos,
+            train_transform(32),
+            batch_size=12,
+            device=CUDA,
+            threads=2,
+            decode=decode,
+        )
+        pixels.append(next(loader.batches([Request(range(12), 7)])).images.cpu())
+        loader.close()
+    assert (pixels[0] - pixels[1]).abs().mean() < 0.02  # of normalised pixels
 
 
 # RandAugment
