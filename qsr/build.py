@@ -353,6 +353,8 @@ def _summary(
         "train_seconds": progress.train_seconds,
         "evaluation_seconds": progress.evaluation_seconds,
         "checkpoint_seconds": progress.checkpoint_seconds,
+        "data_seconds": progress.data_seconds,
+        "data_idle_seconds": progress.data_idle_seconds,
         "planned": _planned(config, plan, trainer.num_parameters, place.ranks),
     }
     if result.top5 is not None:
