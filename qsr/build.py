@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qsr.cluster.group import join
+from qsr.cluster.place import find_place
 from qsr.cluster.signals import StopFlag
 from qsr.config.load import check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
@@ -16,8 +17,8 @@ from qsr.data import (
     ImageFolder,
     Loader,
     TrainTransform,
-    make_loader,
     open_image_folders,
+    open_loader,
     try_some,
     uses_dali,
 )
@@ -226,16 +227,11 @@ def _build(
     precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
     num_classes = len(train.classes)
 
-    def open_loader(data: ImageFolder, transform: Any, batch: int) -> Loader:
-        loader = make_loader(
-            config.data.loader,
-            data,
-            transform,
-            batch_size=batch,
-            device=device,
-            threads=config.data.loader_threads,
-            prefetch=config.data.prefetch_batches,
-            decode=config.data.decode,
+    cores = find_place().cores
+
+    def opened(data: ImageFolder, transform: Any, batch: int) -> Loader:
+        loader = open_loader(
+            config.data, data, transform, batch_size=batch, device=device, cores=cores
         )
         loaders.append(loader)
         return loader
@@ -244,14 +240,14 @@ def _build(
     sampler = make_sampler(config, len(train))
     train_transform = TrainTransform.of(config.data)
     batchnorm = BatchNormSource(
-        open_loader(train, train_transform, config.micro_batch_size),
+        opened(train, train_transform, config.micro_batch_size),
         sampler,
         config.micro_batch_size,
         config.evaluation.batchnorm_micro_batches,
     )
     evaluator = Evaluator(
         initial_model(config, num_classes, device),
-        open_loader(val, EvalTransform.of(config.data), config.evaluation.batch),
+        opened(val, EvalTransform.of(config.data), config.evaluation.batch),
         len(val),
         config.evaluation.batch,
         batchnorm,
@@ -284,7 +280,7 @@ def _build(
         checkpoint_every=config.checkpoint.every_steps,
         stop_after=config.stop_after_steps,
     )
-    data = TrainingData(open_loader(train, train_transform, config.shard_size), sampler)
+    data = TrainingData(opened(train, train_transform, config.shard_size), sampler)
     state = RunState(workers, synchronizer, checkpointer)
     trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due)
     return trainer, evaluator

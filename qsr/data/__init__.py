@@ -1,6 +1,6 @@
 """Loading images: a loader turns requests (indices and a seed) into batches."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -11,9 +11,13 @@ from qsr.data.datasets import (
     open_validation_folder,
     try_some,
 )
+from qsr.data.sizing import default_prefetch, default_threads
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
 from qsr.errors import DataError
+
+if TYPE_CHECKING:  # reading a model file does not need the settings' libraries
+    from qsr.config.schema import DataConfig
 
 __all__ = [
     "Batch",
@@ -25,10 +29,39 @@ __all__ = [
     "TrainTransform",
     "make_loader",
     "open_image_folders",
+    "open_loader",
     "open_validation_folder",
     "try_some",
     "uses_dali",
 ]
+
+
+def open_loader(
+    config: "DataConfig",
+    dataset: ImageFolder,
+    transform: TrainTransform | EvalTransform,
+    *,
+    batch_size: int,
+    device: torch.device,
+    cores: int,
+) -> Loader:
+    """The loader that the settings ask for, in a rank that has so many CPU cores; see
+    `make_loader`."""
+    threads, prefetch = config.loader_threads, config.prefetch_batches
+    if threads is None:
+        threads = default_threads(cores)
+    if prefetch is None:
+        prefetch = default_prefetch(threads, batch_size)
+    return make_loader(
+        config.loader,
+        dataset,
+        transform,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+        prefetch=prefetch,
+        decode=config.decode,
+    )
 
 
 def make_loader(

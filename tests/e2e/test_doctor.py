@@ -20,7 +20,7 @@ from tests.support import run_ranks
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
 CHECKS = [
     *("device", "data", "network", "plan", "run folder", "free space", "decoding", "training"),
-    *("wandb", "ranks"),
+    *("loading", "wandb", "ranks"),
 ]
 
 
