@@ -468,8 +468,8 @@ class DataConfig:
     """Threads per rank that decode and transform; null: one less than the cores that the rank has,
     at most 32. Execution."""
     prefetch_batches: Annotated[int, Field(ge=1, le=1024)] | None
-    """Batches prepared ahead, which take memory (on a GPU the GPU's); null: 2, or more where batches
-    are so small that threads would lack work. Execution."""
+    """Batches prepared ahead, which take memory (on a GPU the GPU's); null: 2, or more if
+    batches are so small that threads would lack work. Execution."""
 
 
 @dataclass(frozen=True, config=STRICT)

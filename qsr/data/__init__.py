@@ -11,7 +11,7 @@ from qsr.data.datasets import (
     open_validation_folder,
     try_some,
 )
-from qsr.data.sizing import default_prefetch, default_threads
+from qsr.data.sizing import loader_size
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
 from qsr.errors import DataError
@@ -47,19 +47,15 @@ def open_loader(
 ) -> Loader:
     """The loader that the settings ask for, in a rank that has so many CPU cores; see
     `make_loader`."""
-    threads, prefetch = config.loader_threads, config.prefetch_batches
-    if threads is None:
-        threads = default_threads(cores)
-    if prefetch is None:
-        prefetch = default_prefetch(threads, batch_size)
+    size = loader_size(config, cores, batch_size)
     return make_loader(
         config.loader,
         dataset,
         transform,
         batch_size=batch_size,
         device=device,
-        threads=threads,
-        prefetch=prefetch,
+        threads=size.threads,
+        prefetch=size.prefetch,
         decode=config.decode,
     )
 

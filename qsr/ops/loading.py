@@ -17,7 +17,7 @@ import torch
 from qsr.config.schema import Config
 from qsr.data import ImageFolder, Loader, Request, TrainTransform, open_loader
 from qsr.data.decoding import read_file
-from qsr.data.sizing import default_prefetch, default_threads
+from qsr.data.sizing import loader_size
 from qsr.run.tracking import WORTH_SAYING_PERCENT
 from qsr.train.losses import TrainingLoss
 from qsr.train.models import build_model
@@ -53,8 +53,7 @@ class Feed:
     @property
     def short_of(self) -> Part | None:
         """The part with the largest share; None if the loader keeps up."""
-        by_share = {seconds: part for part, seconds in self.parts.items()}
-        return by_share[max(by_share)] if by_share else None
+        return max(self.parts.items(), key=lambda item: item[1])[0] if self.parts else None
 
 
 def trial_pass(config: Config, device: torch.device) -> Callable[[], float]:
@@ -91,13 +90,11 @@ def measure_step(config: Config, device: torch.device) -> float:
 class LoadingTrial:
     """Measures the loading of a run's training images by one rank with so many cores."""
 
-    def __init__(self, config: Config, train: ImageFolder, device: torch.device, cores: int):
-        data = config.data
+    def __init__(
+        self, config: Config, train: ImageFolder, device: torch.device, cores: int
+    ) -> None:
         self.cores = cores
-        self.threads = data.loader_threads or 1
-        if data.loader_threads is None:
-            self.threads = default_threads(cores)
-        self.prefetch = data.prefetch_batches or default_prefetch(self.threads, config.shard_size)
+        self.threads, self.prefetch = loader_size(config.data, cores, config.shard_size)
         self._config = config
         self._train = train
         self._device = device
@@ -131,7 +128,7 @@ class LoadingTrial:
     def _loader(self, transform: TrainTransform) -> float:
         config = self._config
         loader = open_loader(
-            replace(config.data, prefetch_batches=self.prefetch),
+            replace(config.data, loader_threads=self.threads, prefetch_batches=self.prefetch),
             self._train,
             transform,
             batch_size=config.micro_batch_size,
