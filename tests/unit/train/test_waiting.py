@@ -1,7 +1,5 @@
 """How long training waits for its data: against loaders that sleep and say for how long."""
 
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,37 +7,11 @@ from typing import Any
 import pytest
 
 from qsr import ConstantRule, ConstantSchedule, Plan
-from qsr.data import Batch, Loader, Request
 from qsr.sync.topology import Topology
-from qsr.train.trainer import TrainingData
+from tests.sleeping import NAP_SECONDS, Sleeper, put_to_sleep
 from tests.support import Rig, Setup, build, run_ranks
 
 PLAN = Plan(ConstantSchedule(0.1, 12), ConstantRule(4))
-NAP_SECONDS = 0.02
-
-
-class Sleeper:
-    """Sleeps before each batch of another loader, and counts its own time by the clock."""
-
-    def __init__(self, loader: Loader, nap_seconds: float = NAP_SECONDS) -> None:
-        self.loader, self.nap_seconds = loader, nap_seconds
-        self.seconds = 0.0
-
-    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        for batch in self.loader.batches(requests):
-            started = time.perf_counter()
-            time.sleep(self.nap_seconds)
-            self.seconds += time.perf_counter() - started
-            yield batch
-
-    def close(self) -> None:
-        self.loader.close()
-
-
-def put_to_sleep(rig: Rig, nap_seconds: float = NAP_SECONDS) -> Sleeper:
-    sleeper = Sleeper(rig.loader, nap_seconds)
-    rig.trainer._data = TrainingData(sleeper, rig.trainer._data.sampler)
-    return sleeper
 
 
 def rows(rig: Rig, kind: str = "train") -> list[dict[str, Any]]:
