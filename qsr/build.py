@@ -19,8 +19,8 @@ from qsr.data import (
     TrainTransform,
     decoders_at_work,
     fallback_note,
-    make_loader,
     open_image_folders,
+    open_loader,
     resolve_decode,
     try_some,
     uses_dali,
@@ -248,16 +248,11 @@ def _build(
     precision = Precision(config.precision, device, config.fp16_overflow == "repeat")
     num_classes = len(train.classes)
 
-    def open_loader(data: ImageFolder, transform: Any, batch: int) -> Loader:
-        loader = make_loader(
-            config.data.loader,
-            data,
-            transform,
-            batch_size=batch,
-            device=device,
-            threads=config.data.loader_threads,
-            prefetch=config.data.prefetch_batches,
-            decode=config.data.decode,
+    cores = find_place().cores
+
+    def opened(data: ImageFolder, transform: Any, batch: int) -> Loader:
+        loader = open_loader(
+            config.data, data, transform, batch_size=batch, device=device, cores=cores
         )
         loaders.append(loader)
         return loader
@@ -266,14 +261,14 @@ def _build(
     sampler = make_sampler(config, len(train))
     train_transform = TrainTransform.of(config.data)
     batchnorm = BatchNormSource(
-        open_loader(train, train_transform, config.micro_batch_size),
+        opened(train, train_transform, config.micro_batch_size),
         sampler,
         config.micro_batch_size,
         config.evaluation.batchnorm_micro_batches,
     )
     evaluator = Evaluator(
         initial_model(config, num_classes, device),
-        open_loader(val, EvalTransform.of(config.data), config.evaluation.batch),
+        opened(val, EvalTransform.of(config.data), config.evaluation.batch),
         len(val),
         config.evaluation.batch,
         batchnorm,
@@ -306,7 +301,7 @@ def _build(
         checkpoint_every=config.checkpoint.every_steps,
         stop_after=config.stop_after_steps,
     )
-    data = TrainingData(open_loader(train, train_transform, config.shard_size), sampler)
+    data = TrainingData(opened(train, train_transform, config.shard_size), sampler)
     state = RunState(workers, synchronizer, checkpointer)
     trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due)
     return trainer, evaluator
@@ -375,6 +370,8 @@ def _summary(
         "train_seconds": progress.train_seconds,
         "evaluation_seconds": progress.evaluation_seconds,
         "checkpoint_seconds": progress.checkpoint_seconds,
+        "data_seconds": progress.data_seconds,
+        "data_idle_seconds": progress.data_idle_seconds,
         "planned": _planned(config, plan, trainer.num_parameters, place.ranks),
     }
     if result.top5 is not None:

@@ -6,7 +6,8 @@
 
 Takes the settings of `qsr train`; the default is experiment=demo/quadratic. Checks the device,
 the data, the network, the plan, the run folder, the free space for checkpoints, decoding, a
-training pass, wandb, and an all-reduce between the ranks: those of a launcher, such as srun in an
+training pass, whether the loader keeps up with it (if not, what it is short of and the setting to
+change), wandb, and an all-reduce between the ranks: those of a launcher, such as srun in an
 allocation, or processes started here. With cluster=slurm on a login node, checks what is possible
 there. Exit status: 0 all checks passed, 1 a check failed, 2 wrong settings.
 """

@@ -464,10 +464,12 @@ class DataConfig:
     """auto: DALI where it is installed, torchvision elsewhere."""
     decode: Literal["auto", "cpu", "gpu"]
     """Where DALI decodes JPEGs; auto: on the GPU where the run has one."""
-    loader_threads: Annotated[int, Field(ge=0, le=4096)]
-    """Threads per rank that decode and transform. Execution."""
-    prefetch_batches: Annotated[int, Field(ge=1, le=1024)]
-    """Batches prepared ahead. Execution."""
+    loader_threads: Annotated[int, Field(ge=0, le=4096)] | None
+    """Threads per rank that decode and transform; null: one less than the cores that the rank has,
+    at most 32. Execution."""
+    prefetch_batches: Annotated[int, Field(ge=1, le=1024)] | None
+    """Batches prepared ahead, which take memory (on a GPU the GPU's); null: 2, or more if
+    batches are so small that threads would lack work. Execution."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,6 +1,6 @@
 """Loading images: a loader turns requests (indices and a seed) into batches."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -12,9 +12,13 @@ from qsr.data.datasets import (
     try_some,
 )
 from qsr.data.decoder import decoders_at_work, fallback_note, resolve_decode
+from qsr.data.sizing import loader_size
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
 from qsr.errors import DataError
+
+if TYPE_CHECKING:  # reading a model file does not need the settings' libraries
+    from qsr.config.schema import DataConfig
 
 __all__ = [
     "Batch",
@@ -28,11 +32,36 @@ __all__ = [
     "fallback_note",
     "make_loader",
     "open_image_folders",
+    "open_loader",
     "open_validation_folder",
     "resolve_decode",
     "try_some",
     "uses_dali",
 ]
+
+
+def open_loader(
+    config: "DataConfig",
+    dataset: ImageFolder,
+    transform: TrainTransform | EvalTransform,
+    *,
+    batch_size: int,
+    device: torch.device,
+    cores: int,
+) -> Loader:
+    """The loader that the settings ask for, in a rank that has so many CPU cores; see
+    `make_loader`."""
+    size = loader_size(config, cores, batch_size)
+    return make_loader(
+        config.loader,
+        dataset,
+        transform,
+        batch_size=batch_size,
+        device=device,
+        threads=size.threads,
+        prefetch=size.prefetch,
+        decode=config.decode,
+    )
 
 
 def make_loader(

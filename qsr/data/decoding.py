@@ -58,14 +58,18 @@ def open_plain(path: str | os.PathLike[str]) -> IO[bytes]:
     raise UndecodableError("not a regular file")
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The RGB image in a file. Raises UndecodableError."""
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The contents of an image's file. Raises UndecodableError."""
     try:
         with open_plain(path) as stream:
-            data = stream.read()
+            return stream.read()
     except OSError as error:
         raise UndecodableError(f"cannot be read: {error.strerror}") from error
-    return decode(data)
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The RGB image in a file. Raises UndecodableError."""
+    return decode(read_file(path))
 
 
 def decode(data: bytes) -> Image.Image:

@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional
 
 from qsr.build import Stopped
+from qsr.cluster.place import find_place
 from qsr.cluster.processes import START_METHOD
 from qsr.config.load import load_config, run_folder
 from qsr.config.schema import Config, PowerSync, QuadraticSync
-from qsr.data import Batch, Request, make_loader, open_image_folders
+from qsr.data import Batch, Request, open_image_folders, open_loader
 from qsr.data.transforms import EvalTransform
 from qsr.errors import RunFailedError
 from qsr.evidence.hessian import hessian_trace
@@ -180,13 +181,13 @@ def _training_images(config: Config) -> Batch:
     """All training images, preprocessed like validation images."""
     images, _ = open_image_folders(config.data.root)
     transform = EvalTransform.of(config.data)
-    loader = make_loader(
-        config.data.loader,
+    loader = open_loader(
+        config.data,
         images,
         transform,
         batch_size=len(images),
         device=torch.device("cpu"),
-        threads=config.data.loader_threads,
+        cores=find_place().cores,
     )
     try:
         return next(loader.batches([Request(range(len(images)), 0)]))

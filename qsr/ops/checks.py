@@ -9,11 +9,13 @@ import os
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
 
 from qsr.build import describe
+from qsr.cluster.place import find_place
 from qsr.cluster.slurm import partitions
 from qsr.config.load import check_plan, run_folder
 from qsr.config.planning import make_plan
@@ -23,13 +25,15 @@ from qsr.data import (
     Request,
     TrainTransform,
     decoders_at_work,
-    make_loader,
     open_image_folders,
+    open_loader,
     resolve_decode,
     try_some,
     uses_dali,
 )
 from qsr.errors import CheckError
+from qsr.ops.loading import LoadingTrial, measure_step, trial_pass
+from qsr.ops.shortage import shortage, speeds
 from qsr.planner.forecast import forecast
 from qsr.planner.text import plan_line
 from qsr.run.checkpoint import readable, room_for_checkpoints
@@ -39,10 +43,14 @@ from qsr.run.identity import check_run_folder
 from qsr.run.lock import check_free
 from qsr.run.results import missing_room
 from qsr.sync.communicator import Communicator
-from qsr.train.losses import TrainingLoss
-from qsr.train.models import build_model, check_network, count_parameters, outline
-from qsr.train.precision import Precision
+from qsr.train.models import check_network, count_parameters, outline
 from qsr.train.state import checkpoint_bytes
+
+
+class Slow(NamedTuple):
+    """The run would work, but slowly."""
+
+    text: str
 
 
 class DataChecks:
@@ -107,15 +115,13 @@ class DataChecks:
         """Load a few images with the run's loader. Call `open` first."""
         assert self.train is not None
         data, number = self._config.data, min(8, len(self.train))
-        loader = make_loader(
-            data.loader,
+        loader = open_loader(
+            data,
             self.train,
-            TrainTransform.of(self._config.data),
+            TrainTransform.of(data),
             batch_size=number,
             device=device,
-            threads=data.loader_threads,
-            prefetch=data.prefetch_batches,
-            decode=data.decode,
+            cores=find_place().cores,
         )
         try:
             batch = next(iter(loader.batches([Request(range(number), seed=0)])))
@@ -131,6 +137,14 @@ class DataChecks:
         by = decoders_at_work(self.train, resolve_decode(data.decode, device), device)
         return f"DALI on {batch.images.device}" + (f", JPEGs by {by}" if by else "")
 
+    def load(self, device: torch.device) -> str | Slow:
+        """Measure the loader alone and the step alone, in this rank, for a few seconds. Call `open`
+        first."""
+        assert self.train is not None
+        trial = LoadingTrial(self._config, self.train, device, find_place().cores)
+        feed = trial.measure(measure_step(self._config, device))
+        return Slow(shortage(feed, trial, self._config, device)) if feed.parts else speeds(feed)
+
 
 def check_passes(config: Config) -> str:
     """Check that the network accepts images of this size, in micro-batches of the run's size. Needs
@@ -143,20 +157,14 @@ def check_passes(config: Config) -> str:
 def check_training(config: Config, device: torch.device) -> str:
     """One forward and backward pass on the device with the run's precision and micro-batch size and
     freshly initialized weights."""
-    precision, size = Precision(config.precision, device), config.data.image_size
-    torch.manual_seed(0)
-    model = build_model(config.model, 2, size).to(device)
-    images = torch.rand(config.micro_batch_size, 3, size, size, device=device)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
-    with precision.autocast():
-        loss = TrainingLoss(config.loss)(model, images, labels, 0)
-    loss.backward()
-    if not bool(loss.isfinite()):
+    loss = trial_pass(config, device)()
+    if not math.isfinite(loss):
         raise CheckError(
-            f"the loss with initial weights is {loss.item()} in {config.precision}: use another "
+            f"the loss with initial weights is {loss} in {config.precision}: use another "
             f"network, or precision=fp32"
         )
-    return f"forward and backward pass of {len(images)} images in {config.precision}"
+    images = config.micro_batch_size
+    return f"forward and backward pass of {images} images in {config.precision}"
 
 
 def check_folder(config: Config) -> str:

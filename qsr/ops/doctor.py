@@ -27,12 +27,15 @@ def examine(config: Config) -> bool:
     device = choose_device(config.cluster.device, own.local_rank)
     report = _Report(place)
     report.check("device", lambda: f"{_name(device)}, {place.cores} cores per rank")
+    torch.set_num_threads(config.cluster.threads_per_rank or place.cores)
     if place.local_rank == 0:  # once per machine
         data = _check_files(report, config)
         if data.train is not None:
             report.check("decoding", lambda: data.decode(device))
         if "network" not in report.failed:
             report.check("training", lambda: checks.check_training(config, device))
+        if not {"data", "network", "decoding", "training"} & report.failed:
+            report.check("loading", lambda: data.load(device))
     if own.is_main:
         report.check("wandb", lambda: checks.check_wandb(config))
     digest = hashlib.sha256(place.attempt.encode()).hexdigest()[:16]  # the name may hold anything
@@ -86,15 +89,16 @@ def _name(device: torch.device) -> str:
 
 
 class _Report:
-    """Prints a line per check: passed checks on rank 0 only, failed ones on every rank."""
+    """Prints a line per check: passed checks on rank 0 only, the others on every rank."""
 
     def __init__(self, place: Place) -> None:
         self.failed: set[str] = set()
         """Names of the failed checks."""
         self._place = place
 
-    def check(self, name: str, action: Callable[[], str]) -> None:
-        """Run a check; `action` returns what it found, or raises."""
+    def check(self, name: str, action: Callable[[], str | checks.Slow]) -> None:
+        """Run a check; `action` returns what it found, or raises. Where the run would only be slow
+        it has not failed."""
         try:
             found = action()
         except Exception as error:  # any error: the other checks should run too
@@ -104,7 +108,9 @@ class _Report:
             text = str(error) if own else f"{kind.__name__}: {error}"
             self._say("FAIL", name, f"{self._where()}{' '.join(text.split())}")
         else:
-            if self._place.rank == 0:
+            if isinstance(found, checks.Slow):
+                self._say("slow", name, f"{self._where()}{found.text}")
+            elif self._place.rank == 0:
                 self._say("ok", name, found)
 
     def _where(self) -> str:

@@ -15,6 +15,7 @@ from qsr.config.planning import make_plan
 from qsr.errors import ConfigError
 from qsr.report.collect import walk
 from qsr.run.folder import RunFolder, is_number, read_json, read_rows
+from qsr.run.tracking import waiting_words
 from qsr.run.yaml_file import read_yaml
 
 State = Literal["queued", "running", "preempted", "stopped", "failed", "done", "unknown"]
@@ -40,6 +41,8 @@ class RunStatus:
     """Percent, at the last evaluation."""
     seconds_left: float | None
     """Estimated from the speed so far, including evaluations."""
+    waiting_percent: float = 0.0
+    """Share of the training time so far in which training waited for data; 0 if unknown."""
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -143,6 +146,7 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None) -> RunStatus:
         h=trained[-1]["h"] if trained else None,
         top1=evaluated[-1]["top1"] if evaluated else None,
         seconds_left=_seconds_left(trained, evaluated, step, total),
+        waiting_percent=_waiting_percent(trained[-1]) if trained else 0.0,
     )
 
 
@@ -204,6 +208,12 @@ def _seconds_left(
     return left if math.isfinite(left) else None
 
 
+def _waiting_percent(row: Mapping[str, Any]) -> float:
+    """Rows of earlier versions have no times of waiting."""
+    idle, spent = row.get("data_idle_seconds", 0.0), row["train_seconds"]
+    return float(100.0 * idle / spent) if is_number(idle) and spent > 0 else 0.0
+
+
 def status_table(runs: Sequence[RunStatus]) -> str:
     """A header line and one line per run."""
     titles = ("state", "step", "epoch", "H", "top-1 %", "left", "run")
@@ -220,6 +230,7 @@ def _cells(run: RunStatus) -> tuple[str, ...]:
     total = "?" if run.total_steps is None else f"{run.total_steps:,}"
     left = run.state != "done" and run.seconds_left is not None
     minutes = round((run.seconds_left or 0.0) / 60)
+    remarks = "; ".join(filter(None, [run.detail, waiting_words(run.waiting_percent)]))
     return (
         run.state,
         f"{run.step:,}/{total}",
@@ -227,7 +238,7 @@ def _cells(run: RunStatus) -> tuple[str, ...]:
         "-" if run.h is None else f"{run.h:,}",
         "-" if run.top1 is None else f"{run.top1:.2f}",
         f"{minutes // 60} h {minutes % 60:02} min" if left else "-",
-        _printable(f"{run.folder}{f'  ({run.detail})' if run.detail else ''}"),
+        _printable(f"{run.folder}{f'  ({remarks})' if remarks else ''}"),
     )
 
 

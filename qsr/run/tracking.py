@@ -273,6 +273,15 @@ def mirror_rows() -> None:
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
+WORTH_SAYING_PERCENT = 5.0
+"""A run that waits less for its data is not told so."""
+
+
+def waiting_words(percent: float) -> str:
+    """What users are told if so much of the training time is waiting for data."""
+    return f"waiting for data {percent:.0f} %" if percent > WORTH_SAYING_PERCENT else ""
+
+
 class _Console(Console):
     """Keeps the program running when the output's reader is gone; rich would end it."""
 
@@ -296,6 +305,7 @@ class ProgressTracker:
         self._total_steps = total_steps
         self._quiet_seconds = quiet_seconds
         self._quiet_until = 0.0
+        self._waiting = ""  # for data, since the last row
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
@@ -312,9 +322,12 @@ class ProgressTracker:
 
     def log(self, row: Row) -> None:
         if row["kind"] == "train":
+            words = waiting_words(float(row["waiting_percent"]))
+            self._waiting = words and f"  {words}"
             text = (
                 f"epoch {row['epoch']:.1f}  round {row['round']} (H={row['h']})  "
                 f"lr {row['lr']:.2e}  loss {row['loss']:.3f}  {row['images_per_second']:.0f} img/s"
+                f"{self._waiting}"
             )
             self._bar.update(self._task, completed=int(row["step"]), text=text)
             return
@@ -325,7 +338,7 @@ class ProgressTracker:
         shadow = "  (averaged for this evaluation only)" if row["shadow"] else ""
         self._console.print(
             f"{self._name}  step {row['step']}/{self._total_steps}  epoch {row['epoch']:.1f}  "
-            f"top-1 {row['top1']:.2f} %  loss {row['loss']:.3f}{shadow}",
+            f"top-1 {row['top1']:.2f} %  loss {row['loss']:.3f}{shadow}{self._waiting}",
             highlight=False,
             soft_wrap=True,
         )

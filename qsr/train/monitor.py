@@ -1,7 +1,8 @@
 """What a run measures while it trains, and the check that its loss is finite."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from qsr.core.plan import Plan, Round
 from qsr.core.sampling import Sampler
+from qsr.data import Batch
 from qsr.errors import TrainingError
 from qsr.sync.communicator import Communicator
 from qsr.train.precision import Precision
+from qsr.train.waiting import DataWait
 from qsr.train.worker import Worker
 
 _MOST_LOSSES = 256
@@ -38,6 +41,11 @@ class Progress:
     checkpoint_seconds: float = 0.0
     communication_seconds: float = 0.0
     """Part of train_seconds; excludes averages that overlap with the backward pass."""
+    data_seconds: float = 0.0
+    """Part of train_seconds that the host waited for batches: of the rank that waited longest, in
+    each stretch between two reads."""
+    data_idle_seconds: float = 0.0
+    """The same by the device's clock (see `DataWait`): what waiting for data costs."""
     loss_sum: float = 0.0
     """Sum of the finite losses of all workers since the last row of training metrics."""
     loss_weight: float = 0.0
@@ -67,16 +75,21 @@ class Monitor:
         self._sums = torch.zeros(4, dtype=torch.float64, device=communicator.device)
         self._losses: list[Tensor] = []  # not yet added to the sums
         self._repeated = 0  # batches that this rank repeated since the last read
+        self._waiting = DataWait(communicator.device)
         self._communication_before = 0.0  # in earlier sessions
         self._lap_start = 0.0
-        self._logged = (0, 0.0)  # step and train_seconds of the last row of training metrics
+        self._logged = Progress()  # at the last row of training metrics
 
     def start(self, progress: Progress) -> None:
         """Begin a session at `progress`."""
         self.progress = progress
         self._communication_before = progress.communication_seconds
         self._lap_start = time.perf_counter()
-        self._logged = (progress.step, progress.train_seconds)
+        self._logged = replace(progress)
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the waiting for each is counted."""
+        return self._waiting.timed(batches)
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to the field `name` of the progress."""
@@ -117,11 +130,14 @@ class Monitor:
         progress = self.progress
         if self._losses:
             self._add_losses()
-        counts = [*self._sums.tolist(), self._repeated]  # the host waits for the device here
+        sums = self._sums.tolist()  # the host waits for the device here
         self._sums.zero_()
+        counts = [*sums, self._repeated, *self._waiting.take()]
         self._repeated = 0
-        rows = self._communicator.gather_floats(counts)
-        loss_sum, loss_weight, not_finite, skipped, repeated = map(sum, zip(*rows, strict=True))
+        *summed, waited, idle = zip(*self._communicator.gather_floats(counts), strict=True)
+        loss_sum, loss_weight, not_finite, skipped, repeated = map(sum, summed)
+        progress.data_seconds += max(waited)
+        progress.data_idle_seconds += max(idle)
         progress.loss_sum += loss_sum
         progress.loss_weight += loss_weight
         each = self._communicator.topology.ranks_per_worker  # which count the same
@@ -137,8 +153,10 @@ class Monitor:
 
     def train_row(self, round_: Round, *, with_communication: bool) -> dict[str, Any]:
         """Training metrics of the steps since the last row."""
-        progress = self.progress
-        images = (progress.step - self._logged[0]) * self._sampler.global_batch
+        progress, before = self.progress, self._logged
+        images = (progress.step - before.step) * self._sampler.global_batch
+        seconds = progress.train_seconds - before.train_seconds
+        idle = progress.data_idle_seconds - before.data_idle_seconds
         row: dict[str, Any] = {
             "kind": "train",
             "step": progress.step,
@@ -148,7 +166,10 @@ class Monitor:
             "lr": self._plan.schedule(progress.step - 1),
             "averages": progress.averages,
             "train_seconds": progress.train_seconds,
-            "images_per_second": images / (progress.train_seconds - self._logged[1]),
+            "images_per_second": images / seconds,
+            "data_seconds": progress.data_seconds,
+            "data_idle_seconds": progress.data_idle_seconds,
+            "waiting_percent": min(100.0, 100.0 * idle / seconds),
         }
         if progress.loss_weight:
             row["loss"] = progress.loss_sum / progress.loss_weight
@@ -157,6 +178,6 @@ class Monitor:
         if self._precision.name == "fp16":
             row["skipped_updates"] = progress.skipped_updates
             row["repeated_batches"] = progress.repeated_batches
-        self._logged = (progress.step, progress.train_seconds)
+        self._logged = replace(progress)
         progress.loss_sum = progress.loss_weight = 0.0
         return row

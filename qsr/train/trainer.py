@@ -133,7 +133,8 @@ class Trainer:
         stop = min(self._due.stop_after or total, total)
         if first == 0:
             self._synchronizer.check_equal_start()
-        batches = self._settled(self._data.batches(self._workers, first, stop))
+        loaded = self._settled(self._data.batches(self._workers, first, stop))
+        batches = self._monitor.timed(loaded)
         self._monitor.start(self.progress)
         self._make_up_evaluation()
         for round_ in self._plan.rounds(from_step=first):

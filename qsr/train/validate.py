@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from qsr.cluster.group import choose_device
+from qsr.cluster.place import find_place
 from qsr.config.evaluate import OF_NETWORK, EvaluateConfig, load_evaluate, settings_of_run
 from qsr.data import (
     EvalTransform,
     ImageFolder,
-    make_loader,
+    open_loader,
     open_validation_folder,
     try_some,
     uses_dali,
@@ -55,15 +56,13 @@ def evaluate(source: str | None, overrides: Sequence[str]) -> int:
         candidate = _open(source, overrides)
         config, data = candidate.config, candidate.config.data
         communicator = Communicator(Topology(0, 1, 0, 1), candidate.device, 0.0)
-        loader = make_loader(
-            data.loader,
+        loader = open_loader(
+            data,
             candidate.val,
             EvalTransform.of(data),
             batch_size=config.evaluation.batch,
             device=candidate.device,
-            threads=data.loader_threads,
-            prefetch=data.prefetch_batches,
-            decode=data.decode,
+            cores=find_place().cores,
         )
     except (ConfigError, DataError, ClusterError, ModelFileError) as error:
         warn(f"refused: {error}")

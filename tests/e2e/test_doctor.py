@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,16 +13,23 @@ import pytest
 
 from qsr import build
 from qsr.config.load import load_config, run_folder
+from qsr.ops import loading
 from qsr.run.lock import take
 from tests.cli import ROOT, RUN, TORCHRUN, call
 from tests.faults.inject import mount_here, needs_mounts, small_disk_here
+from tests.image_trees import textured_image
 from tests.support import run_ranks
 
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
 CHECKS = [
     *("device", "data", "network", "plan", "run folder", "free space", "decoding", "training"),
-    *("wandb", "ranks"),
+    *("loading", "wandb", "ranks"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "TRIAL_SECONDS", 0.1)
 
 
 def settings(digits: Path, runs: Path, *more: str) -> list[str]:
@@ -58,17 +66,41 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     done = call([*DOCTOR, *settings(digits, runs)])
     assert (done.returncode, done.stderr) == (0, "")
     found = lines(done.stdout)
-    assert [(verdict, name) for verdict, name, _ in found] == [("ok", name) for name in CHECKS]
+    assert [name for _, name, _ in found] == CHECKS
+    # the digits' loader and step are about equally fast
+    assert {verdict for verdict, name, _ in found if name != "loading"} == {"ok"}
     texts = {name: text for _, name, text in found}
     assert texts["data"] == "1,442 and 355 images of 10 classes"
     assert texts["network"] == "small_resnet accepts micro-batches of 32 images, 32 x 32"
     assert texts["training"] == "forward and backward pass of 32 images in fp32"
+    assert re.match(r"the loader gives [\d,]+ images/s, the step takes [\d,]+", texts["loading"])
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
     assert texts["free space"].startswith("5.37 MB needed (2 + 1 checkpoints of 1.33 MB and the")
     assert texts["wandb"] == "off"
     assert texts["ranks"] == "2 ranks, all-reduce with gloo"
     assert list(runs.iterdir()) == []  # nothing is left
+
+
+def test_a_loader_that_does_not_keep_up_is_no_failure(tmp_path: Path) -> None:
+    """Images of 2 million pixels for a small network."""
+    for split in ("train", "val"):
+        for label in "ab":
+            folder = tmp_path / "photos" / split / label
+            folder.mkdir(parents=True)
+            textured_image(1800, 1200, seed=ord(label)).save(folder / "0.jpg")
+            for number in range(1, 8):
+                (folder / f"{number}.jpg").hardlink_to(folder / "0.jpg")
+    photos = ["data=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=32"]
+    few = ["global_batch=8", "cluster.ranks=1", "cluster.threads_per_rank=1"]
+    loader = ["data.loader=torchvision", "data.loader_threads=1"]
+    status, output = ask([*RUN, f"runs_dir={tmp_path / 'runs'}", *photos, *few, *loader])
+    assert status == 0, output
+    found = {name: (verdict, text) for verdict, name, text in lines(output)}
+    verdict, text = found["loading"]
+    assert verdict == "slow", output
+    assert "training will wait for data" in text
+    assert "short of decoder threads: " in text
 
 
 @pytest.fixture

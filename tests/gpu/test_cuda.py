@@ -48,6 +48,7 @@ from qsr.sync.flat import FlatBuffers
 from qsr.sync.topology import Topology
 from qsr.train.models import build_model
 from qsr.train.precision import SETTLED_STEPS, LossScale
+from tests.sleeping import put_to_sleep
 from tests.support import (
     MemoryLoader,
     Rig,
@@ -180,6 +181,22 @@ def test_the_watch_sees_a_host_that_waits(watch: Callable[[Rig], Watch]) -> None
     watch(rig)
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         rig.trainer.train()
+
+
+def test_only_a_device_that_has_nothing_to_do_waits_for_data() -> None:
+    """While the loader sleeps the host waits for it, the device only if its queue is empty."""
+
+    def for_long(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        torch.cuda._sleep(400_000_000)  # of the device's cycles, a fifth of a second
+        return functional.cross_entropy(model(x).float(), y)
+
+    for loss, waits in ((None, True), (for_long, False)):
+        rig = build(Setup(LOCAL, loss=loss, log_every=1000), device=CUDA)
+        sleeper = put_to_sleep(rig)
+        rig.trainer.train()
+        progress = rig.trainer.progress
+        assert progress.data_seconds >= sleeper.seconds
+        assert (progress.data_idle_seconds > 0.5 * sleeper.seconds) == waits
 
 
 # The same run again

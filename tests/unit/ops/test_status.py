@@ -1,5 +1,6 @@
 """Where runs stand: from real run folders, and from what Slurm may say of their jobs."""
 
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,20 @@ def test_evaluations_take_time_too(folder: Path) -> None:
     assert status.seconds_left == pytest.approx(spent / 20 * (44 - status.step))
 
 
+def test_how_much_of_a_run_was_waiting_for_data(folder: Path) -> None:
+    metrics = folder / "metrics.jsonl"
+    *before, last = read_rows(metrics)[0][:2]
+    for idle, said in ((6.2, "; waiting for data 31 %"), (1.0, ""), (None, "")):
+        row = {**last, "train_seconds": 20.0, "data_idle_seconds": idle}
+        if idle is None:  # of an earlier version
+            del row["data_idle_seconds"]
+        metrics.write_text("".join(json.dumps(each) + "\n" for each in (*before, row)))
+        status = read_status(folder, NO_JOBS)
+        assert status.waiting_percent == pytest.approx(5.0 * (idle or 0.0))
+        line = status_table([status]).splitlines()[1]
+        assert line.endswith(f"  (run the same command to resume{said})")
+
+
 def test_done(digits: Path, runs: Path, folder: Path) -> None:
     build.run(load_config(settings(digits, runs)))
     assert state(folder) == ("done", "")
@@ -103,7 +118,7 @@ def test_done(digits: Path, runs: Path, folder: Path) -> None:
     assert state(folder, None) == ("done", "")  # whatever Slurm says
     (line,) = status_table([status]).splitlines()[1:]
     assert line.split()[:4] == ["done", "44/44", "2.0", str(status.h)]
-    assert line.split()[5:] == ["-", str(folder)]  # no time left
+    assert line.split()[5:7] == ["-", str(folder)]  # no time left
 
 
 def test_stopped(folder: Path) -> None:

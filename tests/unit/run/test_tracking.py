@@ -32,7 +32,7 @@ from qsr.run.tracking import (
 
 def train_row(step: int, **changes: float | int) -> Row:
     place = {"epoch": step / 8, "round": 3, "h": 4, "lr": 0.0125}
-    measured = {"loss": 1.2345, "images_per_second": 987.6}
+    measured = {"loss": 1.2345, "images_per_second": 987.6, "waiting_percent": 5.0}
     return {"kind": "train", "step": step, **place, **measured, **changes}
 
 
@@ -145,6 +145,20 @@ def test_the_bar_shows_where_the_run_stands(monkeypatch: pytest.MonkeyPatch) -> 
     # 6 steps left at 2 steps a minute
     text = " 4/10 epoch 0.5  round 3 (H=4)  lr 1.25e-02  loss 1.234  988 img/s 0:03:00"
     assert line.rstrip().endswith(text)
+
+
+def test_waiting_for_data_is_said_where_it_is_above_5_percent() -> None:
+    """Beside the speed, and with the evaluations, which are all that a log file shows."""
+    for percent, said in ((0.0, ""), (5.0, ""), (5.6, "  waiting for data 6 %"), (31.4, "  waiting "
+                          "for data 31 %")):  # fmt: skip
+        tracker, shown = on_terminal()
+        tracker.log(train_row(2, waiting_percent=99.0))
+        tracker.log(train_row(4, waiting_percent=percent))
+        tracker.log(eval_row(4))
+        tracker.close()
+        (evaluation,) = (line.strip() for line in shown().splitlines() if "top-1" in line)
+        assert evaluation.endswith(f"loss 0.500{said}")
+        assert f"988 img/s{said} " in shown().splitlines()[-1]
 
 
 def test_a_rewound_bar_goes_back() -> None:
