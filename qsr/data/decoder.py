@@ -18,8 +18,8 @@ from qsr.data.datasets import ImageFolder
 from qsr.errors import DataError
 
 LOG_LEVEL = "DALI_NVIMGCODEC_LOG_LEVEL"
-"""Variable for what nvImageCodec logs. 1: errors; 2, its default: warnings, which may be several for
-each image; 3: which decoder takes an image."""
+"""Variable for what nvImageCodec logs. 1: errors; 2, its default: warnings, of which there may be
+several for each image; 3: which decoder takes an image."""
 
 _IMAGES = 16
 _TRIAL = Path(__file__).with_name("decoder_trial.py")
@@ -94,8 +94,8 @@ def _some_jpegs(dataset: ImageFolder) -> list[str]:
     """Paths spread over the data set."""
     found = []
     for index in range(0, len(dataset), max(1, len(dataset) // _IMAGES)):
-        path = os.fspath(dataset.path(index))
-        with open(path, "rb") as file:
+        path = Path(dataset.path(index))
+        with path.open("rb") as file:
             if file.read(2) == b"\xff\xd8":
-                found.append(path)
+                found.append(str(path))
     return found[:_IMAGES]

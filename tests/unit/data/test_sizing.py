@@ -53,9 +53,7 @@ def test_a_loader_reads_as_far_ahead_as_that(
             yield Request([0], 0)
 
     config = replace(FOLDER, loader=kind)  # type: ignore[arg-type]
-    loader = open_loader(
-        config, photos[1], eval_transform(32), batch_size=1, device=CPU, cores=4
-    )
+    loader = open_loader(config, photos[1], eval_transform(32), batch_size=1, device=CPU, cores=4)
     batches = loader.batches(requests())
     next(batches)
     loader.close()
