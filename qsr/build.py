@@ -34,6 +34,7 @@ from qsr.run.tracking import NullTracker, Tracker, build_tracker
 from qsr.sync.communicator import Communicator
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
 from qsr.sync.topology import Topology
+from qsr.train.compiling import CompileClock, compile_errors
 from qsr.train.evaluation import BatchNormSource, Evaluation, Evaluator
 from qsr.train.losses import TrainingLoss
 from qsr.train.model_file import Description
@@ -158,7 +159,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         checkpointer.check_space(each, missing_room(folder, model, about))
         _on_main(communicator, folder, lambda: reserve_results(folder, model, about))
         trainer.restore()
-        trainer.train()
+        with compile_errors(config.compile):
+            trainer.train()
         unsaved = trainer.checkpoint_failure
         if not trainer.finished:
             if unsaved is not None:
@@ -277,6 +279,7 @@ def _build(
         clip_norm=config.optimizer.clip_norm,
         precision=precision,
         seed=sampler.seed,
+        compile_clock=CompileClock() if config.compile != "none" else None,
     )
     due = Due(
         log_every=config.tracking.log_every_steps,

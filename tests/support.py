@@ -27,6 +27,7 @@ from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
 from qsr.sync.topology import Topology
+from qsr.train.compiling import CompileClock, compile_network
 from qsr.train.evaluation import BatchNormSource, Evaluator
 from qsr.train.losses import TrainingLoss
 from qsr.train.monitor import Monitor
@@ -156,6 +157,7 @@ class Setup:
     average_momentum: bool = False
     average_second_moment: bool = False
     precision: str = "fp32"
+    compile: schema.Compile = "none"
     noise: float = 0.1
     mixup_alpha: float = 0.0
     samples: int = 96
@@ -204,6 +206,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
     workers = []
     for index, shard in zip(topology.workers, topology.shards, strict=True):
         model = FlatModule(make_net(), FINGERPRINT_SIZE)
+        compile_network(model.module, setup.compile)
         fused = device.type == "cuda" or setup.precision == "fp16"
         optimizer = build_optimizer(setup.optimizer, model.module.parameters(), fused=fused)
         workers.append(Worker(index, model, optimizer, precision.scaler(), shard))
@@ -251,6 +254,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         clip_norm=setup.optimizer.clip_norm,
         precision=precision,
         seed=setup.seed,
+        compile_clock=CompileClock() if setup.compile != "none" else None,
     )
     checkpointer = Checkpointer(folder / "checkpoints", setup.keep, communicator)
     trainer = Trainer(

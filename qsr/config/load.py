@@ -81,6 +81,7 @@ LATER = {
     "schedule.final_lr": 0.0,
     "fp16_overflow": "skip",
     "ranks_per_worker": 1,
+    "compile": "none",
 }
 """Settings added after the first runs, each with the value that matches what those runs did. With
 that value a setting is not part of a run's identity, so that older runs keep their identity."""

@@ -36,6 +36,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Channels = tuple[Finite, Finite, Finite]
+Compile = Literal["none", "default", "max_autotune"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -562,6 +563,7 @@ class SpeedConfig:
     seconds_per_image: dict[str, Positive]
     """Training time of one image on one rank while all ranks compute: forward, backward, update.
     By "MODEL@IMAGE_SIZE/PRECISION", as in "vit_b16@224/fp16"; timm's models are "timm/NAME@...".
+    Compiled steps have keys of their own, as in "vit_b16@224/fp16/compile=default".
     """
     data_parallel: dict[str, DataParallelSteps]
     """Measured data parallel steps, by the keys of seconds_per_image. They tell how long ranks wait
@@ -722,6 +724,10 @@ class Config:
     """What follows when fp16 gradients overflow. repeat: the worker goes through its batch again at
     half the loss scale, as the paper's code does, while the right scale is being looked for; later,
     and with skip: the worker skips the update."""
+    compile: Compile
+    """torch.compile of the network's training passes: minutes before the first step, faster steps,
+    other last bits. max_autotune: also choose kernels by measuring them; a resumed run has the same
+    bits as long as the cache ($TORCHINDUCTOR_CACHE_DIR, else ~/.cache/qsr/inductor) is kept."""
     model: ModelConfig
     """The network."""
     optimizer: OptimizerConfig

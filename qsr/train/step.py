@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qsr.core.seeds import seed_for
 from qsr.data import Batch
 from qsr.sync.synchronizer import Synchronizer
+from qsr.train.compiling import CompileClock
 from qsr.train.losses import TrainingLoss
 from qsr.train.monitor import Monitor
 from qsr.train.optim import set_lr
@@ -29,7 +30,9 @@ class Stepper:
         clip_norm: float | None,
         precision: Precision,
         seed: int,
+        compile_clock: CompileClock | None = None,
     ) -> None:
+        """`compile_clock`: runs while a compiled network takes its first step."""
         self.workers = workers
         self.monitor = monitor
         self.micro_batch = micro_batch
@@ -38,6 +41,7 @@ class Stepper:
         self._clip_norm = clip_norm
         self._precision = precision
         self._seed = seed
+        self._compile_clock = compile_clock
 
     def find_gradients(
         self,
@@ -71,6 +75,10 @@ class Stepper:
             batches, kept = iter(kept), []
         for loss in losses:
             self.monitor.count_loss(loss)
+        if self._compile_clock is not None:
+            seconds = self._compile_clock.stop()
+            self._compile_clock = None
+            self._synchronizer.communicator.warn(f"note: compiled in {seconds:.0f} s")
         return averaged_bytes
 
     def _forward_backward(self, worker: Worker, batch: Batch, step: int) -> list[Tensor]:

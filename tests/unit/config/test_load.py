@@ -120,6 +120,7 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
          "be between 0 and 30 and a whole number"),
         ([VIT, f"{AUGMENT}_strength=1"], "randaugment_strength is not a setting"),
         ([VIT, "fp16_overflow=retry"], "fp16_overflow='retry': input should be 'repeat' or 'skip'"),
+        ([DEMO, "compile=true"], "compile=True: input should be 'none', 'default' or 'max_auto"),
         ([DEMO, "optimizer.nesterov=true", "optimizer.momentum=0"], "nesterov=true needs"),
         ([DEMO, "optimizer=adamw", "optimizer.beta1=1.0"], "optimizer.beta1=1.0"),
         ([DEMO, "cluster.timeout_seconds=1e300"], "cluster.timeout_seconds"),
@@ -199,6 +200,11 @@ def test_a_run_from_before_a_setting_is_the_run_that_has_its_old_value() -> None
     delayed = load_config([DEMO, "sync.delay_steps=2"])
     assert differences(delayed, parse_identity(stored)) == ["sync.delay_steps: 0 -> 2"]
     assert config_hash(delayed) != config_hash(parse_identity(stored))
+    del stored["compile"]
+    assert differences(load_config([DEMO]), parse_identity(stored)) == []
+    compiled = load_config([DEMO, "compile=default"])
+    assert differences(compiled, parse_identity(stored)) == ["compile: none -> default"]
+    assert config_hash(compiled) != config_hash(parse_identity(stored))
 
 
 @pytest.mark.parametrize("name", sorted(
@@ -267,8 +273,8 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     config = load_config([DEMO])
     left_out = leaves(to_dict(config)) - set(identity(config))
     assert {name.split(".")[0] for name in left_out} == {
-        "checkpoint", "cluster", "data", "evaluation", "experiment", "ranks_per_worker", "runs_dir",
-        "stop_after_steps", "sync", "tracking",
+        "checkpoint", "cluster", "compile", "data", "evaluation", "experiment", "ranks_per_worker",
+        "runs_dir", "stop_after_steps", "sync", "tracking",
     }  # fmt: skip
     assert {name for name in left_out if name.startswith(("data", "evaluation", "sync"))} == {
         "data.loader_threads",
