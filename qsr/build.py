@@ -42,6 +42,7 @@ from qsr.train.models import check_network, initial_model
 from qsr.train.monitor import Monitor
 from qsr.train.optim import averaged_state_keys
 from qsr.train.precision import Precision
+from qsr.train.profile import StepProfiler
 from qsr.train.state import RunState, checkpoint_bytes
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
@@ -120,6 +121,9 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     lock = claim(folder.path, communicator)
     tracker: Tracker = NullTracker()
     loaders: list[Loader] = []
+    profiler = None
+    if config.profile.steps is not None:
+        profiler = StepProfiler(*config.profile.steps, folder.profile, communicator)
     try:
         if place.is_main:
             warning = other_code(folder)
@@ -150,6 +154,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             checkpointer,
             loaders,
             flag or StopFlag(),
+            profiler,
         )
         model = evaluator.model.state_dict()
         about = describe(config, train.classes, plan.total_steps).metadata()
@@ -179,6 +184,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             )
         return summary
     finally:
+        if profiler is not None:
+            profiler.close()
         for loader in loaders:
             loader.close()
         tracker.close()
@@ -222,6 +229,7 @@ def _build(
     checkpointer: Checkpointer,
     loaders: list[Loader],
     flag: StopFlag,
+    profiler: StepProfiler | None,
 ) -> tuple[Trainer, Evaluator]:
     """Build all parts of the run; loaders are appended to `loaders` for the caller to close."""
     device = communicator.device
@@ -289,7 +297,7 @@ def _build(
     )
     data = TrainingData(open_loader(train, train_transform, config.shard_size), sampler)
     state = RunState(workers, synchronizer, checkpointer)
-    trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due)
+    trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due, profiler)
     return trainer, evaluator
 
 

@@ -33,6 +33,7 @@ from qsr.train.losses import TrainingLoss
 from qsr.train.monitor import Monitor
 from qsr.train.optim import averaged_state_keys, build_optimizer
 from qsr.train.precision import Precision
+from qsr.train.profile import StepProfiler
 from qsr.train.state import RunState
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
@@ -174,6 +175,8 @@ class Setup:
     """Of the run; None: a new one."""
     config_hash: str = "0123456789abcdef"
     loss: Callable[..., Tensor] | None = None
+    profiled: tuple[int, int] | None = None
+    """First and last of the steps whose trace is written to profile/ in the folder."""
 
 
 @dataclass
@@ -256,6 +259,9 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         seed=setup.seed,
         compile_clock=CompileClock() if setup.compile != "none" else None,
     )
+    profiler = None
+    if setup.profiled is not None:
+        profiler = StepProfiler(*setup.profiled, folder / "profile", communicator)
     checkpointer = Checkpointer(folder / "checkpoints", setup.keep, communicator)
     trainer = Trainer(
         TrainingData(loader, sampler),
@@ -265,6 +271,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         RunState(workers, synchronizer, checkpointer),
         tracker,
         Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
+        profiler,
     )
     return Rig(trainer, workers, tracker, evaluator, loader, communicator)
 

@@ -69,6 +69,7 @@ EXECUTION = (
     "data.root",
     "evaluation.batch",
     "evaluation.every_epochs",
+    "profile",
     "runs_dir",
     "stop_after_steps",
     "tracking",
@@ -258,8 +259,25 @@ def check(config: Config) -> None:
         )
     if config.sync.delay_steps:
         _check_delay(config.sync)
+    if config.profile.steps is not None:
+        _check_profile(*config.profile.steps)
     if config.data.train_images is not None:
         check_plan(config, config.data.train_images)
+
+
+_MOST_PROFILED_STEPS = 100
+"""More would fill the host's memory, and no viewer opens their trace."""
+
+
+def _check_profile(first: int, last: int) -> None:
+    steps = f"profile.steps=[{first},{last}]"
+    if first > last:
+        raise ConfigError(f"{steps}: the first step comes first, as in [{last},{first}]")
+    if last - first >= _MOST_PROFILED_STEPS:
+        raise ConfigError(
+            f"{steps}: record at most {_MOST_PROFILED_STEPS} steps, as in "
+            f"[{first},{first + _MOST_PROFILED_STEPS - 1}]"
+        )
 
 
 def check_model_name(model: ModelConfig) -> None:
@@ -381,6 +399,12 @@ def check_plan(config: Config, train_images: int) -> None:
     if config.stop_after_steps is not None and config.stop_after_steps > plan.total_steps:
         raise ConfigError(
             f"stop_after_steps={config.stop_after_steps} exceeds the run's {plan.total_steps} steps"
+        )
+    profiled = config.profile.steps
+    if profiled is not None and profiled[1] > plan.total_steps:
+        raise ConfigError(
+            f"profile.steps=[{profiled[0]},{profiled[1]}] exceeds the run's {plan.total_steps} "
+            f"steps: choose earlier ones"
         )
 
 

@@ -697,6 +697,15 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ProfileConfig:
+    """A trace of what the host and the device do, for Perfetto. Execution."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None
+    """First and last step to record, counted from 1, as in [10, 15]; each rank writes them to
+    profile/ in the run folder. null: none."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """One run."""
 
@@ -748,6 +757,8 @@ class Config:
     """Processes and devices."""
     tracking: TrackingConfig
     """Logs."""
+    profile: ProfileConfig
+    """A trace of some steps."""
     runs_dir: str
     """Folder of all run folders. Execution."""
     stop_after_steps: PositiveInt | None
