@@ -288,6 +288,7 @@ def _build(
         precision=precision,
         seed=sampler.seed,
         compile_clock=CompileClock() if config.compile != "none" else None,
+        cuda_graphs=config.cuda_graphs,
     )
     due = Due(
         log_every=config.tracking.log_every_steps,

@@ -159,6 +159,8 @@ class Setup:
     average_second_moment: bool = False
     precision: str = "fp32"
     compile: schema.Compile = "none"
+    cuda_graphs: bool = False
+    label_smoothing: float = 0.0
     noise: float = 0.1
     mixup_alpha: float = 0.0
     samples: int = 96
@@ -252,12 +254,14 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         workers,
         synchronizer,
         Monitor(setup.plan, sampler, communicator, precision),
-        loss=setup.loss or TrainingLoss(schema.LossConfig(0.0, setup.mixup_alpha)),  # type: ignore[arg-type]
+        loss=setup.loss
+        or TrainingLoss(schema.LossConfig(setup.label_smoothing, setup.mixup_alpha)),  # type: ignore[arg-type]
         micro_batch=micro_batch,
         clip_norm=setup.optimizer.clip_norm,
         precision=precision,
         seed=setup.seed,
         compile_clock=CompileClock() if setup.compile != "none" else None,
+        cuda_graphs=setup.cuda_graphs,
     )
     profiler = None
     if setup.profiled is not None:

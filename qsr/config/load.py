@@ -83,6 +83,7 @@ LATER = {
     "fp16_overflow": "skip",
     "ranks_per_worker": 1,
     "compile": "none",
+    "cuda_graphs": False,
 }
 """Settings added after the first runs, each with the value that matches what those runs did. With
 that value a setting is not part of a run's identity, so that older runs keep their identity."""
@@ -246,6 +247,8 @@ def check(config: Config) -> None:
     if config.data.augmentation.min_aspect > config.data.augmentation.max_aspect:
         raise ConfigError("data.augmentation.min_aspect exceeds max_aspect")
     _check_randaugment(config.data.augmentation)
+    if config.cuda_graphs and config.cluster.device == "cpu":
+        raise ConfigError("cuda_graphs=true needs a GPU, but cluster.device=cpu: set one of them")
     check_reading(config.data, config.cluster.device)
     if getattr(config.optimizer, "nesterov", False) and not getattr(
         config.optimizer, "momentum", 0

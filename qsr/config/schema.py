@@ -737,6 +737,9 @@ class Config:
     """torch.compile of the network's training passes: minutes before the first step, faster steps,
     other last bits. max_autotune: also choose kernels by measuring them; a resumed run has the same
     bits as long as the cache ($TORCHINDUCTOR_CACHE_DIR, else ~/.cache/qsr/inductor) is kept."""
+    cuda_graphs: bool
+    """Whether a micro-batch's pass is captured on the GPU and launched at once, which helps where
+    the host cannot launch kernels as fast as the GPU runs them, as with small micro-batches."""
     model: ModelConfig
     """The network."""
     optimizer: OptimizerConfig

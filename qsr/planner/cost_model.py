@@ -28,7 +28,8 @@ def speed_key(config: schema.Config) -> str:
     model = config.model
     name = model.name if model.timm_name is None else f"timm/{model.timm_name}"
     compiled = "" if config.compile == "none" else f"/compile={config.compile}"
-    return f"{name}@{config.data.image_size}/{config.precision}{compiled}"
+    graphs = "/cuda_graphs" if config.cuda_graphs else ""
+    return f"{name}@{config.data.image_size}/{config.precision}{compiled}{graphs}"
 
 
 def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tuple[int, int]:

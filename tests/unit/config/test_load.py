@@ -126,6 +126,8 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
         ([DEMO, "profile.steps=[1,101]"], "record at most 100 steps, as in [1,100]"),
         ([DEMO, "profile.steps=[5]"], "profile.steps"),
         ([DEMO, "profile.steps=[329,331]"], "exceeds the run's 330 steps: choose earlier ones"),
+        ([DEMO, "cuda_graphs=true", "cluster.device=cpu"], "cuda_graphs=true needs a GPU, but "
+         "cluster.device=cpu: set one of them"),
         ([DEMO, "compile=true"], "compile=True: input should be 'none', 'default' or 'max_auto"),
         ([DEMO, "optimizer.nesterov=true", "optimizer.momentum=0"], "nesterov=true needs"),
         ([DEMO, "optimizer=adamw", "optimizer.beta1=1.0"], "optimizer.beta1=1.0"),
@@ -279,8 +281,8 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     config = load_config([DEMO])
     left_out = leaves(to_dict(config)) - set(identity(config))
     assert {name.split(".")[0] for name in left_out} == {
-        "checkpoint", "cluster", "compile", "data", "evaluation", "experiment", "profile",
-        "ranks_per_worker", "runs_dir", "stop_after_steps", "sync", "tracking",
+        "checkpoint", "cluster", "compile", "cuda_graphs", "data", "evaluation", "experiment",
+        "profile", "ranks_per_worker", "runs_dir", "stop_after_steps", "sync", "tracking",
     }  # fmt: skip
     assert {name for name in left_out if name.startswith(("data", "evaluation", "sync"))} == {
         "data.loader_threads",
