@@ -79,6 +79,8 @@ def join(config: Config, name: str = "group") -> Communicator:
         if config.cuda_graphs:
             raise ClusterError("cuda_graphs=true, but torch sees no GPU; use cuda_graphs=false")
         keep_freed_memory()
+    else:  # what names no device means this one, as the seeding of generators
+        torch.cuda.set_device(device)
     torch.set_num_threads(config.cluster.threads_per_rank or find_place().cores)
     return join_process_group(place, device, config.cluster.timeout_seconds, name)
 
