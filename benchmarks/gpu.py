@@ -1,20 +1,24 @@
 """Training steps on a GPU: how fast compared with timm, and with the GPU's limits?
 
-    python scripts/bench.py gpu
-    python -m benchmarks.gpu [--rehearsal] [--folder FOLDER]
+    python scripts/bench.py gpu                  all parts, each in its own process
+    python scripts/bench.py gpu_graphs           one of them
+    python -m benchmarks.gpu PART [--rehearsal] [--folder FOLDER]
 
-ViT-B/16 and ResNet-152 at 224 pixels, in bf16 and fp16, with and without torch.compile: steps of
-1,024 images in micro-batches of 64, alternating between qsr (1, 4 and 16 workers on one GPU) and
-the loop of timm's train.py with gradient accumulation. The average at the end of a round is
-measured separately. In fp16 steps are also measured during the search for the loss scale, when the
-host waits in every step. For comparison with the limits: large matrix products, qsr's loading of
-JPEGs, and, for the average of several workers on the GPU, a copy of as many bytes. Per step:
-images/s, the share of the matrix products' speed, memory, and whether the host ever waits.
+Parts, each under five minutes on an H100:
 
-Takes less than 8 minutes on an H200: cases that would start after LIMIT_SECONDS are skipped and
-recorded as such. A failed case is recorded with its reason, and the others still run. Writes
-results/bench/gpu_steps_DEVICE.json. `--rehearsal` tests the program on the CPU at small size and
-writes to a temporary folder.
+steps_eager, steps_compiled: ViT-B/16 and ResNet-152 at 224 pixels, in bf16 and fp16: steps of 1,024
+    images in micro-batches of 64, alternating between qsr (1, 4 and 16 workers on one GPU) and the
+    loop of timm's train.py with gradient accumulation. In fp16 also during the search for the loss
+    scale, when the host waits in every step. With the average at the end of a round (eager only).
+graphs: micro-batches of 32, as the paper's ResNet: eager, as CUDA graphs, and compiled graphs.
+loading: JPEGs to normalised tensors on the device.
+end_to_end: the trainer with the paper's recipes, from JPEG files and from images in memory.
+
+For comparison with the limits: large matrix products and, for the average, a copy of as many bytes.
+Per step: images/s, the share of the matrix products' speed, memory, and whether the host ever
+waits. A failed case is recorded with its reason; cases that would start after LIMIT_SECONDS are
+skipped and recorded as such. Writes results/bench/gpu_PART_DEVICE.json. `--rehearsal` tests the
+program on the CPU at small size, and writes to a temporary folder.
 """
 
 import argparse
@@ -38,6 +42,7 @@ from timm.utils.cuda import NativeScaler
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.end_to_end import measure_end_to_end
 from benchmarks.measure import (
     RESULTS,
     alternate,
@@ -69,7 +74,7 @@ from qsr.train.worker import Worker
 
 Half = Literal["bf16", "fp16"]
 DTYPES: dict[Half, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LIMIT_SECONDS = 390
+LIMIT_SECONDS = 200
 LR = 1e-3
 LABEL_SMOOTHING = 0.1
 TIMM = "timm"
@@ -102,11 +107,18 @@ class Variant:
     searching: bool = False
     """In fp16: during the search for the loss scale, when the host waits in every step."""
 
+    graphs: bool = False
+    """Passes as CUDA graphs; a rehearsal on the CPU makes eager ones."""
+
+    compiled: bool = False
+    """With torch.compile, in a case that is eager otherwise."""
+
     @property
     def name(self) -> str:
         plural = "s" if self.workers > 1 else ""
         name = f"qsr, {self.workers} worker{plural}" + ", cudnn.benchmark" * self.tuned
-        return name + ", scale searched" * self.searching
+        name += ", scale searched" * self.searching
+        return name + ", compiled" * self.compiled + ", CUDA graphs" * self.graphs
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,8 @@ class Size:
     classes: int
     pixels: int
     micro_batch: int
+    graphed_micro_batch: int
+    """That of the cases with CUDA graphs."""
     micro_batches: int
     """Micro-batches per step, over all workers."""
     repetitions: int
@@ -145,6 +159,12 @@ SMALL_RESNET = ModelConfig("small_resnet", None, channels_last=True)
 ADAMW = AdamWConfig("adamw", 0.9, 0.999, 1e-8, 0.05, None)
 SGD = SgdConfig("sgd", 0.9, nesterov=False, weight_decay=1e-4, clip_norm=None)
 WORKERS = (Variant(1), Variant(1, searching=True), Variant(4), Variant(16))
+GRAPHED = (
+    Variant(1),
+    Variant(1, graphs=True),
+    Variant(4, graphs=True),
+    Variant(1, compiled=True, graphs=True),
+)
 # no class token; mean over all tokens before the head
 SIMPLE = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 NETWORKS = (
@@ -161,6 +181,7 @@ def full_size() -> Size:
         classes=1000,
         pixels=224,
         micro_batch=64,
+        graphed_micro_batch=32,
         micro_batches=16,
         repetitions=5,
         backend="inductor",
@@ -186,6 +207,7 @@ def rehearsal_size() -> Size:
         classes=10,
         pixels=16,
         micro_batch=1,
+        graphed_micro_batch=2,
         micro_batches=16,
         repetitions=2,
         backend="eager",
@@ -361,9 +383,10 @@ def qsr_step(
 ) -> Callable[[], None]:
     """A local step of all workers, as in the trainer."""
     workers = [
-        new_worker(network, precision, compiled, variant, i, size) for i in range(variant.workers)
+        new_worker(network, precision, compiled or variant.compiled, variant, i, size)
+        for i in range(variant.workers)
     ]
-    stepper = new_stepper(workers, precision, size)
+    stepper = new_stepper(workers, precision, size, graphs=variant.graphs)
     images, labels = batch(size)
     each = size.micro_batches // variant.workers
     local = Batch(images.repeat(each, 1, 1, 1), labels.repeat(each))
@@ -394,7 +417,7 @@ def new_worker(
     return Worker(index, flat, optimizer, scaler)
 
 
-def new_stepper(workers: list[Worker], precision: Half, size: Size) -> Stepper:
+def new_stepper(workers: list[Worker], precision: Half, size: Size, *, graphs: bool) -> Stepper:
     number_format = Precision(precision, size.device)
     communicator = Communicator(Topology(0, 1, 0, len(workers)), size.device, timeout_seconds=60.0)
     steps = 10**6
@@ -418,6 +441,7 @@ def new_stepper(workers: list[Worker], precision: Half, size: Size) -> Stepper:
         clip_norm=None,
         precision=number_format,
         seed=1,
+        cuda_graphs=graphs and size.device.type == "cuda",
     )
 
 
@@ -591,42 +615,79 @@ def measure_average(size: Size) -> Found:
 # All together
 
 
-def measure(size: Size) -> Found:
-    """Run all measurements, the cheap and reliable ones first."""
+def measure_cases(
+    cases: Mapping[str, tuple[Network, Half, bool]], ceiling: Found, size: Size
+) -> Found:
+    """The steps of each case that begins in time: network, precision, compiled."""
     began = time.monotonic()
-    speeds = measure_matrix_products(size)
-    for name, speed in speeds.items():
-        print(f"matrix products, {name}: {speed['median'] / 1e12:.1f} TFLOP/s", flush=True)
-    failed: Found = {}
-    parts = {
-        "average": partial(measure_average, size),
-        "loading": partial(measure_loading, size),
-    }
-    found = tried(parts, failed) | failed
-    show_average(found["average"])
-    show_rates(found["loading"])
-    cases = {
-        f"{network.model.name}, {precision}, {'compiled' if compiled else 'eager'}": partial(
-            measure_steps, network, precision, compiled, speeds[precision]["median"], size
-        )
-        for compiled in (False, True)
-        for precision in DTYPES
-        for network in size.networks
-    }
     steps: Found = {}
-    for name, case in cases.items():
+    for name, (network, precision, compiled) in cases.items():
         if time.monotonic() - began > LIMIT_SECONDS:
             steps[name] = {"error": f"left out: it would begin after {LIMIT_SECONDS} s"}
             continue
         print(f"-- {name}", flush=True)
+        speed = ceiling[precision]["median"]
+        case = partial(measure_steps, network, precision, compiled, speed, size)
         steps |= tried({name: case}, steps)
         show_rates(steps[name].get("contenders", {}))
-    return {
-        "matrix_product_flop_per_second": speeds,
-        **found,
-        "steps": steps,
-        "seconds": time.monotonic() - began,
+    return {"matrix_product_flop_per_second": ceiling, "steps": steps}
+
+
+def measure_ceiling(size: Size) -> Found:
+    speeds = measure_matrix_products(size)
+    for name, speed in speeds.items():
+        print(f"matrix products, {name}: {speed['median'] / 1e12:.1f} TFLOP/s", flush=True)
+    return speeds
+
+
+def steps_eager(size: Size) -> Found:
+    failed: Found = {}
+    found = tried({"average": partial(measure_average, size)}, failed) | failed
+    show_average(found["average"])
+    return found | _steps(size, compiled=False)
+
+
+def steps_compiled(size: Size) -> Found:
+    return _steps(size, compiled=True)
+
+
+def _steps(size: Size, *, compiled: bool) -> Found:
+    cases = {
+        f"{network.model.name}, {precision}": (network, precision, compiled)
+        for precision in DTYPES
+        for network in size.networks
     }
+    return measure_cases(cases, measure_ceiling(size), size)
+
+
+def graphs(size: Size) -> Found:
+    """ResNet first: its launches are what graphs are for."""
+    small = replace(size, micro_batch=size.graphed_micro_batch)
+    cases = {
+        f"{network.model.name}, {precision}": (
+            replace(network, variants=GRAPHED),
+            precision,
+            False,
+        )
+        for network in reversed(size.networks)
+        for precision in DTYPES
+    }
+    return measure_cases(cases, measure_ceiling(size), small)
+
+
+def loading(size: Size) -> Found:
+    found = measure_loading(size)
+    show_rates(found)
+    return found
+
+
+PARTS: dict[str, Callable[[Size], Found]] = {
+    "steps_eager": steps_eager,
+    "steps_compiled": steps_compiled,
+    "graphs": graphs,
+    "loading": loading,
+    "end_to_end": lambda size: measure_end_to_end(size.device.type == "cpu"),
+}
 
 
 def show_average(found: Found) -> None:
@@ -658,14 +719,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rehearsal", action="store_true")
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     if arguments.rehearsal:
-        size, name = rehearsal_size(), "gpu_steps_rehearsal"
+        size, device = rehearsal_size(), "rehearsal"
         folder = arguments.folder or Path(tempfile.mkdtemp(prefix="qsr-rehearsal-"))
     elif torch.cuda.is_available():
-        size, name = full_size(), f"gpu_steps_{device_slug()}"
+        size, device = full_size(), device_slug()
         folder = arguments.folder or RESULTS
     else:
         print(
@@ -673,7 +735,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    print(record(name, measure(size), folder=folder))
+    began = time.monotonic()
+    found = PARTS[arguments.part](size)
+    name = f"gpu_{arguments.part}_{device}"
+    print(record(name, found | {"seconds": time.monotonic() - began}, folder=folder))
     return 0
 
 

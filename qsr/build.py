@@ -38,6 +38,7 @@ from qsr.run.tracking import NullTracker, Tracker, build_tracker
 from qsr.sync.communicator import Communicator
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
 from qsr.sync.topology import Topology
+from qsr.train.compiling import CompileClock, compile_errors
 from qsr.train.evaluation import BatchNormSource, Evaluation, Evaluator
 from qsr.train.losses import TrainingLoss
 from qsr.train.model_file import Description
@@ -45,6 +46,7 @@ from qsr.train.models import check_network, initial_model
 from qsr.train.monitor import Monitor
 from qsr.train.optim import averaged_state_keys
 from qsr.train.precision import Precision
+from qsr.train.profile import StepProfiler
 from qsr.train.state import RunState, checkpoint_bytes
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
@@ -124,6 +126,9 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     lock = claim(folder.path, communicator)
     tracker: Tracker = NullTracker()
     loaders: list[Loader] = []
+    profiler = None
+    if config.profile.steps is not None:
+        profiler = StepProfiler(*config.profile.steps, folder.profile, communicator)
     try:
         if place.is_main:
             warning = other_code(folder)
@@ -154,6 +159,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             checkpointer,
             loaders,
             flag or StopFlag(),
+            profiler,
         )
         model = evaluator.model.state_dict()
         about = describe(config, train.classes, plan.total_steps).metadata()
@@ -163,7 +169,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         checkpointer.check_space(each, missing_room(folder, model, about))
         _on_main(communicator, folder, lambda: reserve_results(folder, model, about))
         trainer.restore()
-        trainer.train()
+        with compile_errors(config.compile):
+            trainer.train()
         unsaved = trainer.checkpoint_failure
         if not trainer.finished:
             if unsaved is not None:
@@ -182,6 +189,8 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             )
         return summary
     finally:
+        if profiler is not None:
+            profiler.close()
         for loader in loaders:
             loader.close()
         tracker.close()
@@ -242,6 +251,7 @@ def _build(
     checkpointer: Checkpointer,
     loaders: list[Loader],
     flag: StopFlag,
+    profiler: StepProfiler | None,
 ) -> tuple[Trainer, Evaluator]:
     """Build all parts of the run; loaders are appended to `loaders` for the caller to close."""
     device = communicator.device
@@ -294,6 +304,8 @@ def _build(
         clip_norm=config.optimizer.clip_norm,
         precision=precision,
         seed=sampler.seed,
+        compile_clock=CompileClock() if config.compile != "none" else None,
+        cuda_graphs=config.cuda_graphs,
     )
     due = Due(
         log_every=config.tracking.log_every_steps,
@@ -303,7 +315,7 @@ def _build(
     )
     data = TrainingData(opened(train, train_transform, config.shard_size), sampler)
     state = RunState(workers, synchronizer, checkpointer)
-    trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due)
+    trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due, profiler)
     return trainer, evaluator
 
 

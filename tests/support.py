@@ -27,11 +27,13 @@ from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
 from qsr.sync.topology import Topology
+from qsr.train.compiling import CompileClock, compile_network
 from qsr.train.evaluation import BatchNormSource, Evaluator
 from qsr.train.losses import TrainingLoss
 from qsr.train.monitor import Monitor
 from qsr.train.optim import averaged_state_keys, build_optimizer
 from qsr.train.precision import Precision
+from qsr.train.profile import StepProfiler
 from qsr.train.state import RunState
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
@@ -156,6 +158,9 @@ class Setup:
     average_momentum: bool = False
     average_second_moment: bool = False
     precision: str = "fp32"
+    compile: schema.Compile = "none"
+    cuda_graphs: bool = False
+    label_smoothing: float = 0.0
     noise: float = 0.1
     mixup_alpha: float = 0.0
     samples: int = 96
@@ -172,6 +177,8 @@ class Setup:
     """Of the run; None: a new one."""
     config_hash: str = "0123456789abcdef"
     loss: Callable[..., Tensor] | None = None
+    profiled: tuple[int, int] | None = None
+    """First and last of the steps whose trace is written to profile/ in the folder."""
 
 
 @dataclass
@@ -204,6 +211,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
     workers = []
     for index, shard in zip(topology.workers, topology.shards, strict=True):
         model = FlatModule(make_net(), FINGERPRINT_SIZE)
+        compile_network(model.module, setup.compile)
         fused = device.type == "cuda" or setup.precision == "fp16"
         optimizer = build_optimizer(setup.optimizer, model.module.parameters(), fused=fused)
         workers.append(Worker(index, model, optimizer, precision.scaler(), shard))
@@ -246,12 +254,18 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         workers,
         synchronizer,
         Monitor(setup.plan, sampler, communicator, precision),
-        loss=setup.loss or TrainingLoss(schema.LossConfig(0.0, setup.mixup_alpha)),  # type: ignore[arg-type]
+        loss=setup.loss
+        or TrainingLoss(schema.LossConfig(setup.label_smoothing, setup.mixup_alpha)),  # type: ignore[arg-type]
         micro_batch=micro_batch,
         clip_norm=setup.optimizer.clip_norm,
         precision=precision,
         seed=setup.seed,
+        compile_clock=CompileClock() if setup.compile != "none" else None,
+        cuda_graphs=setup.cuda_graphs,
     )
+    profiler = None
+    if setup.profiled is not None:
+        profiler = StepProfiler(*setup.profiled, folder / "profile", communicator)
     checkpointer = Checkpointer(folder / "checkpoints", setup.keep, communicator)
     trainer = Trainer(
         TrainingData(loader, sampler),
@@ -261,6 +275,7 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         RunState(workers, synchronizer, checkpointer),
         tracker,
         Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
+        profiler,
     )
     return Rig(trainer, workers, tracker, evaluator, loader, communicator)
 

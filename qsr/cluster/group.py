@@ -76,7 +76,11 @@ def join(config: Config, name: str = "group") -> Communicator:
     place = topology(config.cluster, config.workers, config.ranks_per_worker)
     device = choose_device(config.cluster.device, place.local_rank)
     if device.type == "cpu":
+        if config.cuda_graphs:
+            raise ClusterError("cuda_graphs=true, but torch sees no GPU; use cuda_graphs=false")
         keep_freed_memory()
+    else:  # what names no device means this one, as the seeding of generators
+        torch.cuda.set_device(device)
     torch.set_num_threads(config.cluster.threads_per_rank or find_place().cores)
     return join_process_group(place, device, config.cluster.timeout_seconds, name)
 

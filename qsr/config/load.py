@@ -69,6 +69,7 @@ EXECUTION = (
     "data.root",
     "evaluation.batch",
     "evaluation.every_epochs",
+    "profile",
     "runs_dir",
     "stop_after_steps",
     "tracking",
@@ -81,6 +82,8 @@ LATER = {
     "schedule.final_lr": 0.0,
     "fp16_overflow": "skip",
     "ranks_per_worker": 1,
+    "compile": "none",
+    "cuda_graphs": False,
 }
 """Settings added after the first runs, each with the value that matches what those runs did. With
 that value a setting is not part of a run's identity, so that older runs keep their identity."""
@@ -244,6 +247,8 @@ def check(config: Config) -> None:
     if config.data.augmentation.min_aspect > config.data.augmentation.max_aspect:
         raise ConfigError("data.augmentation.min_aspect exceeds max_aspect")
     _check_randaugment(config.data.augmentation)
+    if config.cuda_graphs and config.cluster.device == "cpu":
+        raise ConfigError("cuda_graphs=true needs a GPU, but cluster.device=cpu: set one of them")
     check_reading(config.data, config.cluster.device)
     if getattr(config.optimizer, "nesterov", False) and not getattr(
         config.optimizer, "momentum", 0
@@ -257,8 +262,25 @@ def check(config: Config) -> None:
         )
     if config.sync.delay_steps:
         _check_delay(config.sync)
+    if config.profile.steps is not None:
+        _check_profile(*config.profile.steps)
     if config.data.train_images is not None:
         check_plan(config, config.data.train_images)
+
+
+_MOST_PROFILED_STEPS = 100
+"""More would fill the host's memory, and no viewer opens their trace."""
+
+
+def _check_profile(first: int, last: int) -> None:
+    steps = f"profile.steps=[{first},{last}]"
+    if first > last:
+        raise ConfigError(f"{steps}: the first step comes first, as in [{last},{first}]")
+    if last - first >= _MOST_PROFILED_STEPS:
+        raise ConfigError(
+            f"{steps}: record at most {_MOST_PROFILED_STEPS} steps, as in "
+            f"[{first},{first + _MOST_PROFILED_STEPS - 1}]"
+        )
 
 
 def check_model_name(model: ModelConfig) -> None:
@@ -380,6 +402,12 @@ def check_plan(config: Config, train_images: int) -> None:
     if config.stop_after_steps is not None and config.stop_after_steps > plan.total_steps:
         raise ConfigError(
             f"stop_after_steps={config.stop_after_steps} exceeds the run's {plan.total_steps} steps"
+        )
+    profiled = config.profile.steps
+    if profiled is not None and profiled[1] > plan.total_steps:
+        raise ConfigError(
+            f"profile.steps=[{profiled[0]},{profiled[1]}] exceeds the run's {plan.total_steps} "
+            f"steps: choose earlier ones"
         )
 
 

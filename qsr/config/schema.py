@@ -36,6 +36,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Channels = tuple[Finite, Finite, Finite]
+Compile = Literal["none", "default", "max_autotune"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -564,6 +565,7 @@ class SpeedConfig:
     seconds_per_image: dict[str, Positive]
     """Training time of one image on one rank while all ranks compute: forward, backward, update.
     By "MODEL@IMAGE_SIZE/PRECISION", as in "vit_b16@224/fp16"; timm's models are "timm/NAME@...".
+    Compiled steps have keys of their own, as in "vit_b16@224/fp16/compile=default".
     """
     data_parallel: dict[str, DataParallelSteps]
     """Measured data parallel steps, by the keys of seconds_per_image. They tell how long ranks wait
@@ -697,6 +699,15 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ProfileConfig:
+    """A trace of what the host and the device do, for Perfetto. Execution."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None
+    """First and last step to record, counted from 1, as in [10, 15]; each rank writes them to
+    profile/ in the run folder. null: none."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """One run."""
 
@@ -724,6 +735,13 @@ class Config:
     """What follows when fp16 gradients overflow. repeat: the worker goes through its batch again at
     half the loss scale, as the paper's code does, while the right scale is being looked for; later,
     and with skip: the worker skips the update."""
+    compile: Compile
+    """torch.compile of the network's training passes: minutes before the first step, faster steps,
+    other last bits. max_autotune: also choose kernels by measuring them; a resumed run has the same
+    bits as long as the cache ($TORCHINDUCTOR_CACHE_DIR, else ~/.cache/qsr/inductor) is kept."""
+    cuda_graphs: bool
+    """Whether a micro-batch's pass is captured on the GPU and launched at once, which helps where
+    the host cannot launch kernels as fast as the GPU runs them, as with small micro-batches."""
     model: ModelConfig
     """The network."""
     optimizer: OptimizerConfig
@@ -744,6 +762,8 @@ class Config:
     """Processes and devices."""
     tracking: TrackingConfig
     """Logs."""
+    profile: ProfileConfig
+    """A trace of some steps."""
     runs_dir: str
     """Folder of all run folders. Execution."""
     stop_after_steps: PositiveInt | None

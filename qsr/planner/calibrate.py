@@ -173,6 +173,7 @@ class _Steps:
             clip_norm=config.optimizer.clip_norm,
             precision=precision,
             seed=config.seed,
+            cuda_graphs=config.cuda_graphs,
         )
 
     @property

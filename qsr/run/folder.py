@@ -16,7 +16,7 @@ from qsr.run.durable import replace_file
 MODEL_NAME = "model.safetensors"
 """File name of the averaged model in a run folder."""
 
-NO_RUNS = {".snapshots", "checkpoints", "slurm", "wandb"}
+NO_RUNS = {".snapshots", "checkpoints", "profile", "slurm", "wandb"}
 """Folders below the folder of all runs in which there are no runs."""
 
 _ROW_START = re.compile(rb'(?<=.)(?=\{"kind")')
@@ -28,7 +28,8 @@ _IN_A_SUMMARY = ("steps", "averages", "volume", "top1", "planned")
 class RunFolder:
     """Paths of a run: config.yaml, data.json, environment.json, metrics.jsonl, summary.json,
     run.lock, checkpoints/ and model.safetensors (the final averaged model). Submitted runs also
-    have job.json and slurm/ with the job files, failed ones failure.json."""
+    have job.json and slurm/ with the job files, failed ones failure.json, profiled ones profile/
+    with the ranks' traces."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,6 +44,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.model = path / MODEL_NAME
         self.lock = path / "run.lock"
+        self.profile = path / "profile"
         self.wandb_id = path / "wandb_id"
 
     def summary_if_finished(self) -> dict[str, Any] | None:

@@ -1,12 +1,22 @@
 """The training loss: cross entropy with label smoothing and mixup."""
 
 import random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qsr.config.schema import LossConfig
+
+
+class Mixing(NamedTuple):
+    """One draw of mixup for a micro-batch."""
+
+    weights: Tensor
+    """[2]: of an image, and of its partner."""
+    partner: Tensor
+    """[b]: the index of each image's partner."""
 
 
 class TrainingLoss:
@@ -22,13 +32,27 @@ class TrainingLoss:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Loss of `model` on `images` [b, 3, h, w] with `labels` [b]; `seed` is for mixup."""
+        return self.of(model, images, labels, self.draw(images, seed))
+
+    def draw(self, images: Tensor, seed: int) -> Mixing | None:
+        """Mixup's draw for these images, on their device; None without mixup."""
         if self._mixup_alpha == 0.0:
+            return None
+        keep, order = draw_mixup(len(images), self._mixup_alpha, seed)
+        weights = torch.tensor([keep, 1.0 - keep], dtype=images.dtype)
+        return Mixing(
+            weights.to(images.device, non_blocking=True),
+            order.to(images.device, non_blocking=True),
+        )
+
+    def of(self, model: nn.Module, images: Tensor, labels: Tensor, mixing: Mixing | None) -> Tensor:
+        """The loss with this draw of mixup, of which only tensors differ between micro-batches."""
+        if mixing is None:
             return self._cross_entropy(model(images), labels)
-        keep, order = draw_mixup(len(labels), self._mixup_alpha, seed)
-        partner = order.to(images.device, non_blocking=True)
-        logits = model(images.lerp(images[partner], 1.0 - keep))
-        return keep * self._cross_entropy(logits, labels) + (1.0 - keep) * self._cross_entropy(
-            logits, labels[partner]
+        keep, mixed_in = mixing.weights.unbind()
+        logits = model(images.lerp(images[mixing.partner], mixed_in))
+        return keep * self._cross_entropy(logits, labels) + mixed_in * self._cross_entropy(
+            logits, labels[mixing.partner]
         )
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:

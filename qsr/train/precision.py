@@ -100,6 +100,14 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, _AUTOCAST[self.name])
 
+    def casts_kept(self) -> AbstractContextManager[object]:
+        """Context for all passes of a step with the same weights: autocast then casts each weight
+        once and not in every forward pass. It forgets the casts at the end of the outermost
+        context, so this one, which casts nothing itself, makes those of the passes inner ones."""
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
     def scaler(self) -> LossScale:
         """A dynamic loss scale; it does nothing unless the precision is fp16."""
         return LossScale(

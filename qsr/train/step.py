@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from qsr.core.seeds import seed_for
 from qsr.data import Batch
 from qsr.sync.synchronizer import Synchronizer
+from qsr.train.compiling import CompileClock
 from qsr.train.losses import TrainingLoss
 from qsr.train.monitor import Monitor
 from qsr.train.optim import set_lr
+from qsr.train.passes import make_passes
 from qsr.train.precision import Precision
 from qsr.train.worker import Worker
 
@@ -29,15 +31,21 @@ class Stepper:
         clip_norm: float | None,
         precision: Precision,
         seed: int,
+        compile_clock: CompileClock | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
+        """`compile_clock`: runs while a compiled network takes its first step. `cuda_graphs`: make
+        the passes as CUDA graphs, on a GPU."""
         self.workers = workers
         self.monitor = monitor
         self.micro_batch = micro_batch
         self._synchronizer = synchronizer
-        self._loss = loss
         self._clip_norm = clip_norm
-        self._precision = precision
+        self._passes = make_passes(
+            loss, precision, synchronizer.communicator.warn, graphs=cuda_graphs
+        )
         self._seed = seed
+        self._compile_clock = compile_clock
 
     def find_gradients(
         self,
@@ -71,6 +79,10 @@ class Stepper:
             batches, kept = iter(kept), []
         for loss in losses:
             self.monitor.count_loss(loss)
+        if self._compile_clock is not None:
+            seconds = self._compile_clock.stop()
+            self._compile_clock = None
+            self._synchronizer.communicator.warn(f"note: compiled in {seconds:.0f} s")
         return averaged_bytes
 
     def _forward_backward(self, worker: Worker, batch: Batch, step: int) -> list[Tensor]:
@@ -82,19 +94,16 @@ class Stepper:
         _seed_generators(seed, batch.images.device)
         worker.model.zero_gradients()
         forward = self._synchronizer.forward_of(worker.model)
-        losses = []
         images = batch.images.split(self.micro_batch)
         labels = batch.labels.split(self.micro_batch)
-        for number, (x, y) in enumerate(zip(images, labels, strict=True)):
-            last = number + 1 == len(images)
-            with self._synchronizer.backward_context(last=last):
-                seed = seed_for(
+        losses = []
+        with self._passes.step():
+            for number, (x, y) in enumerate(zip(images, labels, strict=True)):
+                mixup = seed_for(
                     self._seed, "mixup", worker=worker.shard, step=step, micro_batch=number
                 )
-                with self._precision.autocast():
-                    loss = self._loss(forward, x, y, seed)
-                worker.scaler.scale(loss / len(images)).backward()
-            losses.append(loss.detach())
+                with self._synchronizer.backward_context(last=number + 1 == len(images)):
+                    losses.append(self._passes(worker, forward, x, y, mixup, len(images)))
         return losses
 
     def _must_repeat(self, worker: Worker) -> bool:

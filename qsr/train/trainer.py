@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from qsr.sync.agreement import StopRequestedError
 from qsr.sync.synchronizer import Synchronizer
 from qsr.train.evaluation import Evaluation, Evaluator
 from qsr.train.monitor import Progress
+from qsr.train.profile import StepProfiler
 from qsr.train.state import RunState
 from qsr.train.step import Stepper
 from qsr.train.worker import Worker
@@ -68,6 +70,7 @@ class Trainer:
         state: RunState,
         tracker: Tracker,
         due: Due,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.evaluation: Evaluation | None = None
         """The last evaluation."""
@@ -83,6 +86,7 @@ class Trainer:
         self.state = state
         self._tracker = tracker
         self._due = due
+        self._profiler = profiler
         self._plan = synchronizer.plan
         self._workers = stepper.workers
         self._monitor = stepper.monitor
@@ -141,9 +145,10 @@ class Trainer:
             for step in self._steps(round_, first, stop):
                 if self.stopping:
                     break
-                self._train_step(round_, step, batches)
-                if step + 1 == round_.end:
-                    self._end_round(round_)
+                with self._recorded(step):
+                    self._train_step(round_, step, batches)
+                    if step + 1 == round_.end:
+                        self._end_round(round_)
                 self.progress.step = step + 1
                 self._do_what_is_due(round_, stop)
             if self.stopping or round_.end >= stop:
@@ -153,6 +158,9 @@ class Trainer:
     def _steps(self, round_: Round, first: int, stop: int) -> Iterable[int]:
         """The steps of a round that lie between `first` and `stop` - 1."""
         return range(max(round_.start, first), min(round_.end, stop))
+
+    def _recorded(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext() if self._profiler is None else self._profiler.step(step + 1)
 
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
         """Forward and backward passes and the update of each worker; in a data parallel round the

@@ -10,6 +10,7 @@ from qsr.config.schema import Config
 from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule
+from qsr.train.compiling import compile_network
 from qsr.train.models import initial_model
 from qsr.train.optim import build_optimizer
 from qsr.train.precision import LossScale, Precision
@@ -108,6 +109,7 @@ def make_workers(config: Config, num_classes: int, communicator: Communicator) -
     for index, shard in zip(place.workers, place.shards, strict=True):
         model = initial_model(config, num_classes, device)
         flat = FlatModule(model, extra=FINGERPRINT_SIZE)
+        compile_network(model, config.compile)
         optimizer = build_optimizer(config.optimizer, model.parameters(), fused=fused)
         workers.append(Worker(index, flat, optimizer, precision.scaler(), shard))
     return workers

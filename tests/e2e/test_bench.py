@@ -44,11 +44,12 @@ def test_a_benchmark_that_there_is_not_is_refused() -> None:
     assert refused.returncode == 2
     error = refused.stderr.splitlines()[-1]
     assert "no benchmark is named nonsense: choose from slow_link, average, trainer, " in error
-    assert error.endswith(", gpu")
+    parts = ", ".join(f"gpu_{part}" for part in gpu.PARTS)
+    assert error.endswith(f", {parts}, gpu")
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
-    refused = benchmark("gpu", "--folder", str(tmp_path))
+    refused = benchmark("gpu", "graphs", "--folder", str(tmp_path))
     assert refused.returncode == 1
     assert refused.stdout == ""
     assert refused.stderr == (
@@ -57,26 +58,41 @@ def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_the_gpus_benchmark_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
-    pytest.importorskip("nvidia.dali")
-    done = benchmark("gpu", "--rehearsal", "--folder", str(tmp_path))
+def test_a_part_that_fails_shows_why() -> None:
+    failed = call(["env", "CUDA_VISIBLE_DEVICES=", *BENCH, "gpu_loading"])
+    assert failed.returncode == 1
+    reason, last = failed.stderr.splitlines()
+    assert "torch sees none" in reason
+    assert last == "failed: gpu_loading"
+
+
+def rehearsed(part: str, folder: Path) -> dict[str, Any]:
+    done = benchmark("gpu", part, "--rehearsal", "--folder", str(folder))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"{tmp_path}/gpu_steps_rehearsal.json\n")
-    found = json.loads((tmp_path / "gpu_steps_rehearsal.json").read_text())
+    path = folder / f"gpu_{part}_rehearsal.json"
+    assert done.stdout.endswith(f"{path}\n")
+    found: dict[str, Any] = json.loads(path.read_text())
     assert found["environment"]["device"] == "cpu"
+    assert '"error"' not in json.dumps(found)
+    assert all(math.isfinite(number) and number >= 0 for number in numbers(found))
+    return found
+
+
+NETWORKS = {
+    f"{network}, {precision}"
+    for network in ("small_vit", "small_resnet")
+    for precision in ("bf16", "fp16")
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["steps_eager", "steps_compiled"])
+def test_steps_on_a_gpu_are_rehearsed_on_the_cpu(tmp_path: Path, part: str) -> None:
+    found = rehearsed(part, tmp_path)
     assert found["matrix_product_flop_per_second"].keys() == {"bf16", "fp16"}
-    assert found["average"].keys() == {"2 workers", "4 workers"}
-    assert found["loading"].keys() == {
-        "crop, flip; decoded on the CPU, 1 threads",
-        "crop, flip, RandAugment; decoded on the CPU, 1 threads",
-    }
-    assert found["steps"].keys() == {
-        f"{network}, {precision}, {how}"
-        for network in ("small_vit", "small_resnet")
-        for precision in ("bf16", "fp16")
-        for how in ("eager", "compiled")
-    }
+    if part == "steps_eager":
+        assert found["average"].keys() == {"2 workers", "4 workers"}
+    assert found["steps"].keys() == NETWORKS
     workers = {"timm", "qsr, 1 worker", "qsr, 4 workers", "qsr, 16 workers"}
     for name, case in found["steps"].items():
         tuned = {"qsr, 1 worker, cudnn.benchmark"} if "resnet" in name else set()
@@ -85,8 +101,42 @@ def test_the_gpus_benchmark_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
         for about in case["contenders"].values():
             assert about["images_per_second"]["median"] > 0
             assert about["host_never_waits"] is None  # not to be known here
-    assert '"error"' not in json.dumps(found)
-    assert all(math.isfinite(number) and number >= 0 for number in numbers(found))
+
+
+@pytest.mark.slow
+def test_graphs_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    found = rehearsed("graphs", tmp_path)
+    assert found["steps"].keys() == NETWORKS
+    for case in found["steps"].values():
+        assert case["images_per_step"] == 32
+        assert case["contenders"].keys() == {
+            "timm",
+            "qsr, 1 worker",
+            "qsr, 1 worker, CUDA graphs",
+            "qsr, 4 workers, CUDA graphs",
+            "qsr, 1 worker, compiled, CUDA graphs",
+        }
+
+
+@pytest.mark.slow
+def test_loading_on_a_gpu_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    assert rehearsed("loading", tmp_path).keys() == {
+        "environment",
+        "seconds",
+        "crop, flip; decoded on the CPU, 1 threads",
+        "crop, flip, RandAugment; decoded on the CPU, 1 threads",
+    }
+
+
+def test_the_recipes_run_end_to_end_from_files_and_from_memory(tmp_path: Path) -> None:
+    found = rehearsed("end_to_end", tmp_path)
+    for name in ("vit_b16", "resnet152"):
+        assert found[name]["precision"] == "fp16"
+        rates = found[name]["images_per_second"]
+        assert rates.keys() == {"from JPEG files", "from memory"}
+        assert all(about["repetitions"] == 6 and about["median"] > 0 for about in rates.values())
+        assert found[name]["files_to_memory"]["median"] > 0
 
 
 def test_a_case_that_fails_is_recorded_and_the_rest_goes_on() -> None:
@@ -100,8 +150,8 @@ def test_a_case_that_fails_is_recorded_and_the_rest_goes_on() -> None:
 
 def test_what_would_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LIMIT_SECONDS", -1)
-    found = gpu.measure(replace(gpu.rehearsal_size(), decoders=()))
-    assert len(found["steps"]) == 8
+    found = gpu.graphs(gpu.rehearsal_size())
+    assert found["steps"].keys() == NETWORKS
     for case in found["steps"].values():
         assert case == {"error": "left out: it would begin after -1 s"}
 

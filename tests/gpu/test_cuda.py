@@ -3,6 +3,7 @@
 The session leaves its measurements in results/bench/gpu_DEVICE.json.
 """
 
+import gc
 import json
 import math
 import os
@@ -155,8 +156,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Rig], Watch]]:
         {"optimizer": sgd(momentum=0.9, weight_decay=0.01, clip_norm=1.0), "mixup_alpha": 0.2},
         {"optimizer": adamw(), "average_momentum": True, "average_second_moment": True},
         {"micro_batch": 2, "workers": 1},
+        {"micro_batch": 2, "cuda_graphs": True, "mixup_alpha": 0.2},
     ],
-    ids=["sgd", "adamw", "one_worker"],
+    ids=["sgd", "adamw", "one_worker", "graphs"],
 )
 @pytest.mark.parametrize("plan", [LOCAL, GRADIENTS], ids=["local", "data_parallel"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -229,6 +231,8 @@ def run(setup: Setup) -> Rig:
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"precision": "fp16", "optimizer": adamw()},
+        {"cuda_graphs": True, "micro_batch": 2, "precision": "bf16"},
+        {"compile": "default", "micro_batch": 2, "precision": "bf16"},
     ],
     ids=str,
 )
@@ -258,6 +262,123 @@ def test_a_resumed_run_is_the_uninterrupted_one(
             assert torch.equal(found, tensor), name
         assert ours.values() == theirs.values()
     assert resumed.trainer.evaluation == whole.trainer.evaluation
+
+
+# CUDA graphs
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"workers": 1},
+        {"workers": 4, "global_batch": 16},
+        {"plan": GRADIENTS},
+        {"optimizer": adamw(clip_norm=1.0)},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"compile": "default"},
+    ],
+    ids=str,
+)
+def test_graphs_are_the_eager_passes(changes: dict[str, Any]) -> None:
+    """Over 24 steps, with dropout, BatchNorm, mixup and label smoothing; bit for bit in fp32, and
+    in fp16 through the search for the loss scale."""
+    setup = Setup(
+        LOCAL,
+        net=batchnorm_net,
+        optimizer=sgd(momentum=0.9),
+        micro_batch=2,
+        mixup_alpha=0.2,
+        label_smoothing=0.1,
+    )
+    setup = replace(setup, **changes)
+    eager, graphed = run(setup), run(replace(setup, cuda_graphs=True))
+    for ours, theirs in zip(graphed.workers, eager.workers, strict=True):
+        assert ours.tensors().keys() == theirs.tensors().keys()
+        for name, tensor in theirs.tensors().items():
+            found = ours.tensors()[name]
+            if setup.precision == "fp32":
+                assert torch.equal(found, tensor), name
+            else:
+                torch.testing.assert_close(found, tensor, rtol=1e-2, atol=1e-3, msg=name)
+        assert ours.values() == theirs.values()
+    losses = [
+        [row["loss"] for row in rig.tracker.rows if row["kind"] == "train"]
+        for rig in (graphed, eager)
+    ]
+    assert losses[0] == (pytest.approx(losses[1], rel=1e-2) if changes else losses[1])
+
+
+class Awkward(nn.Module):
+    """A network that cannot be captured."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(108, 4)
+        self.how = how
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(images.flatten(1))
+        if self.how == "waits":
+            return logits * (1.0 if logits.sum().item() > 0 else 2.0)
+        return logits * (1.0 + torch.rand(1).item())
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("waits", "the host waits for the device in it"),
+        ("draws", "it draws random numbers on the host"),
+    ],
+)
+def test_what_cannot_be_captured_runs_eagerly_and_says_so_once(
+    capsys: pytest.CaptureFixture[str], how: str, reason: str
+) -> None:
+    setup = Setup(LOCAL, net=lambda: Awkward(how), micro_batch=2)
+    expected = run(setup).parameters()
+    capsys.readouterr()
+    found = run(replace(setup, cuda_graphs=True)).parameters()
+    assert torch.equal(found, expected)
+    line = f"note: without CUDA graphs: the pass cannot be captured: {reason}\n"
+    assert capsys.readouterr().err == line
+
+
+def large_activations() -> nn.Module:
+    """75 MB for each of its largest tensors at 8 images; hardly any parameters."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=32),
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 4),
+    )
+
+
+def test_the_graphs_of_all_workers_share_their_memory(record: Record) -> None:
+    taken: list[int] = []
+    for workers in (1, 4):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        rig = run(
+            Setup(
+                LOCAL,
+                workers=workers,
+                global_batch=8 * workers,
+                net=large_activations,
+                cuda_graphs=True,
+                stop_after=2,  # before any evaluation
+            )
+        )
+        taken.append(torch.cuda.memory_reserved() - before)
+        del rig
+        gc.collect()
+    record["graphs_reserved_bytes"] = {"1 worker": taken[0], "4 workers": taken[1]}
+    assert taken[0] > 100 * 2**20
+    assert taken[1] < 1.5 * taken[0]
 
 
 # Half precision

@@ -120,6 +120,15 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
          "be between 0 and 30 and a whole number"),
         ([VIT, f"{AUGMENT}_strength=1"], "randaugment_strength is not a setting"),
         ([VIT, "fp16_overflow=retry"], "fp16_overflow='retry': input should be 'repeat' or 'skip'"),
+        ([DEMO, "profile.steps=[15,10]"], "profile.steps=[15,10]: the first step comes first, as "
+         "in [10,15]"),
+        ([DEMO, "profile.steps=[0,3]"], "profile.steps.0=0: input should be greater than or equ"),
+        ([DEMO, "profile.steps=[1,101]"], "record at most 100 steps, as in [1,100]"),
+        ([DEMO, "profile.steps=[5]"], "profile.steps"),
+        ([DEMO, "profile.steps=[329,331]"], "exceeds the run's 330 steps: choose earlier ones"),
+        ([DEMO, "cuda_graphs=true", "cluster.device=cpu"], "cuda_graphs=true needs a GPU, but "
+         "cluster.device=cpu: set one of them"),
+        ([DEMO, "compile=true"], "compile=True: input should be 'none', 'default' or 'max_auto"),
         ([DEMO, "optimizer.nesterov=true", "optimizer.momentum=0"], "nesterov=true needs"),
         ([DEMO, "optimizer=adamw", "optimizer.beta1=1.0"], "optimizer.beta1=1.0"),
         ([DEMO, "cluster.timeout_seconds=1e300"], "cluster.timeout_seconds"),
@@ -199,6 +208,11 @@ def test_a_run_from_before_a_setting_is_the_run_that_has_its_old_value() -> None
     delayed = load_config([DEMO, "sync.delay_steps=2"])
     assert differences(delayed, parse_identity(stored)) == ["sync.delay_steps: 0 -> 2"]
     assert config_hash(delayed) != config_hash(parse_identity(stored))
+    del stored["compile"]
+    assert differences(load_config([DEMO]), parse_identity(stored)) == []
+    compiled = load_config([DEMO, "compile=default"])
+    assert differences(compiled, parse_identity(stored)) == ["compile: none -> default"]
+    assert config_hash(compiled) != config_hash(parse_identity(stored))
 
 
 @pytest.mark.parametrize("name", sorted(
@@ -267,8 +281,8 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     config = load_config([DEMO])
     left_out = leaves(to_dict(config)) - set(identity(config))
     assert {name.split(".")[0] for name in left_out} == {
-        "checkpoint", "cluster", "data", "evaluation", "experiment", "ranks_per_worker", "runs_dir",
-        "stop_after_steps", "sync", "tracking",
+        "checkpoint", "cluster", "compile", "cuda_graphs", "data", "evaluation", "experiment",
+        "profile", "ranks_per_worker", "runs_dir", "stop_after_steps", "sync", "tracking",
     }  # fmt: skip
     assert {name for name in left_out if name.startswith(("data", "evaluation", "sync"))} == {
         "data.loader_threads",

@@ -138,6 +138,10 @@ def test_the_key_of_a_speed() -> None:
     assert speed_key(config) == "vit_b16@224/fp16"
     timm = ("model=timm", "model.timm_name=resnet18", "data.image_size=160", "precision=bf16")
     assert speed_key(load_config([*VIT_16, *QSR, *timm])) == "timm/resnet18@160/bf16"
+    compiled = [*VIT_16, *QSR, "compile=default"]
+    assert speed_key(load_config(compiled)) == "vit_b16@224/fp16/compile=default"
+    graphed = load_config([*VIT_16, *QSR, "cuda_graphs=true"])
+    assert speed_key(graphed) == "vit_b16@224/fp16/cuda_graphs"
 
 
 @pytest.mark.parametrize(
