@@ -112,7 +112,7 @@ def train_ranks(rank: int, ranks: int, setup: Setup) -> Any:
         for worker in rig.workers
     }
     rows = [
-        {k: v for k, v in row.items() if "second" not in k and k != "kind"}
+        {k: v for k, v in row.items() if "second" not in k and k not in ("kind", "waiting_percent")}
         for row in rig.tracker.rows
     ]
     return tensors, rows
