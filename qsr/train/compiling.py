@@ -6,16 +6,19 @@ of which would be compiled anew, and its results stay those that `qsr evaluate` 
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
-from torch._dynamo.callback import CallbackArgs, callback_handler
-from torch._dynamo.exc import TorchDynamoException
 
 from qsr.config.schema import Compile
 from qsr.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch._dynamo.callback import CallbackArgs
 
 _OPTIONS: dict[Compile, dict[str, bool]] = {
     # without measurements that would choose other kernels, with other bits, in a resumed run
@@ -42,7 +45,12 @@ def compile_network(network: nn.Module, how: Compile) -> None:
 def _keep_cache() -> None:
     """Let torch keep compiled code in the user's cache folder instead of the machine's temporary
     one, so that a requeued job finds it. TORCHINDUCTOR_CACHE_DIR comes first."""
-    if os.environ.get(_CACHE):
+    given = Path(os.environ.get(_CACHE, ""))
+    # torch sets the variable to its own choice, a folder of this name, when it imports its compiler
+    by_torch = given.parent == Path(tempfile.gettempdir()) and given.name.startswith(
+        "torchinductor"
+    )
+    if given.name and not by_torch:
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     folder = Path(base) / "qsr" / "inductor"
@@ -55,6 +63,11 @@ def _keep_cache() -> None:
 @contextlib.contextmanager
 def compile_errors(how: Compile) -> Iterator[None]:
     """A network that cannot be compiled raises TrainingError, in one line."""
+    if how == "none":
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
     try:
         yield
     except TorchDynamoException as error:
@@ -68,18 +81,21 @@ class CompileClock:
     """Measures the time that this process spends on compiling, until `stop`."""
 
     def __init__(self) -> None:
+        from torch._dynamo.callback import callback_handler  # slow to import
+
         self._seconds = self._started = 0.0
-        callback_handler.register_start_callback(self._start)
-        callback_handler.register_end_callback(self._end)
+        self._handler = callback_handler
+        self._handler.register_start_callback(self._start)
+        self._handler.register_end_callback(self._end)
 
     def stop(self) -> float:
         """The seconds so far. Call it once."""
-        callback_handler.remove_start_callback(self._start)
-        callback_handler.remove_end_callback(self._end)
+        self._handler.remove_start_callback(self._start)
+        self._handler.remove_end_callback(self._end)
         return self._seconds
 
-    def _start(self, _: CallbackArgs) -> None:
+    def _start(self, _: "CallbackArgs") -> None:
         self._started = time.perf_counter()
 
-    def _end(self, _: CallbackArgs) -> None:
+    def _end(self, _: "CallbackArgs") -> None:
         self._seconds += time.perf_counter() - self._started

@@ -1,5 +1,6 @@
 """A trace of some steps for Perfetto or chrome://tracing, from every rank."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class StepProfiler:
             self._communicator.warn(f"note: profile written to {self._folder / name}")
 
     def _start(self) -> profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence, also without a GPU
         activities = [ProfilerActivity.CPU]
         if self._communicator.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

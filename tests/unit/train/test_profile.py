@@ -29,7 +29,7 @@ def recorded(path: Path) -> list[str]:
 
 
 def test_the_trace_holds_these_steps_and_what_they_did(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     profiled = train(replace(SETUP, folder=tmp_path, profiled=(5, 7)))
     path = tmp_path / "profile" / "rank_000.json.gz"
@@ -41,7 +41,7 @@ def test_the_trace_holds_these_steps_and_what_they_did(
         inside = [event for event in passes if 0 <= event["ts"] - step["ts"] <= step["dur"]]
         assert len(inside) == 2
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    assert capsys.readouterr().err.strip() == f"note: profile written to {path}"
+    assert capfd.readouterr().err.strip() == f"note: profile written to {path}"
     assert torch.equal(profiled.parameters(), train(SETUP).parameters())
 
 
