@@ -21,7 +21,7 @@ from benchmarks.photos import SIZE, write_photos
 from qsr import build
 from qsr.config.load import load_config
 from qsr.config.schema import Config
-from qsr.data import Batch, ImageFolder, Loader, Request, make_loader
+from qsr.data import Batch, ImageFolder, Loader, Request, open_loader
 from qsr.run.folder import read_rows
 
 RECIPES = {
@@ -49,7 +49,7 @@ def measure_end_to_end(rehearsal: bool) -> dict[str, Any]:
         for name, recipe in RECIPES.items():
             config = recipe_config(name, recipe, root, rehearsal)
             rates = {MEMORY: images_per_second(config, root / name / "memory", memory_loader)}
-            rates[FILES] = images_per_second(config, root / name / "files", make_loader)
+            rates[FILES] = images_per_second(config, root / name / "files", open_loader)
             found[name] = {
                 "images_per_step": config.global_batch,
                 "micro_batch": config.micro_batch_size,
@@ -83,7 +83,7 @@ def recipe_config(name: str, recipe: str, root: Path, rehearsal: bool) -> Config
 
 def images_per_second(config: Config, runs: Path, loader: Callable[..., Loader]) -> list[float]:
     """The speed of each step after the warm-up."""
-    with patch("qsr.build.make_loader", loader):
+    with patch("qsr.build.open_loader", loader):
         build.run(replace(config, runs_dir=str(runs)))
     (metrics,) = runs.rglob("metrics.jsonl")
     rows, _ = read_rows(metrics)
@@ -106,7 +106,7 @@ class MemoryLoader:
 
 
 def memory_loader(
-    _: str,
+    _: object,
     data: ImageFolder,
     transform: Any,
     *,
@@ -114,7 +114,7 @@ def memory_loader(
     device: torch.device,
     **options: Any,
 ) -> Loader:
-    """Has the arguments of make_loader."""
+    """Has the arguments of open_loader."""
     images = torch.randn(batch_size, 3, transform.size, transform.size, device=device)
     labels = torch.randint(len(data.classes), (batch_size,), device=device)
     return MemoryLoader(images, labels)

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -139,7 +140,9 @@ def load_from_memory(config: Config) -> None:
     """Make training in this process use images decoded in advance, so that decoding takes no
     cores."""
     transform = EvalTransform.of(config.data)
-    build.make_loader = lambda _kind, dataset, *_, **__: decoded(dataset, transform)  # type: ignore[attr-defined]
+    patch.object(
+        build, "open_loader", lambda _, dataset, *__, **___: decoded(dataset, transform)
+    ).start()
 
 
 def measure_rank(configs: Mapping[str, Config], repetitions: int) -> list[Found]:

@@ -33,7 +33,7 @@ def train_rank(rank: int, ranks: int, setup: Setup) -> Any:
     rig = train(setup, Topology(rank, ranks, rank, setup.workers, ranks // setup.workers))
     (worker,) = rig.workers
     rows = [
-        {k: v for k, v in row.items() if "second" not in k and k != "kind"}
+        {k: v for k, v in row.items() if "second" not in k and k not in ("kind", "waiting_percent")}
         for row in rig.tracker.rows
     ]
     tensors = {name: t.tolist() for name, t in worker.tensors().items()}

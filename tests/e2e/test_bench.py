@@ -129,6 +129,7 @@ def test_loading_on_a_gpu_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_recipes_run_end_to_end_from_files_and_from_memory(tmp_path: Path) -> None:
     found = rehearsed("end_to_end", tmp_path)
     for name in ("vit_b16", "resnet152"):

@@ -41,7 +41,8 @@ def online(digits: Path, runs: Path, *extra: str) -> list[str]:
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run without its times."""
     rows = read_rows(folder / "metrics.jsonl")[0]
-    return [{k: v for k, v in row.items() if k != "kind" and "second" not in k} for row in rows]
+    times = ("kind", "waiting_percent")
+    return [{k: v for k, v in row.items() if k not in times and "second" not in k} for row in rows]
 
 
 def run_without_network(rank: int, ranks: int, settings: list[str]) -> list[str]:
