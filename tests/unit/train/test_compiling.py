@@ -88,7 +88,9 @@ def assert_equal(ours: Rig, theirs: Rig) -> None:
     assert ours.trainer.evaluation == theirs.trainer.evaluation
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"precision": "bf16"}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     setup = replace(SETUP, folder=tmp_path, **changes)
     whole = train(replace(setup, folder=None))
