@@ -1,6 +1,7 @@
 """compile=default: the same training from compiled passes, here from those of inductor's C++."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,11 @@ from qsr.train.compiling import compile_errors, compile_network
 from tests.support import Rig, Setup, batchnorm_net, build, run_ranks, sgd, train
 
 COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=2, total_steps=12)
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))),
+    reason="needs a C++ compiler, as torch does",
+)
+
 SETUP = Setup(
     Plan(COSINE, QuadraticRule(h_base=2, alpha=0.15)),
     net=batchnorm_net,  # with dropout
