@@ -288,6 +288,14 @@ def train(setup: Setup, topology: Topology | None = None) -> Rig:
     return rig
 
 
+def without_times(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows of metrics without their kind, and without what two runs need not have in common."""
+    left_out = ("kind", "waiting_percent")
+    return [
+        {k: v for k, v in row.items() if k not in left_out and "second" not in k} for row in rows
+    ]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -22,6 +22,7 @@ LOG_LEVEL = "DALI_NVIMGCODEC_LOG_LEVEL"
 several for each image; 3: which decoder takes an image."""
 
 _IMAGES = 16
+_PATIENCE_SECONDS = 300
 _TRIAL = Path(__file__).with_name("decoder_trial.py")
 _TAKES = re.compile(r"(\w+_decoder) process #(\d+)")
 
@@ -44,49 +45,55 @@ def decoders_at_work(
     dataset: ImageFolder, decode: Literal["cpu", "gpu"], device: torch.device
 ) -> str | None:
     """The names of nvImageCodec's decoders that decode some JPEGs of the data set, with the number
-    of images if there are several; None if there are no JPEGs. Takes some seconds.
+    of images if there are several; None if there are no JPEGs, or if its log does not tell. Takes
+    some seconds.
 
-    Raises DataError if decoding on the GPU fails, or crashes.
+    Raises DataError if the decoding fails, crashes or hangs.
     """
     paths = _some_jpegs(dataset)
     if not paths:
         return None
+    instead = "data.decode=cpu" if decode == "gpu" else "data.loader=torchvision"
+    failed = f"data.decode={decode}: DALI fails on {len(paths)} images"
     index = device.index if device.index is not None else 0
-    trial = subprocess.run(
-        [sys.executable, "-P", str(_TRIAL), decode, str(index), *paths],
-        env=os.environ | {LOG_LEVEL: "3"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
+    try:
+        trial = subprocess.run(
+            [sys.executable, "-P", str(_TRIAL), decode, str(index), *paths],
+            env=os.environ | {LOG_LEVEL: "3"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            timeout=_PATIENCE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(f"{failed} (no answer in {_PATIENCE_SECONDS} s): use {instead}") from None
     log = trial.stdout.decode(errors="replace")
     if trial.returncode:
         last = log.strip().rpartition("\n")[2]
         reason = f"signal {-trial.returncode}" if trial.returncode < 0 else last
-        raise DataError(
-            f"data.decode={decode}: DALI fails on {len(paths)} images ({reason}): use "
-            f"data.decode={'cpu' if decode == 'gpu' else 'auto and data.loader=torchvision'}"
-        )
+        raise DataError(f"{failed} ({reason}): use {instead}")
     return summary_of(log)
 
 
-def summary_of(log: str) -> str:
+def summary_of(log: str) -> str | None:
     """The decoders that an nvImageCodec log at level 3 names. An image that one decoder gives up
     counts for the one that takes it next."""
     last = {number: decoder for decoder, number in _TAKES.findall(log)}
     counts = Counter(last.values()).most_common()
-    if len(counts) == 1:
-        return str(counts[0][0])
+    if len(counts) <= 1:
+        return counts[0][0] if counts else None
     return ", ".join(f"{decoder} ({number} of {len(last)})" for decoder, number in counts)
 
 
 def fallback_note(decoders: str | None) -> str | None:
-    """One line for the user if decoding was to be on the GPU and is not."""
-    if decoders is None or "nvjpeg" in decoders:
+    """One line for the user if decoding was to be on the GPU and is, at least in part, not."""
+    elsewhere = [] if decoders is None else decoders.split(", ")
+    elsewhere = [decoder for decoder in elsewhere if not decoder.startswith("nvjpeg")]
+    if not elsewhere:
         return None
     return (
-        f"data.decode=gpu, but {decoders} on the CPU decodes these JPEGs: nvImageCodec finds no "
-        f"decoder on this GPU that takes them (see {LOG_LEVEL}=3)"
+        f"data.decode=gpu, but {', '.join(elsewhere)} on the CPU decodes these JPEGs: nvImageCodec "
+        f"finds no decoder on this GPU that takes them (see {LOG_LEVEL}=3)"
     )
 
 

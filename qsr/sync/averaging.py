@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
@@ -121,26 +120,6 @@ def mean_tensors_(
         packed.div_(communicator.topology.num_workers)
         for tensor, mean in zip(bucket, packed.split([t.numel() for t in bucket]), strict=True):
             tensor.detach().copy_(mean.view(tensor.shape))
-
-
-def mean_gradients_(communicator: Communicator, parameters: Sequence[nn.Parameter]) -> int:
-    """Collective: replace the gradients, in place, by their means over all workers; one that some
-    workers lack counts as zeros there. Returns the bytes of the gradients."""
-    have = torch.tensor([float(p.grad is not None) for p in parameters])
-    anywhere = communicator.total(have.to(communicator.device)).tolist()
-    used = [p for p, number in zip(parameters, anywhere, strict=True) if number]
-    for parameter in used:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [local(p.grad) for p in used if p.grad is not None]
-    mean_tensors_(communicator, gradients)
-    return sum(gradient.nbytes for gradient in gradients)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    data = tensor.detach()
-    return data.to_local() if isinstance(data, DTensor) else data
 
 
 def _buckets(tensors: Iterable[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:

@@ -15,12 +15,18 @@ from qsr.core.plan import Plan, Round
 from qsr.core.rules import Rule
 from qsr.errors import TrainingError
 from qsr.sync.agreement import Agreement
-from qsr.sync.averaging import mean_gradients_, mean_tensors_
+from qsr.sync.averaging import mean_tensors_
 from qsr.sync.batchnorm import reestimate
 from qsr.sync.equal_start import check_equal_start
 from qsr.sync.fingerprint import Fingerprint
 from qsr.sync.follower import RoundFollower
-from qsr.sync.replica import MoreToAverage, delayed_average, make_replica, trainable
+from qsr.sync.replica import (
+    MoreToAverage,
+    delayed_average,
+    make_replica,
+    mean_gradients_,
+    trainable,
+)
 from qsr.sync.users_group import check_arguments, check_same_arguments, join_group
 
 

@@ -1,13 +1,13 @@
 """The parameters of a worker whose training loop is not ours, and how they are averaged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qsr.errors import TrainingError
-from qsr.sync.averaging import Averager, local, mean_tensors_
+from qsr.sync.averaging import Averager, mean_tensors_
 from qsr.sync.communicator import Communicator
 from qsr.sync.delayed import DelayedAverage
 from qsr.sync.fingerprint import FINGERPRINT_SIZE, Fingerprint
@@ -102,6 +102,26 @@ class MoreToAverage:
                 yield torch.zeros_like(local(parameter)) if value is None else local(value)
         if self._buffers:
             yield from (buffer for buffer in self._model.buffers() if buffer.is_floating_point())
+
+
+def mean_gradients_(communicator: Communicator, parameters: Sequence[nn.Parameter]) -> int:
+    """Collective: replace the gradients, in place, by their means over all workers; one that some
+    workers lack counts as zeros there. Returns the bytes of the gradients."""
+    have = torch.tensor([float(p.grad is not None) for p in parameters])
+    anywhere = communicator.total(have.to(communicator.device)).tolist()
+    used = [p for p, number in zip(parameters, anywhere, strict=True) if number]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [local(p.grad) for p in used if p.grad is not None]
+    mean_tensors_(communicator, gradients)
+    return sum(gradient.nbytes for gradient in gradients)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    data = tensor.detach()
+    return data.to_local() if isinstance(data, DTensor) else data
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -36,6 +36,7 @@ from tests.support import (
     run_ranks,
     sgd,
     train,
+    without_times,
 )
 
 COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=4, total_steps=24)
@@ -111,11 +112,7 @@ def train_ranks(rank: int, ranks: int, setup: Setup) -> Any:
         worker.index: {name: t.tolist() for name, t in worker.tensors().items()}
         for worker in rig.workers
     }
-    rows = [
-        {k: v for k, v in row.items() if "second" not in k and k not in ("kind", "waiting_percent")}
-        for row in rig.tracker.rows
-    ]
-    return tensors, rows
+    return tensors, without_times(rig.tracker.rows)
 
 
 def on(ranks: int, setup: Setup) -> tuple[dict[int, Any], list[dict[str, Any]]]:

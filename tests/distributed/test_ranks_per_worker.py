@@ -8,34 +8,29 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsr import (
-    ConstantRule,
-    CosineSchedule,
-    EveryStepRule,
-    Plan,
-    PostLocalRule,
-    QuadraticRule,
-    SwapRule,
-)
+from qsr import ConstantRule, Plan, PostLocalRule, SwapRule
 from qsr.cluster.group import join_process_group, leave_process_group
 from qsr.errors import DisagreementError
 from qsr.sync.topology import Topology
-from tests.support import CPU, Setup, adamw, batchnorm_net, build, new_folder, run_ranks, sgd, train
-
-COSINE = CosineSchedule(peak_lr=0.1, final_lr=1e-4, warmup_steps=4, total_steps=24)
-QSR = Plan(COSINE, QuadraticRule(h_base=2, alpha=0.15))
-GRADIENTS = Plan(COSINE, EveryStepRule("gradients"))
-SETUP = Setup(QSR, net=batchnorm_net, optimizer=sgd(momentum=0.9), evaluate_every=7)
+from tests.distributed.test_ranks import COSINE, GRADIENTS, QSR, SETUP
+from tests.support import (
+    CPU,
+    Setup,
+    adamw,
+    build,
+    new_folder,
+    run_ranks,
+    sgd,
+    train,
+    without_times,
+)
 
 
 def train_rank(rank: int, ranks: int, setup: Setup) -> Any:
     """The worker of this rank, its tensors after the run, and the rows of the log."""
     rig = train(setup, Topology(rank, ranks, rank, setup.workers, ranks // setup.workers))
     (worker,) = rig.workers
-    rows = [
-        {k: v for k, v in row.items() if "second" not in k and k not in ("kind", "waiting_percent")}
-        for row in rig.tracker.rows
-    ]
+    rows = without_times(rig.tracker.rows)
     tensors = {name: t.tolist() for name, t in worker.tensors().items()}
     return worker.index, tensors, rows, rig.trainer.progress.averaged_bytes
 

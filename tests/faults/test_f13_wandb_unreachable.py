@@ -19,7 +19,7 @@ from qsr.run.folder import read_rows
 from qsr.run.tracking import WandbTracker
 from tests.cli import ENVIRONMENT, command, folder_in, same_weights
 from tests.faults.inject import needs_own_network, no_network_here
-from tests.support import run_ranks
+from tests.support import run_ranks, without_times
 
 KEY = {"WANDB_API_KEY": "0" * 40}
 ONLINE = ["experiment=demo/quadratic", "tracking=online"]
@@ -40,9 +40,7 @@ def online(digits: Path, runs: Path, *extra: str) -> list[str]:
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run without its times."""
-    rows = read_rows(folder / "metrics.jsonl")[0]
-    times = ("kind", "waiting_percent")
-    return [{k: v for k, v in row.items() if k not in times and "second" not in k} for row in rows]
+    return without_times(read_rows(folder / "metrics.jsonl")[0])
 
 
 def run_without_network(rank: int, ranks: int, settings: list[str]) -> list[str]:

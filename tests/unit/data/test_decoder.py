@@ -59,6 +59,7 @@ def test_an_image_counts_for_the_decoder_that_takes_it_last() -> None:
         log.format(1, "nvjpeg_cuda_decoder", 2),
         log.format(2, "libjpeg_turbo_decoder", 2),
     ]
+    assert summary_of("a log of another form") is None
     assert summary_of("\n".join(lines[:3])) == "nvjpeg_hw_decoder"
     assert summary_of("\n".join(lines)) == (
         "nvjpeg_hw_decoder (1 of 3), nvjpeg_cuda_decoder (1 of 3), libjpeg_turbo_decoder (1 of 3)"
@@ -72,6 +73,11 @@ def test_a_fallback_to_the_cpu_is_one_line() -> None:
     assert note is not None
     assert "\n" not in note
     assert note.startswith("data.decode=gpu, but libjpeg_turbo_decoder on the CPU")
+    # also if it is so for some images only
+    note = fallback_note("nvjpeg_hw_decoder (14 of 16), libjpeg_turbo_decoder (2 of 16)")
+    assert note is not None
+    assert note.startswith("data.decode=gpu, but libjpeg_turbo_decoder (2 of 16) on the CPU")
+    assert fallback_note("nvjpeg_hw_decoder (9 of 16), nvjpeg_cuda_decoder (7 of 16)") is None
 
 
 def test_where_to_decode() -> None:
