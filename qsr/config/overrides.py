@@ -144,11 +144,13 @@ def text_of(value: Any) -> str:
         case dict():
             return f"{{{','.join(f'{key}:{text_of(inner)}' for key, inner in value.items())}}}"
         case str():
-            return (
-                escape_special_characters(value) if _needs_no_quotes(value) else _in_quotes(value)
-            )
+            return _escaped(value) if _needs_no_quotes(value) else _in_quotes(value)
         case _:
             return str(value)
+
+
+def _escaped(value: str) -> str:
+    return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", value)
 
 
 def _needs_no_quotes(value: str) -> bool:
