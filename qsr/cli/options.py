@@ -141,9 +141,8 @@ def answer(line: CommandLine, text: str | None, own: Mapping[str, str] | None = 
         print("\n".join(_lists(line.folders, own or {})))
         return 0
     if "--cfg" in line.given:
-        print(
-            "---\n".join(_shown(config, line.given.get("--package")) for config in line.configs())
-        )
+        package = line.given.get("--package")
+        print("---\n".join(_shown(config, package) for config in line.configs()), end="")
         return 0
     return None
 

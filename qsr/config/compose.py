@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qsr.config.overrides import suggest, text_of
+from qsr.config.overrides import in_quotes, suggest, text_of
 from qsr.config.places import group_files, groups
 from qsr.errors import ConfigError
 
@@ -30,11 +30,6 @@ def compose_settings(
     choices = choose_files(parsed, folders, primary)
     values = [_value_argument(o, folders) for o in parsed if o.key_or_group not in choices]
     settings = compose_files(choices, folders, primary, values)
-    if isinstance(settings.get("experiment"), dict):
-        name = choices.get("experiment")
-        raise ConfigError(
-            f"experiment={name}: its file must begin with the line '# @package _global_'"
-        )
     missing = sorted(_missing(settings))
     if missing:
         _refuse_unknown(parsed, folders, primary)
@@ -124,6 +119,8 @@ def _choice(override: Override, folders: Sequence[Path]) -> str:
         raise ConfigError(
             f"{group}={value} is both {' and '.join(map(str, files[value]))}: rename yours"
         )
+    if group == "experiment" and "# @package _global_" not in files[value][0].read_text():
+        raise ConfigError(f"{files[value][0]}: it must begin with the line '# @package _global_'")
     return value
 
 
@@ -140,7 +137,7 @@ def compose_files(
     """The settings of these files, and `values` as given to Hydra; settings without a value are
     "???". Raises ConfigError."""
     chosen = [f"{group}={text_of(name)}" for group, name in choices.items() if name is not None]
-    own = [text_of(folder.absolute().as_uri()) for folder in folders[1:]]
+    own = [in_quotes(f"file://{folder.absolute()}") for folder in folders[1:]]
     search = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
     try:
         with initialize_config_dir(str(folders[0].absolute()), version_base="1.3"):

@@ -55,7 +55,7 @@ def _parse_override(parser: OverridesParser, text: str) -> Override:
     quoted = re.fullmatch(r"""(['"]).*\1""", value, re.DOTALL)
     try:
         return parser.parse_override(
-            f"{key}={_in_quotes(value)}" if is_path and not quoted else text
+            f"{key}={in_quotes(value)}" if is_path and not quoted else text
         )
     except HydraException as error:
         reason = str(error).splitlines()[0]
@@ -88,13 +88,14 @@ def _refuse_hydra(key: str) -> None:
     raise ConfigError(f"{key}: Hydra composes the settings and does no more here; {way}")
 
 
-def _in_quotes(value: str) -> str:
+def in_quotes(value: str) -> str:
+    """A text as Hydra takes it literally."""
     return str(QuotedString(value, Quote.double).with_quotes())
 
 
 def _quoted(key: str, value: str) -> str:
     """The override as typed in a shell."""
-    return shlex.quote(f"{key}={_in_quotes(value)}")
+    return shlex.quote(f"{key}={in_quotes(value)}")
 
 
 def expand_sweeps(
@@ -140,11 +141,11 @@ def text_of(value: Any) -> str:
         case float() if value.is_integer() and abs(value) < 1e16:
             return str(int(value))
         case list():
-            return f"[{','.join(map(text_of, value))}]"
+            return f"[{','.join(text_of(inner) or in_quotes('') for inner in value)}]"
         case dict():
             return f"{{{','.join(f'{key}:{text_of(inner)}' for key, inner in value.items())}}}"
         case str():
-            return _escaped(value) if _needs_no_quotes(value) else _in_quotes(value)
+            return _escaped(value) if _needs_no_quotes(value) else in_quotes(value)
         case _:
             return str(value)
 
