@@ -15,7 +15,7 @@ import argparse
 import time
 from pathlib import Path
 
-from qsr.config.compose import expand_sweeps
+from qsr.config.overrides import expand_sweeps
 from qsr.errors import ConfigError, showing_errors
 from qsr.evidence.drift import Drift
 from qsr.evidence.settings import SimulationConfig, load_simulation, simulation_names

@@ -15,9 +15,8 @@ there. Exit status: 0 all checks passed, 1 a check failed, 2 wrong settings.
 import shlex
 from typing import NoReturn
 
-from qsr.cli.usage import show_help
+from qsr.cli.options import answer, read
 from qsr.cluster.slurm import current_task
-from qsr.config.load import load_config
 from qsr.config.schema import SlurmCluster
 from qsr.errors import showing_errors
 from qsr.output import program
@@ -25,9 +24,11 @@ from qsr.output import program
 
 @showing_errors
 def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        return show_help(__doc__)
-    config = load_config(arguments or ["experiment=demo/quadratic"])
+    line = read(arguments or ["experiment=demo/quadratic"])
+    status = answer(line, __doc__)
+    if status is not None:
+        return status
+    config = line.config()
 
     from qsr.cluster.processes import start_ranks
     from qsr.errors import ClusterError, RunFailedError

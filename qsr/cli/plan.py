@@ -15,13 +15,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qsr.cli.usage import show_help
+from qsr.cli.options import CommandLine, answer, read
 from qsr.cluster.place import find_place
-from qsr.config.load import expand_sweeps, load_config, load_configs
+from qsr.config.load import CONFIG_DIR, expand_sweeps, load_config
 from qsr.config.schema import Config
 from qsr.errors import ConfigError, showing_errors
 from qsr.output import printer, program, warn
@@ -34,19 +33,20 @@ from qsr.planner.what_if import all_cases
 
 @showing_errors
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return show_help(__doc__)
     commands = {"calibrate": calibrate, "what-if": what_if}
-    if arguments[0] in commands:
-        return commands[arguments[0]](arguments[1:])
-    return plan(arguments)
+    name, *others = arguments or [""]
+    if name in commands:
+        return commands[name](read(others, _OWN))
+    line = read(arguments, _OWN)
+    status = answer(line, __doc__, _ABOUT)
+    return plan(line) if status is None else status
 
 
-def plan(arguments: list[str]) -> int:
+def plan(line: CommandLine) -> int:
     """Predict a run, or each run of a sweep."""
-    options = _options(arguments)
-    swept = _swept_settings(options.settings)
-    configs = load_configs(options.settings)
+    options = _options(line)
+    swept = _swept_settings(line)
+    configs = line.configs()
     forecasts = [forecast(config, _parameters(config)) for config in configs]
     if options.json:
         records = [planner_json.forecast_record(found) for found in forecasts]
@@ -68,11 +68,11 @@ def plan(arguments: list[str]) -> int:
     return 0
 
 
-def what_if(arguments: list[str]) -> int:
+def what_if(line: CommandLine) -> int:
     """Compare QSR with data parallel training over links, workers, GPUs and networks."""
-    options = _options(arguments)
-    if options.settings:
-        raise ConfigError(f"what-if takes no settings: remove {options.settings[0]}")
+    options = _options(line)
+    if line.words:
+        raise ConfigError(f"what-if takes no settings: remove {line.words[0]}")
     cases = list(all_cases())
     if options.json:
         _print_json(planner_json.what_if_record(cases))
@@ -85,14 +85,15 @@ def what_if(arguments: list[str]) -> int:
     return 0
 
 
-def calibrate(arguments: list[str]) -> int:
+def calibrate(line: CommandLine) -> int:
     """Measure these machines and write or update a cluster's profile."""
-    names = [text.partition("=")[2] for text in arguments if text.startswith("name=")]
+    names = [text.partition("=")[2] for text in line.settings if text.startswith("name=")]
     if len(names) != 1:
         raise ConfigError("calibrate needs name=NAME: it writes configs/cluster/NAME.yaml")
     path = profiles.profile_path(names[0])
     stored = profiles.read_profile(path) if path.exists() else None
-    config = load_config([text for text in arguments if not text.startswith("name=")])
+    settings = [text for text in line.settings if not text.startswith("name=")]
+    config = load_config(settings, more=line.folders)
     images, classes = known_images(config), known_classes(config)
 
     from qsr.cluster.processes import start_ranks
@@ -102,7 +103,7 @@ def calibrate(arguments: list[str]) -> int:
     from qsr.train.models import check_network  # torch takes seconds to import
 
     check_network(config)
-    command = " ".join(["qsr plan calibrate", *arguments])
+    command = " ".join(["qsr plan calibrate", *line.words])
     ranks = number_of_ranks(config)
     found = start_ranks(measure, ranks, config, classes, images, command)
     if find_place().rank == 0:
@@ -114,11 +115,12 @@ def calibrate(arguments: list[str]) -> int:
     return 0
 
 
-def _swept_settings(settings: Sequence[str]) -> list[dict[str, str]]:
+def _swept_settings(line: CommandLine) -> list[dict[str, str]]:
     """For each run of a sweep its swept settings; one empty dictionary if nothing is swept."""
+    given = line.settings
     return [
-        dict(new.split("=", 1) for new, given in zip(choice, settings, strict=True) if new != given)
-        for choice in expand_sweeps(settings)
+        dict(new.split("=", 1) for new, old in zip(choice, given, strict=True) if new != old)
+        for choice in expand_sweeps(given, (CONFIG_DIR, *line.folders))
     ]
 
 
@@ -151,12 +153,15 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
+_OWN = {"--json": False, "--figure": True}
+_ABOUT = {"--json": "print one JSON object instead", "--figure FILE": "draw FILE.png and FILE.svg"}
+
+
+def _options(line: CommandLine) -> argparse.Namespace:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("settings", nargs="*")
-    return parser.parse_intermixed_args(arguments)
+    return parser.parse_args(line.own)
 
 
 def run() -> NoReturn:

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from qsr.cli.usage import show_help
-from qsr.config.load import load_configs, run_folder
+from qsr.cli.options import answer, read
+from qsr.config.load import run_folder
 from qsr.config.schema import Config, SlurmCluster
 from qsr.errors import ConfigError, showing_errors
 from qsr.output import program, warn
@@ -27,16 +27,13 @@ from qsr.planner.text import plan_line
 
 @showing_errors
 def main(arguments: list[str]) -> int:
-    options = {word for word in arguments if word.startswith("--")}
-    settings = [word for word in arguments if word not in options]
-    unknown = options - {"--dry-run", "--in-job"}
-    if not settings or {"-h", "--help"} & set(arguments):
-        return show_help(__doc__)
-    if unknown:
-        warn(f"refused: unknown option {min(unknown)}: the only option is --dry-run")
-        return 2
+    line = read(arguments, {"--dry-run": False, "--in-job": False})
+    options = set(line.own)
+    status = answer(line, __doc__, {"--dry-run": "print the batch files, submit nothing"})
+    if status is not None:
+        return status
     try:
-        configs = load_configs(settings)
+        configs = line.configs()
         kinds = {type(config.cluster) for config in configs}
         if "--in-job" in options:
             return _prepare_job(configs)
@@ -44,7 +41,7 @@ def main(arguments: list[str]) -> int:
             return _submit(configs, dry_run="--dry-run" in options)
         if SlurmCluster in kinds:
             raise ConfigError("these runs have different clusters: use one for all of them")
-        return _run_here(configs, settings, dry_run="--dry-run" in options)
+        return _run_here(configs, line.words, dry_run="--dry-run" in options)
     except OSError as error:
         warn(f"refused: {error}")
         return 2
@@ -83,7 +80,7 @@ def _submit(configs: list[Config], *, dry_run: bool) -> int:
     return 0
 
 
-def _run_here(configs: list[Config], settings: list[str], *, dry_run: bool) -> int:
+def _run_here(configs: list[Config], words: list[str], *, dry_run: bool) -> int:
     from qsr.run.snapshot import snapshot_folder, take_snapshot
 
     for config in configs:
@@ -91,7 +88,7 @@ def _run_here(configs: list[Config], settings: list[str], *, dry_run: bool) -> i
     runs_dir = Path(configs[0].runs_dir)
     code = snapshot_folder(runs_dir) if dry_run else take_snapshot(runs_dir)
     # -P: do not import from the caller's folder
-    command = [sys.executable, "-P", "-m", "qsr", "train", *settings]
+    command = [sys.executable, "-P", "-m", "qsr", "train", *words]
     path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
     if dry_run:
         print(f"PYTHONPATH={shlex.quote(path)} {shlex.join(command)}")

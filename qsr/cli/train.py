@@ -14,19 +14,20 @@ first Ctrl-C saves everything, the second exits immediately.
 
 from typing import NoReturn
 
-from qsr.cli.usage import show_help
+from qsr.cli.options import answer, read
 from qsr.cluster.slurm import leave_when_signalled
-from qsr.config.load import load_configs
 from qsr.errors import showing_errors
 from qsr.output import program
 
 
 @showing_errors
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return show_help(__doc__)
+    line = read(arguments)
+    status = answer(line, __doc__)
+    if status is not None:
+        return status
     leave_when_signalled()
-    configs = load_configs(arguments)
+    configs = line.configs()
 
     from qsr.session import carry_out  # imports torch, which is slow
 

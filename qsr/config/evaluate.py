@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from qsr.config.compose import compose_settings, expand_sweeps, parse_overrides
+from qsr.config.compose import compose_settings
 from qsr.config.load import check_model_name, check_reading
+from qsr.config.overrides import expand_sweeps, parse_overrides
 from qsr.config.parsing import flatten, parse
 from qsr.config.places import CONFIG_DIR
 from qsr.config.schema import STRICT, BatchSize, DataConfig, ModelConfig
@@ -68,7 +69,7 @@ def load_evaluate(
         raise ConfigError(
             f"{of_network[0]}: the model file already says which network it holds; leave it out"
         )
-    raw = compose_settings(parsed, config_dir, "evaluate")
+    raw = compose_settings(parsed, [config_dir], "evaluate")
     for name, value in (known or {}).items():
         other_data = "data" in given and name.startswith("data.") and name not in OF_NETWORK
         if name in given or other_data:

@@ -8,26 +8,24 @@ import copy
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from hydra.core.override_parser.types import Override
 
 from qsr.config.batch_script import check_batch_script
 from qsr.config.compose import (
     GIVEN,
+    choose_files,
     compose_defaults,
     compose_settings,
-    expand_sweeps,
     mark_given_speed,
-    parse_overrides,
 )
+from qsr.config.naming import RunNames
+from qsr.config.overrides import expand_sweeps, parse_overrides
 from qsr.config.parsing import flatten, parse
 from qsr.config.places import CONFIG_DIR
 from qsr.config.planning import make_plan
-from qsr.config.rehearsal import Rehearsal, rehearse
+from qsr.config.rehearsal import Rehearsal, for_rehearsal, rehearse, take_evaluation
 from qsr.config.schema import (
     AugmentationConfig,
     Config,
@@ -113,32 +111,46 @@ _SBATCH_ELSEWHERE = {
 """Options of sbatch that cluster.sbatch must not hold, and what to do instead."""
 
 
-def load_configs(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> list[Config]:
+def load_configs(
+    overrides: Sequence[str], config_dir: Path = CONFIG_DIR, more: Sequence[Path] = ()
+) -> list[Config]:
     """The runs that these command-line overrides ask for. An override with a list of values, as in
-    seed=1,2,3, gives a run for each value; several lists give every combination."""
-    return [_load(choice, config_dir) for choice in expand_sweeps(overrides)]
+    seed=1,2,3, gives a run for each value; several lists give every combination. `more`: folders
+    with further experiments and files of groups."""
+    folders = (config_dir, *more)
+    names = RunNames(folders, _is_execution)
+    return [_load(choice, folders, names) for choice in expand_sweeps(overrides, folders)]
 
 
-def load_config(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Config:
+def load_config(
+    overrides: Sequence[str], config_dir: Path = CONFIG_DIR, more: Sequence[Path] = ()
+) -> Config:
     """The one run that these overrides ask for, for example
     ["experiment=demo/quadratic", "seed=2", "sync.alpha=0.5"]."""
-    configs = load_configs(overrides, config_dir)
+    configs = load_configs(overrides, config_dir, more)
     if len(configs) > 1:
         raise ConfigError(f"these settings ask for {len(configs)} runs: ask for one")
     return configs[0]
 
 
-def _load(overrides: Sequence[str], config_dir: Path) -> Config:
+def _load(overrides: Sequence[str], folders: Sequence[Path], names: RunNames) -> Config:
     parsed = parse_overrides(overrides)
-    raw = compose_settings(parsed, config_dir)
+    choices = choose_files(parsed, folders)
+    if choices.get("rehearsal") is not None:
+        parsed = parse_overrides(for_rehearsal(parsed, keep=choices.get("experiment") is None))
+        choices = choose_files(parsed, folders)
+    raw = compose_settings(parsed, folders)
+    name = names.name(choices, [override.key_or_group for override in parsed], raw)
     mark_given_speed(raw, parsed)
+    if raw.get("rehearsal") is not None:
+        take_evaluation(raw, parsed)
     rehearsal = raw.pop("rehearsal", None)
-    config = parse_config({**raw, "experiment": _experiment_name(parsed)})
+    config = parse_config({**raw, "experiment": name})
     if rehearsal is None:
         return config
     settings = parse(Rehearsal, rehearsal, prefix="rehearsal.")
     data = parse_overrides([f"data={settings.data}"])
-    small = compose_settings([*parsed, *data], config_dir)["data"]
+    small = compose_settings([*parsed, *data], folders)["data"]
     try:
         config = rehearse(config, settings, parse(DataConfig, small, prefix="data."))
     except ValueError as error:
@@ -454,27 +466,6 @@ def run_folder(config: Config) -> Path:
     """The folder of a run. It depends only on the experiment and the seed, so that the same command
     finds the same run."""
     return Path(config.runs_dir) / config.experiment / f"seed_{config.seed}"
-
-
-def _experiment_name(parsed: Iterable[Override]) -> str:
-    """The experiment's name and the sorted overrides that change what it computes."""
-    experiment, changes = "custom", []
-    for override in parsed:
-        key = override.key_or_group
-        if key == "experiment":
-            experiment = str(override.value())
-        elif key != "seed" and not _is_execution(key):
-            value = override.get_value_element_as_str() if not override.is_delete() else ""
-            changes.append(re.sub(r"[/\x00-\x1f\x7f]", "_", f"{key}={value}"))
-    if not changes:
-        return experiment
-    text = ",".join(sorted(changes))
-    if (
-        len(text.encode()) > 120
-    ):  # folder names are limited to 255 bytes, and tables need short ones
-        short = text.encode()[:100].decode(errors="ignore")
-        text = short + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{experiment}/{text}"
 
 
 def _is_execution(key: str) -> bool:

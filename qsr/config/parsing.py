@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from qsr.config.compose import suggest
+from qsr.config.overrides import suggest
 from qsr.errors import ConfigError
 
 T = TypeVar("T")
@@ -49,7 +49,12 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
                 yield f"{name} is not a setting{kind}; {_nearest_setting(location, raw, root)}"
             case "missing":
                 yield f"{name} is missing{kind}"
-            case "union_tag_invalid" | "union_tag_not_found":
+            case "union_tag_not_found":
+                yield (
+                    f"{name}.{_KINDS[name]} is missing: choose {name}=NAME; a file of your own "
+                    f"begins with defaults: [NAME, _self_]"
+                )
+            case "union_tag_invalid":
                 yield f"{name}.{_KINDS[location[0]]}: {_lower(item['msg'])}"
             case _ if location[:2] == ["cluster", "environment"]:  # it may contain secrets
                 yield f"{name}: {_lower(item['msg'])}"

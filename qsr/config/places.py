@@ -1,5 +1,6 @@
 """Where the files of settings are. Standard library only."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
@@ -10,3 +11,22 @@ of a checkout, or of a copy of one, and they lie beside it."""
 
 CONFIG_DIR = _PACKAGE / "configs" if INSTALLED else _PACKAGE.parent / "configs"
 """The folder of train.yaml, experiment/ and all other settings."""
+
+_OTHER = "simulation"
+"""The folder of scripts/simulate.py in it, which has groups of its own."""
+
+
+def groups(folders: Sequence[Path]) -> list[str]:
+    """The groups of settings in these folders, of which a file is chosen with GROUP=NAME."""
+    names = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
+    return sorted(names - {_OTHER})
+
+
+def group_files(folders: Sequence[Path], group: str) -> dict[str, list[Path]]:
+    """The files of a group by the names that choose them; the lists are longer than 1 where several
+    of the folders have one."""
+    found: dict[str, list[Path]] = {}
+    for folder in (folder / group for folder in folders):
+        for path in folder.rglob("*.yaml"):
+            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    return dict(sorted(found.items()))

@@ -5,16 +5,34 @@ alpha and other coefficients relative to the peak rate, the number of micro-batc
 the loss, RandAugment, and whatever else distinguishes the rows of a table. So the communication
 volume is the same too, except that rounds are whole steps of a shorter run. A rehearsal proves that
 the program runs; its accuracies belong to another task.
+
+On the command line the settings of OWN and of `evaluation` are those of the small run; the others
+are the experiment's, and are scaled with it.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from hydra.core.override_parser.types import Override
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from qsr.config import schema
 from qsr.config.planning import make_sampler
+
+OWN = {
+    "data": "rehearsal.data",
+    "data.image_size": "rehearsal.image_size",
+    "epochs": "rehearsal.epochs",
+    "evaluation.batchnorm_micro_batches": "rehearsal.batchnorm_micro_batches",
+    "precision": "rehearsal.precision",
+    "workers": "rehearsal.workers",
+}
+"""Settings that a rehearsal replaces, and where it has its own."""
+
+_OWN_EXECUTION = {"batch": "evaluation_batch", "every_epochs": "evaluate_every_epochs"}
+"""The same for settings of `evaluation` that are no part of a run's name."""
 
 
 @dataclass(frozen=True, config=schema.STRICT)
@@ -29,19 +47,48 @@ class Rehearsal:
     """The small counterpart of each model."""
     workers_divisor: schema.PositiveInt
     """Divides the experiment's number of workers; the result is at least two."""
+    workers: schema.PositiveInt | None
+    """Number of workers, instead of that; null: as above."""
     local_batch: schema.PositiveInt
     """Samples per worker and step."""
     epochs: schema.PositiveInt
     """Passes over the small data set."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    """Autocast type of the forward pass."""
     lr_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Factor for the peak and final rate and for the rule's coefficient. A power of two keeps the
     shape of the schedule that rounds to powers of two."""
     evaluate_every_epochs: schema.PositiveInt
     """Epochs between evaluations."""
+    evaluation_batch: schema.BatchSize
+    """Images per forward pass of an evaluation."""
     batchnorm_micro_batches: schema.PositiveInt
     """Micro-batches of the BatchNorm re-estimation, over all workers."""
     ranks: schema.PositiveInt
     """Processes, unless the command line gives another number."""
+
+
+def for_rehearsal(parsed: Iterable[Override], *, keep: bool) -> list[str]:
+    """The overrides of a rehearsal: those of OWN become settings of the rehearsal. `keep`: the
+    experiment has no other source of them."""
+    words = []
+    for override in parsed:
+        text, own = override.input_line or "", OWN.get(override.key_or_group)
+        if own is None or override.is_delete():
+            words.append(text)
+            continue
+        words.append(f"{own}={text.partition('=')[2]}")
+        if keep:
+            words.append(text)
+    return words
+
+
+def take_evaluation(settings: dict[str, Any], parsed: Iterable[Override]) -> None:
+    """Change the rehearsal in `settings` to the evaluation that the command line asks for."""
+    given = {override.key_or_group for override in parsed}
+    for name, own in _OWN_EXECUTION.items():
+        if f"evaluation.{name}" in given:
+            settings["rehearsal"][own] = settings["evaluation"].get(name)
 
 
 def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfig) -> schema.Config:
@@ -66,18 +113,20 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
     ranks = config.cluster.ranks
     if ranks is None and config.ranks_per_worker == 1:
         ranks = rehearsal.ranks
-    workers = max(2, config.workers // rehearsal.workers_divisor)
+    workers = rehearsal.workers or max(2, config.workers // rehearsal.workers_divisor)
     small = replace(
         config,
         workers=workers,
         epochs=rehearsal.epochs,
         global_batch=workers * rehearsal.local_batch,
         micro_batch=rehearsal.local_batch // micro_batches,
-        precision="fp32",
+        precision=rehearsal.precision,
         model=schema.ModelConfig(rehearsal.models[config.model.name], None, channels_last=False),
         data=replace(data, image_size=rehearsal.image_size),
         evaluation=schema.EvaluationConfig(
-            rehearsal.evaluate_every_epochs, 128, rehearsal.batchnorm_micro_batches
+            rehearsal.evaluate_every_epochs,
+            rehearsal.evaluation_batch,
+            rehearsal.batchnorm_micro_batches,
         ),
         cluster=replace(config.cluster, ranks=ranks),
     )

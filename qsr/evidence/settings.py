@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from qsr.config.compose import compose_settings, parse_overrides
+from qsr.config.compose import compose_settings
+from qsr.config.overrides import parse_overrides
 from qsr.config.parsing import parse
 from qsr.config.places import CONFIG_DIR
 from qsr.config.planning import MOST_STEPS
@@ -92,7 +93,7 @@ class SimulationConfig:
 
 def load_simulation(overrides: Sequence[str], config_dir: Path = SIMULATIONS) -> SimulationConfig:
     """Settings from configs/simulation/ and the command line. Raises ConfigError."""
-    settings = compose_settings(parse_overrides(overrides), config_dir, "simulate")
+    settings = compose_settings(parse_overrides(overrides), [config_dir], "simulate")
     config = parse(SimulationConfig, settings)
     try:
         for rule in config.rules.values():

@@ -41,8 +41,8 @@ def script() -> ModuleType:
         ([DEMO, "sync.alpah=1"], "sync.alpah is not a setting of sync.rule=quadratic; did you"),
         ([DEMO, "sync.alpha=0.1,fast"], "sync.alpha='fast': input should be a valid number"),
         ([DEMO, "sync.alpha=interval(0,1)"], "list the values, as in seed=1,2,3"),
-        ([DEMO, "--jsn"], "unrecognized arguments: --jsn"),
-        ([DEMO, "--figure"], "argument --figure: expected one argument"),
+        ([DEMO, "--jsn"], "unknown option --jsn; did you mean --json?"),
+        ([DEMO, "--figure"], "--figure: a value must follow it"),
         ([DEMO, "data=folder", "data.root=x"], "data=folder: a plan needs the number of training "
          "images; set data.train_images=N"),
         ([DEMO, "data=folder", "data.root=x", "data.train_images=5000"], "set data.classes=N"),

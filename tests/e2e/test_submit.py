@@ -134,7 +134,7 @@ def test_gpus_are_asked_for(digits: Path, tmp_path: Path) -> None:
         (["runs_dir='100%j'"], "100%j/demo/quadratic/"),
         (["cluster.container='run \"a'"], "cluster.container has an unclosed quote (No closing"),
         (["seed=1,1"], "two of these runs are the same: list each value once"),
-        (["--dryrun"], "unknown option --dryrun: the only option is --dry-run"),
+        (["--dryrun"], "unknown option --dryrun; did you mean --dry-run?"),
         (["model=small_vit", "data.image_size=30"], "data.image_size=30 is not a multiple"),
         (["sync.alpha=fast"], "sync.alpha='fast': input should be a valid number"),
     ],
@@ -157,7 +157,7 @@ def test_a_line_break_in_the_name_of_the_run_is_none_in_its_script(
     run = [*settings(digits, tmp_path), *SLURM, "data.name='x\ntouch RAN #'"]
     status, output, _ = ask("--dry-run", *run)
     assert status == 0
-    assert "/demo/quadratic/data.name='x_touch RAN #'" in output
+    assert '/demo/quadratic/data.name="x_touch RAN #"' in output
     assert not [line for line in output.splitlines() if line.lstrip().startswith("touch")]
 
 

@@ -42,6 +42,8 @@ sys.exit(status)
         ("train", (DEMO, "~loss"), "loss is missing"),
         ("train", ("seed=2",), "epochs has no value: set it, or choose an experiment, for examp"),
         ("train", ("experiment=demo/quadratc",), "did you mean demo/quadratic?"),
+        ("train", (DEMO, "hydra/launcher=submitit_slurm"), "scripts/submit.py submits to Slurm"),
+        ("train", (DEMO, "--config-dir=nowhere"), "--config-dir nowhere: no such folder"),
         ("train", (DEMO, "workers=3"), "global_batch=64 is not divisible by workers=3"),
         ("train", (DEMO, "cluster.ranks=3"), "try cluster.ranks=1 or 2 or 4"),
         ("train", (DEMO, "ranks_per_worker=3"), "by workers=4 x ranks_per_worker=3"),
@@ -77,7 +79,7 @@ sys.exit(status)
             "ranks_per_worker=4 and 6 ranks per node: the ranks of a worker would lie on different",
         ),
         ("submit", (DEMO, "cluster=slrum"), "no such file in configs; did you mean slurm?"),
-        ("submit", (*SLURM, "--dryrun"), "unknown option --dryrun: the only option is --dry-run"),
+        ("submit", (*SLURM, "--dryrun"), "unknown option --dryrun; did you mean --dry-run?"),
     ],
 )
 def test_wrong_settings_are_refused_before_torch_is_loaded(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qsr.config.compose import expand_sweeps, parse_overrides
 from qsr.config.evaluate import load_evaluate
 from qsr.config.load import load_config, load_configs, run_folder
+from qsr.config.overrides import expand_sweeps, parse_overrides
 from qsr.errors import ConfigError
 from qsr.ops.status import find_runs, read_status, status_table
 from tests.cli import TRAIN, call
@@ -110,18 +110,15 @@ def test_the_refusal_of_another_text_shows_how_it_is_quoted() -> None:
         ("+experiment=/etc/passwd", "experiment=/etc/passwd: no such file in configs; "),
         ("experiment=[demo/constant,demo/parallel]", "no such file in configs; "),
         ("experiment@data=demo/constant", "write experiment=NAME"),
-        (
-            "experiment=null",
-            "experiment=null: leave it out, or choose one from configs/experiment/",
-        ),
-        ("data=null", "data=null: leave it out, or choose one from configs/data/"),
+        ("experiment=null", "epochs has no value: set it, or choose an experiment"),
+        ("data=null", "data=null: it cannot be left out: choose one with data=NAME: digits, few"),
         ("sync=../sync/constant", "did you mean constant?"),
         ("data=[1]", "data=[1]: no such file in configs; "),
         ("data={root: x}", "no such file in configs; "),
         ("seed=glob(*)", "'seed=glob(*)': list the values, as in seed=1,2,3"),
         ("seed=interval(1,2)", "list the values, as in seed=1,2,3"),
         ("seed=range(0,1e12)", "these lists give more than 10,000 runs"),
-        ("~cluster", "cluster is missing"),
+        ("~cluster", "~cluster: it cannot be left out: choose one with cluster=NAME: "),
     ],
 )
 def test_names_lead_nowhere_else_and_nothing_is_a_traceback(setting: str, message: str) -> None:

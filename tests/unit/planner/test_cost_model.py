@@ -6,8 +6,9 @@ import torch
 import yaml
 
 from qsr.config import schema
-from qsr.config.compose import mark_given_speed, parse_overrides
+from qsr.config.compose import mark_given_speed
 from qsr.config.load import CONFIG_DIR, GIVEN, config_hash, load_config
+from qsr.config.overrides import parse_overrides
 from qsr.config.planning import make_plan, parameter_count
 from qsr.core.cost import Link, MeasuredAllReduce
 from qsr.errors import ConfigError, UnknownSpeedError

@@ -1,0 +1,94 @@
+"""A run's name: its experiment, and the settings that the command line changes.
+
+It depends on what the command line changes and not on how that is written: a value that the
+experiment has already, in whatever spelling, is no part of the name.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qsr.config.compose import compose_files
+from qsr.config.overrides import text_of
+from qsr.config.parsing import flatten
+
+_ABSENT = object()
+
+
+class RunNames:
+    """Names runs whose settings come from `folders`. `is_execution` says which settings are no part
+    of a name. Remembers what it composes, because the runs of a sweep share it."""
+
+    def __init__(self, folders: Sequence[Path], is_execution: Callable[[str], bool]) -> None:
+        self._folders = folders
+        self._is_execution = is_execution
+        self._composed: dict[frozenset[tuple[str, str]], dict[str, Any]] = {}
+
+    def name(
+        self,
+        choices: Mapping[str, str | None],
+        overrides: Iterable[str],
+        settings: Mapping[str, Any],
+    ) -> str:
+        """The experiment's name and the sorted changes. `choices`: the files chosen on the command
+        line, by group; `overrides`: the names of all overrides; `settings`: what was composed."""
+        files = {
+            group: name
+            for group, name in choices.items()
+            if name is not None and not self._is_execution(group)
+        }
+        changes = [f"{group}={text_of(files[group])}" for group in self._changing(files)]
+        if any(self._counts(name) for name in set(overrides) - choices.keys()):
+            changes += self._changed_values(files, settings)
+        experiment = files.get("experiment", "custom")
+        if not changes:
+            return experiment
+        return f"{experiment}/{_shortened(','.join(sorted(map(_as_folder, changes))))}"
+
+    def _changing(self, files: Mapping[str, str]) -> list[str]:
+        """The groups whose chosen file is not what the others choose anyway."""
+        return [
+            group
+            for group in files
+            if group == "rehearsal"  # without it there is none
+            or (group != "experiment" and self._without(group, files) != self._compose(files))
+        ]
+
+    def _without(self, group: str, files: Mapping[str, str]) -> dict[str, Any]:
+        return self._compose({other: name for other, name in files.items() if other != group})
+
+    def _changed_values(self, files: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
+        before, now = dict(flatten(self._compose(files))), dict(flatten(settings))
+        return [
+            f"{key}={text_of(now[key]) if key in now else ''}"
+            for key in now.keys() | before.keys()
+            if self._counts(key) and not _equal(now.get(key, _ABSENT), before.get(key, _ABSENT))
+        ]
+
+    def _counts(self, name: str) -> bool:
+        return name != "seed" and not self._is_execution(name)
+
+    def _compose(self, files: Mapping[str, str]) -> dict[str, Any]:
+        key = frozenset(files.items())
+        if key not in self._composed:
+            self._composed[key] = compose_files(dict(files), self._folders)
+        return self._composed[key]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Also tells true from 1, which Python does not."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _as_folder(change: str) -> str:
+    return re.sub(r"[/\x00-\x1f\x7f]", "_", change)
+
+
+def _shortened(text: str) -> str:
+    """Folder names are limited to 255 bytes, and tables need short ones."""
+    if len(text.encode()) <= 120:
+        return text
+    short = text.encode()[:100].decode(errors="ignore")
+    return short + "," + hashlib.sha256(text.encode()).hexdigest()[:8]
