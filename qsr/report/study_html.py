@@ -63,15 +63,15 @@ h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums;
   border-top: 2px solid; border-bottom: 2px solid; }}
 th, td {{ padding: .35rem .7rem; text-align: right; vertical-align: top; }}
-th:first-child, td:first-child {{ text-align: left; min-width: 9rem; overflow-wrap: anywhere; }}
-td:not(:first-child) {{ white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; min-width: 9rem; overflow-wrap: break-word; }}
+td, thead th {{ white-space: nowrap; }}
 thead th {{ border-bottom: 1px solid; }}
 tbody th {{ font-weight: normal; text-align: left; }}
 tbody tr + tr > * {{ border-top: 1px solid #e3e3e3; }}
 small {{ display: block; color: #555; }}
 .note, figcaption {{ color: #555; font-size: .85rem; max-width: 60rem; }}
 figure {{ margin: 2rem 0; }}
-img {{ display: block; max-width: 100%; height: auto; }}
+img {{ display: block; max-width: 100%; min-width: 36rem; height: auto; }}
 </style>
 </head>
 <body>
@@ -123,7 +123,7 @@ def _figure(figure: Figure, caption: str) -> str:
     picture = base64.b64encode(drawn.getvalue()).decode()
     width = round(96 * figure.get_size_inches()[0])
     return (
-        f'<figure><img width="{width}" alt="{escape(caption)}" '
-        f'src="data:image/svg+xml;base64,{picture}">'
+        f'<figure><div class="scroll"><img width="{width}" alt="{escape(caption)}" '
+        f'src="data:image/svg+xml;base64,{picture}"></div>'
         f"<figcaption>{_symbols(caption)}</figcaption></figure>"
     )

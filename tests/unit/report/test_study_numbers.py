@@ -1,0 +1,304 @@
+"""The numbers of a study, in every form: each can be checked by hand or against scipy."""
+
+import base64
+import io
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from rich.console import Console
+from scipy import stats
+
+from qsr.report.study import Study, read_study
+from qsr.report.study_html import study_html
+from qsr.report.study_numbers import study_table
+from qsr.report.study_plots import (
+    progress_figure,
+    schedule_figure,
+    times_figure,
+    top1_figure,
+)
+from qsr.report.study_text import (
+    latex,
+    print_study,
+    study_csv,
+    study_latex,
+    study_markdown,
+)
+from tests.unit.report.conftest import WriteRun
+
+QSR = "QSR, H_base = 4, alpha = 0.4375"
+CONSTANT = "constant H = 4"
+TOP1 = {"constant": (90.0, 91.0, 95.0), "quadratic": (91.0, 93.0, 96.0)}
+
+
+@pytest.fixture
+def study(tmp_path: Path, write_run: WriteRun) -> Study:
+    """Two rules with seeds 1 to 3, and a fourth of constant H that has no pair. Differences of QSR
+    to constant H: 1, 2 and 1 points."""
+    for rule, values in TOP1.items():
+        for seed, top1 in enumerate(values, start=1):
+            times = {"communication_seconds": 2.0 * seed} if rule == "quadratic" else {}
+            best = {"best_top1": top1 + 1} if (rule, seed) != ("quadratic", 3) else {}
+            more = {"ranks": 2, "evaluation_seconds": 8.0, **best, **times}
+            write_run(f"experiment=demo/{rule}", f"seed={seed}", top1=top1, **more)
+    write_run("experiment=demo/constant", "seed=4", top1=92.0, best_top1=93.0, ranks=2)
+    return read_study([tmp_path], to=CONSTANT)
+
+
+def rows_of(table: pd.DataFrame) -> dict[tuple[str, str], dict[str, float]]:
+    return {(row["group"], row["metric"]): row for row in table.to_dict("records")}  # type: ignore[misc]
+
+
+def test_means_and_intervals(study: Study) -> None:
+    rows = rows_of(study_table(study))
+    found = rows[CONSTANT, "top1_percent"]
+    values = [*TOP1["constant"], 92.0]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert (found["runs"], found["measured"], found["mean"]) == (4, 4, 92.0)
+    assert found["sd"] == pytest.approx(math.sqrt(14 / 3))  # squares 4, 1, 9 and 0
+    assert (found["ci95_low"], found["ci95_high"]) == pytest.approx((low, high))
+    qsr = rows[QSR, "top1_percent"]
+    # 280 / 3, and t = 4.302653 for 2 degrees of freedom
+    assert qsr["mean"] == pytest.approx(93.333333)
+    assert qsr["sd"] == pytest.approx(math.sqrt(19 / 3))
+    half = 4.302653 * math.sqrt(19 / 3) / math.sqrt(3)
+    assert qsr["ci95_low"] == pytest.approx(93.333333 - half)
+    assert rows[QSR, "volume_percent"]["mean"] == pytest.approx(100 * 38 / 330)
+    assert rows[CONSTANT, "averages"]["mean"] == 83
+    assert rows[QSR, "train_hours"]["mean"] == pytest.approx(72 / 3600)
+    assert rows[QSR, "communication_seconds"]["mean"] == 4.0
+
+
+def test_differences_are_paired_by_seed(study: Study) -> None:
+    rows = rows_of(study_table(study))
+    found = rows[QSR, "top1_percent"]
+    assert (found["reference"], found["pairs"]) == (CONSTANT, 3)  # seed 4 has no pair
+    assert found["difference"] == pytest.approx(4 / 3)
+    test = stats.ttest_rel(TOP1["quadratic"], TOP1["constant"]).confidence_interval(0.95)
+    ends = (found["difference_ci95_low"], found["difference_ci95_high"])
+    assert ends == pytest.approx((test.low, test.high))
+    assert found["difference_sd"] == pytest.approx(math.sqrt(1 / 3))
+    assert math.isnan(rows[CONSTANT, "top1_percent"]["difference"])
+    assert rows[QSR, "best_top1_percent"]["pairs"] == 2
+    # the best of 96 was not measured: 1 and 2 points remain
+    assert rows[QSR, "best_top1_percent"]["difference"] == 1.5
+
+
+def test_what_was_not_measured_is_no_number(study: Study) -> None:
+    rows = rows_of(study_table(study))
+    waiting = rows[QSR, "data_idle_seconds"]
+    assert (waiting["runs"], waiting["measured"]) == (3, 0)
+    assert math.isnan(waiting["mean"])
+    best = rows[QSR, "best_top1_percent"]
+    assert (best["runs"], best["measured"], best["mean"]) == (3, 2, 93.0)
+
+
+def test_one_seed_has_no_interval(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run("experiment=demo/constant", top1=90.0)
+    write_run("experiment=demo/quadratic", top1=91.5)
+    study = read_study([tmp_path], to=CONSTANT)
+    found = rows_of(study_table(study))[QSR, "top1_percent"]
+    assert (found["mean"], found["difference"]) == (91.5, 1.5)
+    assert math.isnan(found["sd"])
+    assert math.isnan(found["ci95_low"])
+    text = study_markdown(study)
+    assert "| 91.50 " in text
+    assert "| +1.50 " in text
+    assert "nan" not in text
+    assert "nan" not in study_html(study)
+    assert len(top1_figure(study).axes) == 2
+
+
+def terminal(study: Study, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    print_study(study, console)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_the_terminal_shows_groups_differences_and_times(study: Study) -> None:
+    text = terminal(study, 160)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0] == "7 finished runs in 2 groups, by sync"
+    head, *_ = (place for place, line in enumerate(lines) if line.startswith("group n "))
+    assert lines[head] == (
+        "group n top-1 % best top-1 % loss volume % averages training, seconds"
+    )  # fmt: skip
+    assert lines[head + 2 : head + 6] == [
+        "constant H = 4 4 92.00 ± 2.16 93.00 ± 2.16 0.5000 ± 0.0000 25.2 83 72.00 ± 0.00",
+        "[88.56, 95.44] [89.56, 96.44] [0.5000, 0.5000] [72.00, 72.00]",
+        f"{QSR} 3 93.33 ± 2.52 93.00 ± 1.41 (2 of 3 runs) 0.5000 ± 0.0000 11.5 38 72.00 ± 0.00",
+        "[87.08, 99.58] [80.29, 105.71] [0.5000, 0.5000] [72.00, 72.00]",
+    ]
+    assert f"{QSR} 3 +1.33 +1.50 +0.0000 -13.6 -45 +0.00" in lines
+    assert "[-0.10, +2.77] [-4.85, +7.85] [+0.0000, +0.0000] [+0.00, +0.00]" in lines
+    assert f"{QSR}: no pair for seed 4." in lines
+    times = "72.00 ± 0.00 not measured 4.00 ± 2.00 8.00 ± 0.00 not measured"
+    assert f"{QSR} {times}" in lines
+    assert "interval of the mean by Student's t" in text
+    # a narrow terminal wraps, and loses nothing
+    narrow = "".join(terminal(study, 80).split())
+    for number in ("92.00±2.16", "88.56,", "+1.33", "-13.6"):
+        assert number in narrow
+
+
+def test_markdown_to_the_letter(study: Study) -> None:
+    lines = study_markdown(study).splitlines()
+    assert lines[:3] == ["7 finished runs in 2 groups, by sync.", "", "**Results**"]
+    row = next(line for line in lines if line.startswith("| QSR"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "QSR, H\\_base = 4, alpha = 0.4375", "3", "93.33 ± 2.52 [87.08, 99.58]",
+        "93.00 ± 1.41 (2 of 3 runs) [80.29, 105.71]", "0.5000 ± 0.0000 [0.5000, 0.5000]", "11.5",
+        "38", "72.00 ± 0.00 [72.00, 72.00]",
+    ]  # fmt: skip
+    tables = [line.count("|") for line in lines if line.startswith("|")]
+    assert sorted(set(tables)) == [7, 9]
+
+
+def test_csv_is_read_back(study: Study) -> None:
+    read = pd.read_csv(io.StringIO(study_csv(study)))
+    pd.testing.assert_frame_equal(read, study_table(study), check_dtype=False)
+    assert set(read["sync.h"]) == {"4", "-"}
+
+
+def test_latex_is_whole(study: Study) -> None:
+    text = study_latex(study)
+    assert text.splitlines()[:2] == [
+        "% 7 finished runs in 2 groups, by sync", r"% \usepackage{booktabs}",
+    ]  # fmt: skip
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    opened: list[str] = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", body):
+        if kind == "begin":
+            opened.append(name)
+        else:
+            assert opened.pop() == name
+    assert opened == []
+    plain = re.sub(r"\\[&%$#_{}\\]", "", body)
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    outside = re.sub(r"\$[^$]*\$", "", plain)
+    assert not re.search("[%#_^~±]", outside)
+    for table in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", plain, re.DOTALL):
+        columns, rows = table
+        counts = {line.count("&") for line in rows.splitlines() if "&" in line}
+        assert counts == {len(columns) - 1}
+    assert body.count(r"\toprule") == body.count(r"\bottomrule") == body.count(r"\midrule") == 3
+    assert r"{QSR, $H_\mathrm{base}$ = 4, $\alpha$ = 0.4375} & {3} & {93.33 $\pm$ 2.52}" in body
+    assert r"{$+1.33$}" in body
+    assert r"{\footnotesize [$-0.10$, $+2.77$]}" in body
+
+
+def test_latex_of_any_text() -> None:
+    assert latex("a_b 5 % & {x} #1 $2 ~ ^ \\") == (
+        r"a\_b 5 \% \& \{x\} \#1 \$2 \textasciitilde{} \textasciicircum{} \textbackslash{}"
+    )
+    assert latex("sync.alpha=1e-05, top-1, -0.5") == r"sync.alpha=1e-05, top-1, $-0.5$"
+
+
+class Page(HTMLParser):
+    """The text of a page, its pictures, and whether its tags match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_needs_nothing_else_and_has_every_number(study: Study) -> None:
+    text = study_html(study)
+    page = Page(text)
+    assert page.open == []
+    assert not re.search(r"https?://|url\(|@import|<script", text)
+    kind = "data:image/svg+xml;base64,"
+    pictures = [base64.b64decode(source.removeprefix(kind)) for source in page.sources]
+    assert [source.startswith(kind) for source in page.sources] == [True] * 4
+    assert {ElementTree.fromstring(each).tag[-3:] for each in pictures} == {"svg"}
+    words = "".join(page.words)
+    for cell in re.findall(r"[+-]?\d[\d.,]*\d(?: ± [\d.]+)?|\[[^\]]*\d\]", terminal(study, 200)):
+        assert cell in words
+    for run in study.runs:
+        assert str(run.folder) in words
+        assert f"{run.summary['top1']:.2f}" in words
+    assert "not measured" in words
+
+
+def test_what_users_write_is_only_text(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run("experiment=demo/constant")
+    folder.rename(tmp_path / "<b>&")
+    text = study_html(read_study([tmp_path]))
+    assert f"{tmp_path}/&lt;b&gt;&amp;" in text
+    assert Page(text).open == []
+
+
+def test_different_machines_are_named(tmp_path: Path, write_run: WriteRun) -> None:
+    for seed, ranks in ((1, 2), (2, 4)):
+        folder = write_run("experiment=demo/constant", f"seed={seed}", ranks=ranks)
+        (folder / "environment.json").write_text(json.dumps({"gpu": None, "cpu": "EPYC"}))
+    said = "The runs were not alike in what they ran on: 2 ranks on EPYC; 4 ranks on EPYC."
+    assert said in study_markdown(read_study([tmp_path]))
+
+
+def bars(figure: Figure) -> list[float]:
+    return [p.get_width() for p in figure.axes[0].patches if isinstance(p, Rectangle)]
+
+
+def test_pictures_show_the_same_numbers(study: Study) -> None:
+    final, differences = top1_figure(study).axes
+    assert [list(line.get_xdata()) for line in final.lines if len(line.get_xdata()) > 1] == [  # type: ignore[arg-type]
+        [90.0, 91.0, 95.0, 92.0], [91.0, 93.0, 96.0],
+    ]  # fmt: skip
+    constant, qsr = (c for c in final.containers if isinstance(c, ErrorbarContainer))
+    ends = constant.lines[2][0].get_segments()[0][:, 0]  # type: ignore[attr-defined]
+    assert ends.tolist() == pytest.approx([88.56241, 95.43759])
+    assert qsr.lines[0].get_xdata() == pytest.approx([280 / 3])
+    (change,) = (c for c in differences.containers if isinstance(c, ErrorbarContainer))
+    assert change.lines[0].get_xdata() == pytest.approx([4 / 3])
+
+    error, loss = progress_figure(study).axes
+    assert [list(line.get_ydata()) for line in error.lines] == [  # type: ignore[arg-type]
+        [pytest.approx(8.0)], [pytest.approx(20 / 3)],
+    ]  # fmt: skip
+    assert [list(line.get_ydata()) for line in loss.lines] == [[0.5], [0.5]]  # type: ignore[arg-type]
+    # constant H: 72 s in which communication is hidden; QSR: 68 s and 4 s of it; 8 s of evaluations
+    assert sorted(bars(times_figure(study))) == [0, 0, 4, 8, 8, 68, 72]
+    labels = [text.get_text() for text in schedule_figure(study).legends[0].get_texts()]
+    assert labels[1] == (
+        r"QSR, $H_\mathrm{base}$ = 4, $\alpha$ = 0.4375: 38 rounds, volume 11.5 %"
+    )  # fmt: skip
+
+
+def test_seeds_that_were_evaluated_at_other_epochs(tmp_path: Path, write_run: WriteRun) -> None:
+    """A mean over changing seeds would jump: it is drawn where all were evaluated."""
+    for seed, epochs in ((1, (5, 10, 15)), (2, (10, 15))):
+        folder = write_run("experiment=demo/constant", f"seed={seed}")
+        rows = [
+            {"kind": "eval", "step": 22 * epoch, "epoch": epoch, "top1": 90.0 + seed, "loss": 1.0}
+            for epoch in epochs
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (line,) = progress_figure(read_study([tmp_path])).axes[0].lines
+    assert np.asarray(line.get_xdata()).tolist() == [10, 15]
+    assert np.asarray(line.get_ydata()).tolist() == pytest.approx([8.5, 8.5])
