@@ -35,7 +35,8 @@ def print_study(study: Study, console: Console | None = None) -> None:
     for sheet in sheets(study):
         console.print()
         console.print(Text(sheet.title, style="bold"))
-        console.print(_rich_table(sheet, wide=console.width >= WIDTH))
+        for columns in _fitting(sheet, console.width):
+            console.print(_rich_table(sheet, columns))
         for note in sheet.notes:
             console.print(Text(note, style="dim"))
 
@@ -45,19 +46,45 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def _rich_table(sheet: Sheet, *, wide: bool) -> Table:
-    """`wide`: there is room for all but names of groups."""
+_GAP = 3
+"""Blanks between columns, at most."""
+_NAME = 32
+"""Width of a group's name before it is broken; a third of a narrow terminal's width."""
+
+
+def _fitting(sheet: Sheet, width: int) -> list[list[int]]:
+    """The numbers of the columns of each table into which a sheet is divided, so that no number is
+    broken; each table has the first column."""
+    names, *others = (
+        max(
+            len(line)
+            for cell in [Cell(title), *(row[place] for row in sheet.rows)]
+            for line in cell
+        )
+        for place, title in enumerate(sheet.header)
+    )
+    tables, left = [[0]], 0
+    for place, needed in enumerate(others, start=1):
+        if left < needed + _GAP or place == 1:
+            tables.append([0])
+            left = width - min(names, _NAME, width // 3) - _GAP
+        tables[-1].append(place)
+        left -= needed + _GAP
+    return tables[1:] or tables
+
+
+def _rich_table(sheet: Sheet, columns: Sequence[int]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, title in enumerate(sheet.header):
+    for place in columns:
         numbers = place > 0
         table.add_column(
-            Text(title),
+            Text(sheet.header[place]),
             justify="right" if numbers else "left",
             overflow="fold",
-            no_wrap=wide and numbers,
+            no_wrap=numbers,
         )
     for row in sheet.rows:
-        table.add_row(*(Text("\n".join(filter(None, cell))) for cell in row))
+        table.add_row(*(Text("\n".join(filter(None, row[place]))) for place in columns))
     return table
 
 
