@@ -31,8 +31,8 @@ _PICTURES = (
     ),
     (
         study_plots.progress_figure,
-        "Validation: lines are means over the seeds, bands reach from the lowest to the highest "
-        "seed.",
+        "Validation: lines are means over the seeds, bands (of up to six groups) reach from the "
+        "lowest to the highest seed.",
     ),
     (
         study_plots.schedule_figure,

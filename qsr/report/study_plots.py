@@ -30,20 +30,25 @@ from qsr.report.symbols import typeset
 from qsr.run.folder import is_number
 
 _TOP1 = METRICS[0]
+_BANDS = 6
+"""Bands of more groups would cover each other."""
 _MEAN: dict[str, Any] = {"fmt": "D", "markersize": 5, "capsize": 3, "elinewidth": 1.5, "zorder": 3}
 
 
 def progress_figure(study: Study) -> Figure:
-    """Top-1 error and loss on validation against epochs: lines are means over the seeds, bands
-    reach from the lowest to the highest seed."""
+    """Top-1 error and loss on validation against epochs: lines are means over the seeds, bands (of
+    up to six groups) reach from the lowest to the highest seed."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(8.6, 3.2 + 0.1 * len(study.groups)), layout="constrained")
         error, loss = figure.subplots(1, 2)
+        band = len(study.groups) <= _BANDS
         looks = zip(_colors(study), nested_widths(len(study.groups)), study.groups, strict=True)
         for color, width, group in looks:
             look = {"color": color, "linewidth": width, "label": typeset(group.label)}
-            _draw_mean(error, _over_epochs(group, "top1", lambda top1: 100 - top1), look)
-            _draw_mean(loss, _over_epochs(group, "loss", lambda value: value), look)
+            errors = _over_epochs(group, "top1", lambda top1: 100 - top1)
+            losses = _over_epochs(group, "loss", lambda value: value)
+            _draw_mean(error, errors, look, band=band)
+            _draw_mean(loss, losses, look, band=band)
         error.set_ylabel("top-1 error (%)")
         loss.set_ylabel("validation loss")
         for axes in (error, loss):
@@ -71,10 +76,11 @@ def _over_epochs(group: Group, name: str, change: Callable[[float], float]) -> p
     return table if common.empty else common
 
 
-def _draw_mean(axes: Axes, values: pd.DataFrame, look: dict[str, Any]) -> None:
+def _draw_mean(axes: Axes, values: pd.DataFrame, look: dict[str, Any], *, band: bool) -> None:
     axes.plot(values.index, values.mean(axis=1), marker=".", **look)
-    low, high = values.min(axis=1), values.max(axis=1)
-    axes.fill_between(values.index, low, high, color=look["color"], alpha=0.15, lw=0)
+    if band:
+        low, high = values.min(axis=1), values.max(axis=1)
+        axes.fill_between(values.index, low, high, color=look["color"], alpha=0.15, lw=0)
 
 
 def schedule_figure(study: Study) -> Figure:
@@ -102,7 +108,15 @@ def top1_figure(study: Study) -> Figure:
         axes[0].grid(visible=False, axis="y")
         if study.reference is not None:
             axes[1].axvline(0, color="0.4", linewidth=1, zorder=1)
-            axes[1].set_xlabel(f"minus {typeset(study.reference.label)}, by seed (points)")
+            axes[1].annotate(
+                "reference",
+                (0, study.groups.index(study.reference)),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                color="0.4",
+            )
+            axes[1].set_xlabel("difference to the reference, by seed (points)")
             axes[1].grid(visible=False, axis="y")
         return figure
 

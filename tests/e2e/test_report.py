@@ -28,23 +28,24 @@ def summaries(rule: str) -> list[dict[str, float]]:
 def test_recorded_runs_are_compared_by_value() -> None:
     done = call([*REPORT, RECORDS, "--to", "sync.rule=constant", "--format", "csv"])
     assert (done.returncode, done.stderr) == (0, "")
-    table = pd.read_csv(io.StringIO(done.stdout)).set_index(["sync.rule", "metric"])
+    rows = pd.read_csv(io.StringIO(done.stdout)).to_dict("records")
+    table = {(row["sync.rule"], row["metric"]): row for row in rows}
     constant = [run["train_seconds"] / 3600 for run in summaries("constant")]
     for rule, folder in (("every_step", "parallel"), ("quadratic", "quadratic")):
         runs = summaries(folder)
-        found = table.loc[(rule, "val_loss")]
+        found = table[rule, "val_loss"]
         losses = [run["val_loss"] for run in runs]
         low, high = stats.t.interval(0.95, len(losses) - 1, fmean(losses), stats.sem(losses))
         assert (found["runs"], found["measured"]) == (len(losses), len(losses))
         assert found["mean"] == pytest.approx(fmean(losses))
         assert found["sd"] == pytest.approx(stdev(losses))
         assert (found["ci95_low"], found["ci95_high"]) == pytest.approx((low, high))
-        hours = table.loc[(rule, "train_hours")]
+        hours = table[rule, "train_hours"]
         test = stats.ttest_rel([run["train_seconds"] / 3600 for run in runs], constant)
         interval = test.confidence_interval(0.95)
         ends = (hours["difference_ci95_low"], hours["difference_ci95_high"])
         assert ends == pytest.approx((interval.low, interval.high))
-    assert np.isnan(table.loc[("every_step", "communication_seconds")]["mean"])  # it overlaps
+    assert np.isnan(table["every_step", "communication_seconds"]["mean"])  # it overlaps
 
 
 def test_every_form_and_the_page_show_the_runs(uninterrupted: Path, tmp_path: Path) -> None:

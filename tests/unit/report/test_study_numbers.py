@@ -6,8 +6,10 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Hashable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,8 +57,8 @@ def study(tmp_path: Path, write_run: WriteRun) -> Study:
     return read_study([tmp_path], to=CONSTANT)
 
 
-def rows_of(table: pd.DataFrame) -> dict[tuple[str, str], dict[str, float]]:
-    return {(row["group"], row["metric"]): row for row in table.to_dict("records")}  # type: ignore[misc]
+def rows_of(table: pd.DataFrame) -> dict[tuple[str, str], dict[Hashable, Any]]:
+    return {(row["group"], row["metric"]): row for row in table.to_dict("records")}
 
 
 def test_means_and_intervals(study: Study) -> None:
@@ -275,7 +277,7 @@ def test_pictures_show_the_same_numbers(study: Study) -> None:
         [90.0, 91.0, 95.0, 92.0], [91.0, 93.0, 96.0],
     ]  # fmt: skip
     constant, qsr = (c for c in final.containers if isinstance(c, ErrorbarContainer))
-    ends = constant.lines[2][0].get_segments()[0][:, 0]  # type: ignore[attr-defined]
+    ends = constant.lines[2][0].get_segments()[0][:, 0]
     assert ends.tolist() == pytest.approx(stats.t.interval(0.95, 3, 92.0, math.sqrt(14 / 3) / 2))
     assert qsr.lines[0].get_xdata() == pytest.approx([280 / 3])
     (change,) = (c for c in differences.containers if isinstance(c, ErrorbarContainer))
