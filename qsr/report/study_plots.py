@@ -116,7 +116,7 @@ def top1_figure(study: Study) -> Figure:
                 va="center",
                 color="0.4",
             )
-            axes[1].set_xlabel("difference to the reference, by seed (points)")
+            axes[1].set_xlabel("difference by seed (points)")
             axes[1].grid(visible=False, axis="y")
         return figure
 

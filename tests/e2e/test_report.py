@@ -11,8 +11,10 @@ from statistics import fmean, stdev
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image, ImageColor
 from scipy import stats
 
+from qsr.report.style import COLORS
 from tests.cli import ROOT, call, refusal
 
 REPORT = [sys.executable, str(ROOT / "scripts" / "report.py")]
@@ -80,6 +82,30 @@ def test_every_form_and_the_page_show_the_runs(uninterrupted: Path, tmp_path: Pa
         assert f"| {number} " in forms["markdown"]
     assert "not measured" in done.stdout
     assert "http" not in html
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_shows_the_pictures(tmp_path: Path, width: int) -> None:
+    """In Chromium, where it is installed: every colour of the groups is on the screen."""
+    names = ("chromium-headless-shell", "chromium", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    page, screen = tmp_path / "page.html", tmp_path / "screen.png"
+    assert call([*REPORT, RECORDS, "--html", str(page)]).returncode == 0
+    shot = call(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={screen}"),
+            *(f"--window-size={width},3300", f"--user-data-dir={tmp_path / 'profile'}"),
+            page.as_uri(),
+        ]
+    )
+    assert shot.returncode == 0, shot.stderr
+    with Image.open(screen) as picture:
+        assert picture.size == (width, 3300)
+        seen = {color for _, color in picture.convert("RGB").getcolors(2**24) or []}
+    assert {ImageColor.getrgb(color) for color in COLORS[:3]} <= seen
+    assert ImageColor.getrgb(COLORS[3]) in seen  # communication
 
 
 def test_a_question_that_would_mix_runs_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
