@@ -13,8 +13,9 @@ from typing import NoReturn
 from qsr.cli.usage import show_help
 from qsr.cluster.slurm import query
 from qsr.errors import SlurmError
-from qsr.ops.status import find_runs, job_of, read_status, status_table
+from qsr.ops.status import job_of, read_status, status_table
 from qsr.output import printer, warn
+from qsr.report.collect import find_runs
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ COMMANDS = {
     "plan": "predict the rounds, time and cost of a run before it starts",
     "submit": "submit runs to a Slurm cluster, one job per run",
     "status": "show the status of runs, one line each",
+    "report": "compare runs: means, intervals, paired differences",
     "doctor": "check whether a run would start here",
     "prepare": "create and check data sets",
     "evaluate": "validate a trained model, or published weights",

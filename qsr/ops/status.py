@@ -4,7 +4,7 @@ import fcntl
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from qsr.cluster.slurm import IN_QUEUE, WAITING, JobState
 from qsr.config.load import parse_identity
 from qsr.config.planning import make_plan
 from qsr.errors import ConfigError
-from qsr.report.collect import walk
 from qsr.run.folder import RunFolder, is_number, read_json, read_rows
 from qsr.run.tracking import waiting_words
 from qsr.run.yaml_file import read_yaml
@@ -43,16 +42,6 @@ class RunStatus:
     """Estimated from the speed so far, including evaluations."""
     waiting_percent: float = 0.0
     """Share of the training time so far in which training waited for data; 0 if unknown."""
-
-
-def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders at and below these paths, following symbolic links, sorted."""
-    found = map(RunFolder, {folder for path in paths for folder in walk(path)})
-    return sorted(
-        files.path
-        for files in found
-        if os.access(files.config, os.F_OK) or os.access(files.job, os.F_OK)
-    )
 
 
 class _Files:

@@ -1,7 +1,7 @@
 """Run folders -> records."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,16 @@ def walk(root: Path) -> Iterator[Path]:
         folders[:] = sorted(set(folders) - NO_RUNS)
         yield Path(path)
     yield from map(Path, closed)  # they cannot be listed, but known paths in them may be readable
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run folders at and below these paths, following symbolic links, sorted."""
+    found = map(RunFolder, {folder for path in paths for folder in walk(path)})
+    return sorted(
+        files.path
+        for files in found
+        if os.access(files.config, os.F_OK) or os.access(files.job, os.F_OK)
+    )
 
 
 def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -19,7 +19,8 @@ def plan_figure(plans: Mapping[str, Plan], steps_per_epoch: int | None = None) -
     """Learning rate, and H of each plan, against steps, or against epochs and steps if the length
     of an epoch is given. A schedule that all plans share is drawn once, in grey."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 5.0), layout="constrained")
+        legend = 0.17 * max(0, len(plans) - 4)  # inches of more lines
+        figure = Figure(figsize=(6.4, 5.0 + legend), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
         shared = len({plan.schedule for plan in plans.values()}) == 1
         colors = rule_colors([plan.rule for plan in plans.values()])

@@ -21,6 +21,7 @@ from qsr.report.style import (
     nested_widths,
     rule_colors,
 )
+from qsr.report.tables import time_unit
 
 
 def loss_figure(runs: Mapping[str, Run]) -> Figure:
@@ -78,23 +79,29 @@ def averages_figure(runs: Mapping[str, Run]) -> Figure:
 
 def time_figure(runs: Mapping[str, Run]) -> Figure:
     """A bar for each run, divided by where its time went; the total is at its end."""
+    return parts_figure({label: _seconds(run) for label, run in runs.items()})
+
+
+def parts_figure(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
+    """A bar for each label, divided into parts of PART_STYLES, in seconds; the total is at its
+    end."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 1.4 + 0.35 * len(runs)), layout="constrained")
+        figure = Figure(figsize=(6.4, 1.4 + 0.35 * len(seconds)), layout="constrained")
         axes = figure.subplots()
-        parts = pd.DataFrame({label: _seconds(run) for label, run in runs.items()}).T
-        unit, seconds_per_unit = _time_unit(parts.sum(axis=1).max())
+        parts = pd.DataFrame(seconds).T
+        unit, seconds_per_unit = time_unit(parts.sum(axis=1).max())
         parts /= seconds_per_unit
-        ends = np.zeros(len(runs))
+        ends = np.zeros(len(seconds))
         for name, style in PART_STYLES.items():
             if name in parts:
                 widths = parts[name].fillna(0)
-                axes.barh(range(len(runs)), widths, 0.6, left=ends, label=name, **style)
+                axes.barh(range(len(seconds)), widths, 0.6, left=ends, label=name, **style)
                 ends += widths
         for place, end in enumerate(ends):
             axes.annotate(
                 f"{end:.1f}", (end, place), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(runs)), list(runs))
+        axes.set_yticks(range(len(seconds)), list(seconds))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"time ({unit})")
@@ -117,13 +124,6 @@ def _seconds(run: Run) -> dict[str, float]:
         "evaluations": summary["evaluation_seconds"],
         "checkpoints": summary["checkpoint_seconds"],
     }
-
-
-def _time_unit(seconds: float) -> tuple[str, int]:
-    """The unit for times up to `seconds`, and the seconds in it."""
-    if seconds >= 2 * 3600:
-        return "hours", 3600
-    return ("minutes", 60) if seconds >= 2 * 60 else ("seconds", 1)
 
 
 def _colors(runs: Mapping[str, Run]) -> list[str]:

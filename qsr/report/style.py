@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Sequence
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
@@ -28,12 +29,13 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "qsr",  # the same figure gives the same file
 }
 # the parts of a run's time, distinguishable in grey too
-COMPUTING, COMMUNICATION = "computing", "communication"
+COMPUTING, COMMUNICATION, WAITING = "computing", "communication", "waiting for data"
 COMPUTING_AND_COMMUNICATION = "computing and communication, overlapped"
 PART_STYLES: dict[str, dict[str, Any]] = {
     COMPUTING: {"color": "0.8"},
     COMPUTING_AND_COMMUNICATION: {"facecolor": "0.8", "edgecolor": COLORS[3], "hatch": "////"},
     COMMUNICATION: {"color": COLORS[3]},
+    WAITING: {"color": COLORS[1]},
     "evaluations": {"color": COLORS[5]},
     "checkpoints": {"color": "0.3"},
 }
@@ -43,9 +45,14 @@ NOTEBOOK_DPI = 200
 
 def rule_colors(rules: Sequence[Rule]) -> list[str]:
     """A colour for each rule. Every kind of rule has the same colour in all figures, unless two
-    rules would share one; then colours are assigned in order."""
+    rules would share one; then colours are assigned in order, from a wider range where these are
+    too few."""
     own = [_rule_color(rule) for rule in rules]
-    return own if len(set(own)) == len(own) else list(islice(cycle(COLORS), len(own)))
+    if len(set(own)) == len(own):
+        return own
+    if len(own) <= len(COLORS):
+        return list(COLORS[: len(own)])
+    return [to_hex(color) for color in colormaps["viridis"](np.linspace(0, 0.92, len(own)))]
 
 
 def _rule_color(rule: Rule) -> str:

@@ -83,3 +83,10 @@ def markdown_table(text: pd.DataFrame) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def time_unit(seconds: float) -> tuple[str, int]:
+    """The unit for times up to `seconds`, and the seconds in it."""
+    if seconds >= 2 * 3600:
+        return "hours", 3600
+    return ("minutes", 60) if seconds >= 2 * 60 else ("seconds", 1)

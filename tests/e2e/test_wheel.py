@@ -60,7 +60,7 @@ def test_rules_and_local_sgd_need_torch_only() -> None:
 
 def test_what_is_not_installed_is_named_in_one_line() -> None:
     command = f"{WITHOUT_EXTRAS}\nfrom qsr.cli.command import main\nmain()"
-    for name in ("train", "plan", "submit", "status", "doctor", "prepare", "evaluate"):
+    for name in ("train", "plan", "submit", "status", "report", "doctor", "prepare", "evaluate"):
         done = python(command, name, "experiment=demo/quadratic")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
@@ -83,13 +83,13 @@ def test_the_command_lists_its_commands_and_knows_what_was_meant() -> None:
         return done.returncode, done.stdout, done.stderr
 
     status, listed, _ = ask()
-    assert (status, len(listed.splitlines())) == (0, 9)
+    assert (status, len(listed.splitlines())) == (0, 10)
     assert "\n  status    show the status of runs, one line each\n" in listed
     assert ask("--help") == (0, listed, "")
     assert ask("trian") == (2, "", "refused: trian is not a command of qsr; did you mean train?\n")
     assert ask("x")[2] == (
-        "refused: x is not a command of qsr; choose from: train, plan, submit, status, doctor, "
-        "prepare, evaluate\n"
+        "refused: x is not a command of qsr; choose from: train, plan, submit, status, report, "
+        "doctor, prepare, evaluate\n"
     )
     helped = ask("plan", "--help")[1]
     assert "\n    qsr plan what-if  " in helped

@@ -345,12 +345,13 @@ PRINTERS = {
     "plan": ["plan.py", "experiment=demo/quadratic", "seed=1,2,3"],
     "what-if": ["plan.py", "what-if", "--json"],
     "status": ["status.py"],
+    "report": ["report.py"],
 }
 
 
 def _printer(name: str, uninterrupted: Path, output: int) -> subprocess.CompletedProcess[str]:
     script, *words = PRINTERS[name]
-    folders = [str(uninterrupted)] if name == "status" else []
+    folders = [str(uninterrupted)] if name in ("status", "report") else []
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), *words, *folders],
         stdout=output,

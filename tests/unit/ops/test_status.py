@@ -20,11 +20,11 @@ from qsr.ops.jobs import write_job
 from qsr.ops.status import (
     RunStatus,
     State,
-    find_runs,
     job_of,
     read_status,
     status_table,
 )
+from qsr.report.collect import find_runs
 from qsr.run.folder import RunFolder, read_rows
 from qsr.run.identity import make_run_folder
 from qsr.run.lock import take

@@ -13,8 +13,12 @@ from qsr.config import schema
 from qsr.config.load import config_hash, load_config, run_folder, to_dict
 from qsr.config.planning import make_plan
 from qsr.core.plan import Plan
+from qsr.report.study import Study, read_study
 
 WriteRun = Callable[..., Path]
+
+TOP1 = {"constant": (90.0, 91.0, 95.0), "quadratic": (91.0, 93.0, 96.0)}
+"""Top-1 of the seeds 1, 2 and 3 of `study`, by rule."""
 
 # rows of the demo's experiments, 330 steps of which QSR averages after 38
 REFERENCE = """\
@@ -96,3 +100,17 @@ def three_seeds(write_run: WriteRun) -> list[Path]:
         write_run("experiment=demo/quadratic", f"seed={seed}", top1=top1)
         for seed, top1 in ((1, 81.0), (2, 81.4), (10, 81.2))
     ]
+
+
+@pytest.fixture
+def study(tmp_path: Path, write_run: WriteRun) -> Study:
+    """Two rules with seeds 1 to 3, and a fourth of constant H that has no pair. Differences of QSR
+    to constant H: 1, 2 and 1 points."""
+    for rule, values in TOP1.items():
+        for seed, top1 in enumerate(values, start=1):
+            times = {"communication_seconds": 2.0 * seed} if rule == "quadratic" else {}
+            best = {"best_top1": top1 + 1} if (rule, seed) != ("quadratic", 3) else {}
+            more = {"ranks": 2, "evaluation_seconds": 8.0, **best, **times}
+            write_run(f"experiment=demo/{rule}", f"seed={seed}", top1=top1, **more)
+    write_run("experiment=demo/constant", "seed=4", top1=92.0, best_top1=93.0, ranks=2)
+    return read_study([tmp_path], to="constant H = 4")

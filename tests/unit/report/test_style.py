@@ -46,7 +46,8 @@ def test_a_kind_of_rule_has_its_colour_beside_whatever_rules() -> None:
 def test_where_rules_would_share_a_colour_they_take_turns() -> None:
     assert rule_colors([QSR, QuadraticRule(4, 0.2)]) == list(COLORS[:2])
     assert rule_colors([PostLocalRule(10, 4), SwapRule(10)]) == list(COLORS[:2])
-    assert rule_colors([QSR] * 8) == [*COLORS, *COLORS[:2]]
+    assert rule_colors([QSR] * 6) == list(COLORS)
+    assert len(set(rule_colors([QSR] * 20))) == 20  # where the palette is too small
 
 
 def test_lines_that_coincide_are_all_seen() -> None:
