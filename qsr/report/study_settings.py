@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from qsr.config.compose import suggest
 from qsr.config.load import EXECUTION, LATER, identity
+from qsr.config.overrides import suggest
 from qsr.errors import ConfigError, ReportError
 from qsr.report.collect import Run
 from qsr.run.folder import RunFolder, read_json
