@@ -6,8 +6,10 @@ Importing this package imports nothing but the standard library; torch comes wit
 
 from typing import TYPE_CHECKING, Any
 
+from qsr.core.outer import OuterOptions
 from qsr.core.plan import Plan, Round
 from qsr.core.rules import (
+    CappedRule,
     ConstantRule,
     EveryStepRule,
     GrowingRule,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CappedRule",
     "ConstantRule",
     "ConstantSchedule",
     "CosineSchedule",
@@ -40,6 +43,7 @@ __all__ = [
     "GrowingRule",
     "LinearSchedule",
     "LocalSGD",
+    "OuterOptions",
     "Plan",
     "PostLocalRule",
     "PowerOfTwoSchedule",

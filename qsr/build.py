@@ -164,7 +164,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         model = evaluator.model.state_dict()
         about = describe(config, train.classes, plan.total_steps).metadata()
         each = checkpoint_bytes(
-            evaluator.model, config.optimizer, plan, config.workers, config.sync.delay_steps
+            evaluator.model, config.optimizer, plan, config.workers, config.sync
         )
         checkpointer.check_space(each, missing_room(folder, model, about))
         _on_main(communicator, folder, lambda: reserve_results(folder, model, about))
@@ -326,6 +326,7 @@ def sync_options(config: Config) -> SyncOptions:
         moments=averaged_state_keys(config.optimizer, config.sync),
         bucket_mib=cluster.bucket_mib if cluster.overlap_gradients else None,
         delay_steps=config.sync.delay_steps,
+        outer=config.sync.outer,
     )
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from qsr.cluster.group import join_process_group, leave_process_group
 from qsr.cluster.signals import StopFlag
 from qsr.config import schema
+from qsr.core.outer import OuterOptions
 from qsr.core.plan import Plan
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
@@ -144,6 +145,24 @@ def adamw(**changes: Any) -> schema.AdamWConfig:
     return schema.AdamWConfig(name="adamw", **(values | changes))
 
 
+def constant_sync(**changes: Any) -> schema.ConstantSync:
+    values = SYNC | {"h": 1}
+    return schema.ConstantSync(rule="constant", **(values | changes))
+
+
+SYNC: dict[str, Any] = {
+    "average_momentum": False,
+    "average_second_moment": False,
+    "delay_steps": 0,
+    "h_max": None,
+    "outer_lr": 1.0,
+    "outer_momentum": 0.0,
+    "outer_nesterov": False,
+    "outer_rate_correction": False,
+}
+"""The settings that all rules share, as in the paper."""
+
+
 @dataclass
 class Setup:
     """A small run. Everything but `plan` has a default."""
@@ -173,6 +192,7 @@ class Setup:
     timeout_seconds: float = 60.0
     bucket_mib: float | None = 25.0
     delay_steps: int = 0
+    outer: OuterOptions = field(default_factory=OuterOptions)
     folder: Path | None = None
     """Of the run; None: a new one."""
     config_hash: str = "0123456789abcdef"
@@ -230,16 +250,13 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         communicator,
         precision,
     )
-    sync = schema.ConstantSync(
+    sync = constant_sync(
         average_momentum=setup.average_momentum,
         average_second_moment=setup.average_second_moment,
-        delay_steps=setup.delay_steps,
-        rule="constant",
-        h=1,
     )
     keys = averaged_state_keys(setup.optimizer, sync)
     tracker = MemoryTracker()
-    options = SyncOptions(keys, setup.bucket_mib, setup.delay_steps)
+    options = SyncOptions(keys, setup.bucket_mib, setup.delay_steps, setup.outer)
     synchronizer = Synchronizer(
         setup.plan,
         [worker.model for worker in workers],

@@ -77,6 +77,11 @@ identity, its folder's name or its hash, and they may change when it resumes."""
 
 LATER = {
     "sync.delay_steps": 0,
+    "sync.h_max": None,
+    "sync.outer_lr": 1.0,
+    "sync.outer_momentum": 0.0,
+    "sync.outer_nesterov": False,
+    "sync.outer_rate_correction": False,
     "schedule.final_lr": 0.0,
     "fp16_overflow": "skip",
     "ranks_per_worker": 1,
@@ -272,8 +277,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum to average"
         )
-    if config.sync.delay_steps:
-        _check_delay(config.sync)
+    _check_sync(config.sync)
     if config.profile.steps is not None:
         _check_profile(*config.profile.steps)
     if config.data.train_images is not None:
@@ -336,6 +340,29 @@ def _check_randaugment(settings: AugmentationConfig) -> None:
         raise ConfigError(
             f"data.augmentation.randaugment_severity={severity:g}: {settings.randaugment}'s must "
             f"be between 0 and {highest}{whole}"
+        )
+
+
+def _check_sync(sync: SyncConfig) -> None:
+    if sync.h_max is not None and sync.h_max < (sync.smallest_h or 1):
+        raise ConfigError(
+            f"sync.h_max={sync.h_max} is below the rule's smallest H, {sync.smallest_h}: set it to "
+            f"null, or use sync=constant"
+        )
+    try:
+        outer = sync.outer
+    except ValueError as error:
+        raise ConfigError(f"sync.outer_*: {error}") from None
+    if sync.delay_steps:
+        _check_delay(sync)
+    if outer.ends_at_mean:
+        return
+    if sync.rule == "every_step" and sync.average == "gradients":
+        raise ConfigError("sync.outer_*: data parallel training averages no parameters")
+    if sync.delay_steps:
+        raise ConfigError(
+            f"sync.delay_steps={sync.delay_steps}: the outer optimizer needs the average at the "
+            f"round's end: set it to 0"
         )
 
 

@@ -33,7 +33,7 @@ def make_plan(config: schema.Config, train_images: int) -> Plan:
             f"steps: use fewer epochs, or a larger global_batch"
         )
     schedule = make_schedule(config.schedule, config.epochs, steps_per_epoch)
-    return Plan(schedule, config.sync.make_rule(steps_per_epoch))
+    return Plan(schedule, config.sync.rule_for(steps_per_epoch))
 
 
 def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch: int) -> Schedule:

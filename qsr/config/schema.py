@@ -12,7 +12,9 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from qsr.core.outer import OuterOptions
 from qsr.core.rules import (
+    CappedRule,
     ConstantRule,
     EveryStepRule,
     GrowingRule,
@@ -173,14 +175,51 @@ class RuleConfig:
     delay_steps: Annotated[int, Field(ge=0)]
     """Steps that the workers take while an average travels, before it is applied; 0: they wait
     (the paper's)."""
+    h_max: PositiveInt | None
+    """Most steps of a round, whatever the rule says; null: no limit (the paper's)."""
+    outer_lr: Positive
+    """Learning rate of the outer optimizer, which moves the average on; 1: not at all, without a
+    momentum (the paper's)."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)]
+    """Momentum of the outer optimizer, as in DiLoCo; 0: none (the paper's)."""
+    outer_nesterov: bool
+    """Whether the outer momentum is Nesterov's."""
+    outer_rate_correction: bool
+    """Keep the outer momentum per unit of a round's summed learning rate, for an H that varies."""
 
-    def make_rule(self, steps_per_epoch: int) -> Rule:
+    def rule_for(self, steps_per_epoch: int) -> Rule:
         """The rule of a plan."""
-        raise NotImplementedError
+        rule = self.make_rule(steps_per_epoch)
+        return rule if self.h_max is None else CappedRule(rule, self.h_max)
+
+    @property
+    def outer(self) -> OuterOptions:
+        """The outer optimizer."""
+        return OuterOptions(
+            self.outer_lr, self.outer_momentum, self.outer_nesterov, self.outer_rate_correction
+        )
 
     @property
     def label(self) -> str:
         """The rule in words, for tables and legends."""
+        words = [self.rule_label]
+        if self.h_max is not None:
+            words.append(f"H <= {self.h_max}")
+        if self.outer_lr != 1:
+            words.append(f"outer lr {self.outer_lr:g}")
+        if self.outer_momentum:
+            kind = "Nesterov" if self.outer_nesterov else "momentum"
+            corrected = ", corrected" * self.outer_rate_correction
+            words.append(f"outer {kind} {self.outer_momentum:g}{corrected}")
+        return ", ".join(words)
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        """The rule without h_max."""
+        raise NotImplementedError
+
+    @property
+    def rule_label(self) -> str:
+        """The rule in words, without what holds for all rules."""
         raise NotImplementedError
 
     @property
@@ -208,7 +247,7 @@ class EveryStepSync(RuleConfig):
         return EveryStepRule(self.average)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return "data parallel" if self.average == "gradients" else "local, H = 1"
 
     @property
@@ -229,7 +268,7 @@ class ConstantSync(RuleConfig):
         return ConstantRule(self.h)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return f"constant H = {self.h}"
 
     @property
@@ -252,7 +291,7 @@ class QuadraticSync(RuleConfig):
         return QuadraticRule(self.h_base, self.alpha)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return f"QSR, H_base = {self.h_base}, alpha = {self.alpha:g}"
 
     @property
@@ -280,7 +319,7 @@ class PowerSync(RuleConfig):
         return PowerRule(self.h_base, self.coefficient, self.exponent)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return f"H_base = {self.h_base}, ({self.coefficient:g}/lr)^{self.exponent:g}"
 
     @property
@@ -304,7 +343,7 @@ class StagewiseSync(RuleConfig):
         return StagewiseRule(self.h)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return f"stagewise doubling from H = {self.h}"
 
     @property
@@ -327,7 +366,7 @@ class GrowingSync(RuleConfig):
         return GrowingRule(self.h_base, self.growth)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return f"H = {self.h_base} + {self.growth:g} x round"
 
     @property
@@ -353,7 +392,7 @@ class PostLocalSync(RuleConfig):
         return PostLocalRule(self.switch_epoch * steps_per_epoch, self.h)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return f"post-local from epoch {self.switch_epoch}, H = {self.h}"
 
     @property
@@ -377,7 +416,7 @@ class SwapSync(RuleConfig):
         return SwapRule(self.switch_epoch * steps_per_epoch)
 
     @property
-    def label(self) -> str:
+    def rule_label(self) -> str:
         return f"SWAP from epoch {self.switch_epoch}"
 
     @property

@@ -124,6 +124,27 @@ def _power_length(h_base: int, coefficient: float, exponent: float, lr: float) -
 
 
 @dataclass(frozen=True)
+class CappedRule(Rule):
+    """Another rule, with rounds of at most h_max steps."""
+
+    rule: Rule
+    h_max: int
+
+    def __post_init__(self) -> None:
+        _check_h("h_max", self.h_max)
+
+    def length(self, start: int, lr: float) -> int:
+        length = self.rule.length(start, lr)
+        return self.h_max if length is UNTIL_THE_END else min(length, self.h_max)
+
+    def averages(self, start: int) -> Averages:
+        return self.rule.averages(start)
+
+    def after(self, lr: float) -> "CappedRule":
+        return CappedRule(self.rule.after(lr), self.h_max)
+
+
+@dataclass(frozen=True)
 class StagewiseRule(Rule):
     """H doubles whenever the learning rate has halved since the last change (STL-SGD, Shen et al.
     2021). A rate that falls to an eighth at once doubles it three times; one that rises changes

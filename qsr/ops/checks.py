@@ -85,9 +85,7 @@ class DataChecks:
         config, images, classes = self._counted()
         model = outline(config.model, classes, config.data.image_size)
         plan = make_plan(config, images)
-        each = checkpoint_bytes(
-            model, config.optimizer, plan, config.workers, config.sync.delay_steps
-        )
+        each = checkpoint_bytes(model, config.optimizer, plan, config.workers, config.sync)
         folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
         names = self.train.classes if self.train is not None else ("n00000000",) * classes
         about = describe(config, names, plan.total_steps)

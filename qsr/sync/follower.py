@@ -55,12 +55,15 @@ class RoundFollower:
         self._updates = 0  # calls of optimizer.step
         self._updates_of_step = 0
         self._rate_before: float | None = self._rate()  # at the end of the last round
+        self._rate_used = 0.0  # in the last update
+        self._summed = 0.0  # of the steps of the round
         self._scheduler_first = False  # whether it was seen to step before `advance`
 
     def count_update(self) -> None:
         """Call at the beginning of every optimizer.step()."""
         self._updates += 1
         self._updates_of_step += 1
+        self._rate_used = self._rate()
 
     @property
     def ended(self) -> bool:
@@ -86,8 +89,16 @@ class RoundFollower:
             index = 0 if self.last is None else self.last.index + 1
             self.round = cut_round(self._rule, index, step, lr, decides, self.total_steps)
             self._rule = self._rule.after(decides)
-        self.last = self.round
+        self.last, self._summed = self.round, 0.0
         return self.round
+
+    @property
+    def summed_lr(self) -> float:
+        """The sum of the learning rates of the last round's steps so far; a skipped update counts
+        with the rate of the update before."""
+        if self.plan is None or self.last is None:
+            return self._summed
+        return math.fsum(map(self.plan.schedule, range(self.last.start, self.steps_done)))
 
     def _planned(self, plan: Plan, lr: float) -> Round:
         round_ = plan.round_at(self.steps_done)
@@ -109,6 +120,7 @@ class RoundFollower:
         self._check_calls()
         self.steps_done += 1
         self._updates_of_step = 0
+        self._summed += self._rate_used
         return self.steps_done == self.round.end
 
     def end_round(self) -> None:
@@ -156,6 +168,7 @@ class RoundFollower:
             "last": None if self.last is None else tuple(self.last),
             # fields, of which some rules change some from round to round
             "rule": asdict(self._rule) if is_dataclass(self._rule) else {},
+            "summed_lr": self._summed,
             "scheduler_first": self._scheduler_first,
             "rate_before": self._rate_before,
         }
@@ -166,8 +179,20 @@ class RoundFollower:
         self.last = None if state["last"] is None else Round(*state["last"])
         self.round = self.last if state["in_round"] else None
         if state["rule"]:
-            self._rule = replace(self._rule, **state["rule"])  # type: ignore[type-var]
+            self._rule = _with_fields(self._rule, state["rule"])
+        self._summed = state["summed_lr"]
         self._scheduler_first, self._rate_before = state["scheduler_first"], state["rate_before"]
+
+
+def _with_fields(rule: Any, fields: Mapping[str, Any]) -> Any:
+    """A rule with these fields, some of which may be the fields of a rule inside it."""
+    return replace(
+        rule,
+        **{
+            name: _with_fields(getattr(rule, name), value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+        },
+    )
 
 
 def _check(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qsr.core.cost import ring_bytes
+from qsr.core.outer import OuterOptions
 from qsr.core.plan import Plan, Round
 from qsr.core.rules import Rule
 from qsr.errors import TrainingError
@@ -20,6 +21,7 @@ from qsr.sync.batchnorm import reestimate
 from qsr.sync.equal_start import check_equal_start
 from qsr.sync.fingerprint import Fingerprint
 from qsr.sync.follower import RoundFollower
+from qsr.sync.outer import make_outer
 from qsr.sync.replica import (
     MoreToAverage,
     delayed_average,
@@ -57,6 +59,7 @@ class LocalSGD:
             estimated anew, see `reestimate_batchnorm`.
         delay_steps: steps that the workers take while an average travels, before it is applied (the
             paper: 0).
+        outer: an outer optimizer that moves the average on, as in DiLoCo (the paper: none).
         flatten: False leaves the parameters where they are and averages them in buckets; always so
             for DTensor parameters.
         on_average: called after every average with `summary()`, for your tracker.
@@ -78,10 +81,12 @@ class LocalSGD:
         average_second_moment: bool = False,
         average_buffers: bool = False,
         delay_steps: int = 0,
+        outer: OuterOptions | None = None,
         flatten: bool = True,
         on_average: Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
-        check_arguments(model, optimizer, group, delay_steps)
+        outer = outer or OuterOptions()
+        check_arguments(model, optimizer, group, delay_steps, outer)
         self._rounds = RoundFollower(
             optimizer, rule, plan, total_steps, warmup_steps, peak_lr, param_group
         )
@@ -93,6 +98,7 @@ class LocalSGD:
         self._communicator = join_group(parameters, group)
         self._replica = make_replica(parameters, self._communicator, flatten)
         self._delayed = delayed_average(self._replica) if delay_steps else None
+        self._outer = make_outer([parameters], outer)
         self._more = MoreToAverage(
             model, optimizer, average_momentum, average_second_moment, average_buffers
         )
@@ -100,6 +106,8 @@ class LocalSGD:
         self._bytes = 0
         self._gradients_averaged = self._resumed = False
         self._description = f"{self._rounds.description}, delay_steps={delay_steps}"
+        if self._outer is not None:
+            self._description += f", {outer}"
         check_same_arguments(self._communicator, self._description, parameters)
         optimizer.register_step_pre_hook(self._before_update)
 
@@ -223,6 +231,9 @@ class LocalSGD:
             "bytes": self._bytes,
             "correction": {k: t.clone() for k, t in corrections[0].items()},
             "correction_due": None if self._delayed is None else self._delayed.due,
+            "outer": {}
+            if self._outer is None
+            else {name: tensor.clone() for name, tensor in self._outer.state().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -242,6 +253,8 @@ class LocalSGD:
         self.averages, self._bytes, self._resumed = state["averages"], state["bytes"], True
         if self._delayed is not None and state["correction_due"] is not None:
             self._delayed.load([state["correction"]], state["correction_due"])
+        if self._outer is not None:
+            self._outer.load(state["outer"])
 
     # Rounds
 
@@ -270,6 +283,8 @@ class LocalSGD:
         round_ = self._rounds.begin()
         if self._delayed is not None and self._delayed.due is not None:
             self._delayed.due = round_.start + min(self._delay_steps, round_.length)
+        if self._outer is not None and round_.averages == "parameters":
+            self._outer.begin_round()
         self._agreement.begin(self._mark())
         return round_
 
@@ -280,6 +295,8 @@ class LocalSGD:
             self._delayed.begin(self._mark(), due=self._rounds.total_steps)
         else:
             self._replica.average_(self._mark())
+        if self._outer is not None:
+            self._outer.step(self._rounds.summed_lr)
         more = list(self._more.tensors())
         mean_tensors_(self._communicator, more)
         self.averages += 1

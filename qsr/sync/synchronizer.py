@@ -7,14 +7,16 @@ local step. In every step the ranks also tell each other what they are about to 
 that ranks that disagree stop before their parameters are mixed.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qsr.core.outer import OuterOptions
 from qsr.core.plan import Plan, Round
 from qsr.core.sampling import Sampler
 from qsr.sync.agreement import MAX_PENDING, Agreement
@@ -25,6 +27,8 @@ from qsr.sync.equal_start import check_equal_start
 from qsr.sync.fingerprint import Fingerprint
 from qsr.sync.flat import FlatModule
 from qsr.sync.gradients import GradientAverager
+from qsr.sync.outer import PREFIX as OUTER_PREFIX
+from qsr.sync.outer import make_outer
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,19 @@ class SyncOptions:
     """Averages of gradients: DDP's bucket size in MiB; None: average after the backward pass."""
     delay_steps: int = 0
     """Steps after the end of a round at which its average is applied; 0: at the end."""
+    outer: OuterOptions = field(default_factory=OuterOptions)
+    """What is done with the average of a round; only without a delay."""
+
+
+class SyncState(NamedTuple):
+    """What a checkpoint must hold of a synchronizer."""
+
+    own: list[dict[str, Tensor]]
+    """Tensors of each worker of this rank."""
+    shared: dict[str, Tensor]
+    """Tensors that are equal on all workers."""
+    values: dict[str, Any]
+    """Other values, equal on all workers."""
 
 
 class Synchronizer:
@@ -74,12 +91,15 @@ class Synchronizer:
         self._gradients = self._everywhere or self._within  # if both, neither of them is a DDP
         self._now: GradientAverager | None = None  # what averages in this step
         self._delayed = DelayedAverage(self._averager, replicas) if options.delay_steps else None
+        self._outer = make_outer([replica.parameters() for replica in replicas], options.outer)
 
     # A step, in the order of the calls
 
     def begin_step(self, round_: Round, step: int) -> None:
         """Collective: tell the other ranks that this one begins the 0-based `step`."""
         self._now = self._everywhere if round_.averages == "gradients" else self._within
+        if self._outer is not None and step == round_.start and round_.averages == "parameters":
+            self._outer.begin_round()
         self._agreement.begin(self._mark(round_, step + 1))
 
     def forward_of(self, replica: FlatModule) -> nn.Module:
@@ -107,7 +127,8 @@ class Synchronizer:
 
     def end_round(self, round_: Round) -> int:
         """Collective: after the last step of a local round, replace the parameters of all workers
-        by their mean. Returns the bytes that each worker contributed.
+        by their mean, or by what the outer optimizer makes of it. Returns the bytes that each
+        worker contributed.
 
         Raises DisagreementError if the ranks do not do the same.
         """
@@ -119,6 +140,8 @@ class Synchronizer:
             self._delayed.begin(mark, due=round_.end + min(self._delay_steps, following))
         else:  # as in the paper; also for the last round, which no steps follow
             self._averager.average_(flat, mark)
+        if self._outer is not None:
+            self._outer.step(math.fsum(map(self.plan.schedule, range(round_.start, round_.end))))
         moments = self._moments.buffers()
         if moments:
             self._averager.average_(moments, None)
@@ -180,24 +203,27 @@ class Synchronizer:
         if self._gradients is not None:
             self._gradients.settle(images)
 
-    def state(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-        """Collective: what a checkpoint must hold of a delayed average: tensors for each worker of
-        this rank, and values that all share."""
+    def state(self) -> SyncState:
+        """Collective: what a checkpoint must hold of a delayed average and an outer optimizer."""
+        shared = {} if self._outer is None else self._outer.state()
         if self._delayed is None:
-            return [{} for _ in self._replicas], {"correction_due": None}
-        return self._delayed.corrections(), {"correction_due": self._delayed.due}
+            return SyncState([{} for _ in self._replicas], shared, {"correction_due": None})
+        due = {"correction_due": self._delayed.due}
+        return SyncState(self._delayed.corrections(), shared, due)
 
     def load_state(
-        self, tensors: Sequence[Mapping[str, Tensor]], shared: Mapping[str, Any]
+        self, tensors: Sequence[Mapping[str, Tensor]], values: Mapping[str, Any]
     ) -> None:
-        """Restore what `state` returned."""
-        if self._delayed is not None and shared["correction_due"] is not None:
-            self._delayed.load(tensors, shared["correction_due"])
+        """Restore what `state` returned; `tensors`: those of each worker, with the shared ones."""
+        if self._delayed is not None and values["correction_due"] is not None:
+            self._delayed.load(tensors, values["correction_due"])
+        if self._outer is not None:
+            self._outer.load(tensors[0])
 
     @staticmethod
     def is_state(name: str) -> bool:
         """Whether a checkpoint's tensor of this name comes from `state`."""
-        return name.startswith(PREFIX)
+        return name.startswith((PREFIX, OUTER_PREFIX))
 
     def _mark(self, round_: Round, step: int) -> Fingerprint:
         """What all ranks must agree on in the 1-based `step`, which is in this round."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qsr.core.outer import OuterOptions
 from qsr.errors import DisagreementError
 from qsr.sync.communicator import Communicator
 from qsr.sync.topology import Topology
@@ -44,6 +45,7 @@ def check_arguments(
     optimizer: torch.optim.Optimizer,
     group: dist.ProcessGroup | None,
     delay_steps: int,
+    outer: OuterOptions,
 ) -> None:
     """Raise ValueError if the model or the optimizer cannot be used."""
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
@@ -53,6 +55,8 @@ def check_arguments(
         )
     if delay_steps < 0:
         raise ValueError(f"delay_steps cannot be negative, got {delay_steps}")
+    if delay_steps and not outer.ends_at_mean:
+        raise ValueError("an outer optimizer needs the average at the round's end: delay_steps=0")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no trainable parameters")
     # over the same processes it would average all gradients already

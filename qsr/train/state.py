@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from qsr.config.schema import OptimizerConfig
+from qsr.config.schema import OptimizerConfig, SyncConfig
 from qsr.core.plan import Plan, Round
 from qsr.errors import TrainingError
 from qsr.run.checkpoint import Checkpointer, WorkerState
@@ -22,20 +22,21 @@ def checkpoint_bytes(
     optimizer: OptimizerConfig,
     plan: Plan,
     num_workers: int,
-    delay_steps: int = 0,
+    sync: SyncConfig,
 ) -> int:
     """Upper bound of a checkpoint's size in bytes. `model` may be on the meta device."""
-    copies = 1 + states_per_parameter(optimizer) + (delay_steps > 0)
+    copies = 1 + states_per_parameter(optimizer) + (sync.delay_steps > 0)
 
     def size(tensors: Iterable[tuple[str, Tensor]], copies: int) -> int:
         """With 200 bytes and the name for each entry of the file's header."""
         return sum(copies * t.nbytes + (copies + 1) * (200 + len(name)) for name, t in tensors)
 
     learned, buffers = size(model.named_parameters(), copies), size(model.named_buffers(), 1)
+    outer = 0 if sync.outer.ends_at_mean else size(model.named_parameters(), 2)
     small_files = (2 + num_workers) * 4096  # JSON: one disk block each
     if plan.gradient_rounds == plan.num_rounds:  # workers share all but their buffers
         return learned + num_workers * buffers + small_files
-    return num_workers * (learned + buffers) + small_files
+    return num_workers * (learned + buffers) + outer + small_files
 
 
 class Resumed(NamedTuple):
@@ -64,13 +65,14 @@ class RunState:
         """Collective: write the checkpoint after `progress.step` steps, within `round_` or at its
         end. Raises TrainingError if a value is not finite, CheckpointError if the files could not
         be written, on all ranks; earlier checkpoints are then untouched."""
-        in_flight, shared_values = self._synchronizer.state()
+        synchronizing = self._synchronizer.state()
         tensors = [
-            worker.tensors() | more for worker, more in zip(self._workers, in_flight, strict=True)
+            worker.tensors() | more
+            for worker, more in zip(self._workers, synchronizing.own, strict=True)
         ]
         self._check_finite(tensors, progress.step)
         first = self._workers[0]
-        shared: dict[str, Tensor] = {}
+        shared = synchronizing.shared
         if self._synchronizer.parameters_are_equal(round_, progress.step):
             shared |= first.parameters()
         if round_.averages == "gradients":  # all workers have made the same updates so far
@@ -86,7 +88,7 @@ class RunState:
         run = {
             "progress": asdict(progress),
             "round": round_._asdict(),
-            **shared_values,
+            **synchronizing.values,
             "workers": self._communicator.topology.num_workers,
             "config_hash": self._synchronizer.config_hash,
             "evaluation": None if evaluation is None else asdict(evaluation),
@@ -115,14 +117,14 @@ class RunState:
             return None
         run = self._checkpointer.read_run(step)
         self._check_same_run(run, step)
-        in_flight = []
+        synchronizing = []
         for worker in self._workers:
             state = self._checkpointer.read_worker(step, worker.index)
             more = {k: t for k, t in state.tensors.items() if Synchronizer.is_state(k)}
             own = {k: t for k, t in state.tensors.items() if k not in more}
             worker.load(own, state.values)
-            in_flight.append(more)
-        self._synchronizer.load_state(in_flight, run)
+            synchronizing.append(more)
+        self._synchronizer.load_state(synchronizing, run)
         stored = run["evaluation"]
         evaluation = None if stored is None else Evaluation(**stored)
         return Resumed(Progress(**run["progress"]), evaluation)

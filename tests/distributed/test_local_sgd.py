@@ -14,9 +14,11 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.nn import functional
 
 from qsr import (
+    CappedRule,
     ConstantRule,
     CosineSchedule,
     GrowingRule,
+    OuterOptions,
     Plan,
     PostLocalRule,
     QuadraticRule,
@@ -44,6 +46,7 @@ STEPS, WARMUP, PEAK = 60, 8, 0.1
 SCHEDULE = CosineSchedule(peak_lr=PEAK, final_lr=0.0, total_steps=STEPS, warmup_steps=WARMUP)
 QSR = QuadraticRule(h_base=2, alpha=0.15)
 SAMPLES, BATCH, SEED = 96, 8, 1
+OUTER = OuterOptions(lr=0.7, momentum=0.9, nesterov=True, rate_correction=True)
 
 
 def start(seed: int = SEED, net: Callable[[], nn.Module] = linear_net) -> nn.Module:
@@ -132,6 +135,7 @@ def rounds_of(
         ConstantRule(7),
         StagewiseRule(2),
         GrowingRule(2, 0.5),
+        CappedRule(GrowingRule(2, 1.0), 6),
         PostLocalRule(20, 4),
         SwapRule(30),
     ],
@@ -226,7 +230,7 @@ def resumed(rank: int, ranks: int, stop: int, options: dict[str, Any]) -> tuple[
     def build() -> tuple[nn.Module, torch.optim.Optimizer, LocalSGD]:
         model = start()
         optimizer = sgd_for(model)
-        return model, optimizer, LocalSGD(model, optimizer, QSR, **ARGUMENTS, **options)
+        return model, optimizer, LocalSGD(model, optimizer, **ARGUMENTS, **{"rule": QSR} | options)
 
     model, optimizer, sync = build()
     ends = loop(model, optimizer, sync)
@@ -260,8 +264,11 @@ def _through_a_file(values: Any, rank: int) -> Any:
         {"delay_steps": 2},
         {"average_momentum": True},
         {"flatten": False},
+        {"rule": CappedRule(GrowingRule(2, 1.0), 9)},
+        {"outer": OUTER},
+        {"outer": OUTER, "flatten": False},
     ],
-    ids=["plain", "delayed", "momentum", "in_place"],
+    ids=["plain", "delayed", "momentum", "in_place", "capped", "outer", "outer_in_place"],
 )
 @pytest.mark.parametrize("stop", [5, 13, 45], ids=["warm-up", "short_round", "long_round"])
 def test_resumed_in_the_middle_of_a_round_has_the_same_bits(
@@ -269,6 +276,24 @@ def test_resumed_in_the_middle_of_a_round_has_the_same_bits(
 ) -> None:
     for whole, again in run_ranks(resumed, 2, stop, options):
         assert again == whole
+
+
+def corrected(rank: int, ranks: int, plan: Plan | None) -> list[float]:
+    model = start()
+    optimizer = sgd_for(model)
+    options: dict[str, Any] = {"rule": QSR, **ARGUMENTS} if plan is None else {"plan": plan}
+    loop(model, optimizer, LocalSGD(model, optimizer, outer=OUTER, **options))
+    return flat(model)
+
+
+def test_the_correction_for_varying_rounds_is_the_trainers() -> None:
+    """With a plan to the bit; from the optimizer's rates, the sums have other roundings."""
+    plan = Plan(SCHEDULE, QSR)
+    setup = Setup(plan, optimizer=sgd(momentum=0.9), seed=SEED, outer=OUTER)
+    expected = train(setup).parameters().tolist()
+    assert run_ranks(corrected, 2, plan) == [expected] * 2
+    for weights in run_ranks(corrected, 2, None):
+        assert weights == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def with_options(rank: int, ranks: int, options: dict[str, Any]) -> list[float]:
@@ -281,7 +306,12 @@ def with_options(rank: int, ranks: int, options: dict[str, Any]) -> list[float]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"delay_steps": 3}, {"average_momentum": True}, {"average_second_moment": True}],
+    [
+        {"delay_steps": 3},
+        {"average_momentum": True},
+        {"average_second_moment": True},
+        {"outer": OuterOptions(lr=0.7, momentum=0.9, nesterov=True)},
+    ],
     ids=str,
 )
 def test_the_options_are_the_trainers(options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from qsr import (
     QuadraticRule,
 )
 from qsr.cluster.group import join_process_group
+from qsr.core.outer import OuterOptions
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.errors import TrainingError
@@ -134,10 +135,11 @@ SETUP = Setup(QSR, net=batchnorm_net, optimizer=sgd(momentum=0.9), evaluate_ever
     [
         {},
         {"delay_steps": 1},
+        {"outer": OuterOptions(lr=0.7, momentum=0.9, nesterov=True)},
         {"plan": GRADIENTS},
         {"plan": GRADIENTS, "bucket_mib": None},
     ],
-    ids=["local", "delayed", "data_parallel", "blocking_data_parallel"],
+    ids=["local", "delayed", "outer", "data_parallel", "blocking_data_parallel"],
 )
 def test_two_virtual_workers_are_two_processes_bit_for_bit(changes: dict[str, Any]) -> None:
     setup = replace(SETUP, mixup_alpha=0.2, micro_batch=2, **changes)

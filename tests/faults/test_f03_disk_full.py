@@ -18,6 +18,7 @@ from torch.nn import functional
 from qsr import ConstantRule, ConstantSchedule, EveryStepRule, Plan, build
 from qsr.config import schema
 from qsr.config.load import load_config, run_folder
+from qsr.core.outer import OuterOptions
 from qsr.errors import CheckpointError
 from qsr.run.durable import partial_name
 from qsr.run.folder import read_rows
@@ -26,7 +27,7 @@ from qsr.sync.topology import Topology
 from qsr.train.state import checkpoint_bytes
 from tests.cli import RUN
 from tests.faults.inject import fill, needs_mounts, no_file_above, small_disk_here
-from tests.support import Rig, Setup, adamw, new_folder, run_ranks, sgd, train
+from tests.support import Rig, Setup, adamw, constant_sync, new_folder, run_ranks, sgd, train
 from tests.support import build as build_rig
 
 LOCAL = Plan(ConstantSchedule(0.1, 24), ConstantRule(7))
@@ -229,12 +230,15 @@ def wide_net() -> nn.Module:
 )
 @pytest.mark.parametrize("plan", [LOCAL, GRADIENTS], ids=["local", "data_parallel"])
 @pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("outer", [OuterOptions(), OuterOptions(0.7, 0.9)], ids=["mean", "outer"])
 def test_the_estimate_at_the_start_bounds_a_checkpoint(
-    plan: Plan, optimizer: schema.OptimizerConfig, workers: int
+    plan: Plan, optimizer: schema.OptimizerConfig, workers: int, outer: OuterOptions
 ) -> None:
     folder = new_folder()
     setup = Setup(plan, workers, net=wide_net, optimizer=optimizer, stop_after=5, folder=folder)
-    estimate = checkpoint_bytes(wide_net(), optimizer, plan, workers)
+    setup = replace(setup, outer=outer)
+    sync = constant_sync(outer_lr=outer.lr, outer_momentum=outer.momentum)
+    estimate = checkpoint_bytes(wide_net(), optimizer, plan, workers, sync)
     train(setup)
     (checkpoint,) = (folder / "checkpoints").iterdir()
     size = sum(path.stat().st_size for path in checkpoint.iterdir())

@@ -66,6 +66,9 @@ RECIPE: dict[str, tuple[Any, Any, Any]] = {
     "sync.average_momentum": (False, False, False),
     "sync.average_second_moment": (False, False, False),
     "sync.delay_steps": (0, 0, 0),
+    "sync.h_max": (None, None, None),
+    "sync.outer_lr": (1.0, 1.0, 1.0),
+    "sync.outer_momentum": (0.0, 0.0, 0.0),
 }  # fmt: skip
 
 #              workers, peak rate, warm-up steps, total steps, schedule

@@ -95,6 +95,11 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
          "because an average must be applied before the next round ends"),
         (["experiment=demo/parallel", "sync.delay_steps=1"], "less than the smallest H, 1"),
         (["experiment=vit_b16_b4096/swap", "sync.delay_steps=1"], "sync=swap averages once"),
+        ([DEMO, "sync.h_max=3"], "sync.h_max=3 is below the rule's smallest H, 4"),
+        ([DEMO, "sync.outer_nesterov=true"], "sync.outer_*: outer nesterov needs an outer "
+         "momentum above 0"),
+        (["experiment=demo/parallel", "sync.outer_momentum=0.9"], "averages no parameters"),
+        ([DEMO, "sync.outer_lr=0.7", "sync.delay_steps=2"], "needs the average at the round's end"),
         ([DEMO, "sync.delay_steps=2", "sync.average_momentum=true"], "only parameters, not "
          "moments, can be averaged with a delay"),
         ([DEMO, "model=timm"], "model.timm_name has no value"),
@@ -290,7 +295,13 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
         "data.root",
         "evaluation.batch",
         "evaluation.every_epochs",
-        "sync.delay_steps",  # at the value of runs from before there was such a setting
+        # at the values of runs from before there were such settings
+        "sync.delay_steps",
+        "sync.h_max",
+        "sync.outer_lr",
+        "sync.outer_momentum",
+        "sync.outer_nesterov",
+        "sync.outer_rate_correction",
     }
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsr import (
+    CappedRule,
     ConstantRule,
     CosineSchedule,
     EveryStepRule,
@@ -122,9 +123,21 @@ def test_growing_with_the_rounds_number() -> None:
     assert [h for _, h in rounds(GrowingRule(3, 0.5), [0.0] * 20)] == [3, 3, 4, 4, 5, 1]
 
 
+def test_a_cap_limits_every_rule_and_changes_nothing_below_it() -> None:
+    rates = [0.4] * 4 + [0.1] * 30 + [0.0] * 20
+    assert rounds(QuadraticRule(2, 0.4), rates) == [(0.4, 2), (0.4, 2), (0.1, 16), (0.1, 34)]
+    capped = [h for _, h in rounds(CappedRule(QuadraticRule(2, 0.4), 12), rates)]
+    assert capped == [2, 2, 12, 12, 12, 12, 2]  # the last one is cut at the end
+    growing = CappedRule(GrowingRule(2, 1.0), 4)
+    assert [h for _, h in rounds(growing, [0.1] * 20)] == [2, 3, 4, 4, 4, 3]
+    assert [h for _, h in rounds(CappedRule(SwapRule(2), 5), [0.1] * 9)] == [1, 1, 5, 2]
+    assert CappedRule(SwapRule(2), 5).averages(1) == "gradients"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: CappedRule(ConstantRule(2), 0), "h_max must be at least 1"),
         (lambda: ConstantRule(0), "h must be at least 1"),
         (lambda: StagewiseRule(0), "h must be at least 1"),
         (lambda: GrowingRule(0, 1.0), "h_base"),

@@ -31,6 +31,7 @@ from qsr.report.collect import (
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
 from qsr.report.tables import averages_table_markdown, rule_table, rule_table_markdown
+from tests.support import SYNC
 
 # 1,442 images in batches of 64: 22 steps an epoch, 4 epochs
 STEPS = 88
@@ -94,14 +95,7 @@ def test_a_run_is_what_its_folder_holds(tmp_path: Path) -> None:
     run = read_run(folder)
     assert run.folder == folder
     assert (run.config.seed, run.config.epochs) == (2, 4)
-    assert run.config.sync == schema.QuadraticSync(
-        average_momentum=False,
-        average_second_moment=False,
-        delay_steps=0,
-        rule="quadratic",
-        h_base=4,
-        alpha=0.4,
-    )
+    assert run.config.sync == schema.QuadraticSync(**SYNC, rule="quadratic", h_base=4, alpha=0.4)
     assert run.summary["top1"] == 90.0
     assert len(run.metrics) == 8
     assert run.evaluations() == [

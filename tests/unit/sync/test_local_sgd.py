@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsr import ConstantRule, CosineSchedule, Plan, PostLocalRule, QuadraticRule
+from qsr import ConstantRule, CosineSchedule, OuterOptions, Plan, PostLocalRule, QuadraticRule
 from qsr.errors import TrainingError
 from qsr.sync.local_sgd import LocalSGD
 
@@ -36,6 +36,7 @@ def parts(**options: Any) -> tuple[nn.Sequential, torch.optim.SGD, LocalSGD]:
         ({"warmup_steps": 5}, "give peak_lr"),
         ({"warmup_steps": -1}, "warmup_steps cannot be negative"),
         ({"delay_steps": -1}, "delay_steps cannot be negative"),
+        ({"delay_steps": 1, "outer": OuterOptions(lr=0.7)}, "needs the average at the round's end"),
         ({"delay_steps": 1, "flatten": False}, "delay_steps needs parameters that can be moved"),
     ],
 )

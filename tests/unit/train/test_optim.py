@@ -10,7 +10,7 @@ from torch import nn
 
 from qsr.config import schema
 from qsr.train.optim import averaged_state_keys, build_optimizer, set_lr, states_per_parameter
-from tests.support import adamw, sgd
+from tests.support import adamw, constant_sync, sgd
 
 
 def network() -> nn.Module:
@@ -163,7 +163,9 @@ def test_averaged_states_exist_under_these_names(
     keys: list[str],
     fused: bool,
 ) -> None:
-    sync = schema.ConstantSync(average_momentum, average_second_moment, 0, "constant", 4)
+    sync = constant_sync(
+        average_momentum=average_momentum, average_second_moment=average_second_moment
+    )
     assert list(averaged_state_keys(settings, sync)) == keys
     parameters = list(network().parameters())
     optimizer = build_optimizer(settings, parameters, fused=fused)

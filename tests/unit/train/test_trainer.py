@@ -21,6 +21,7 @@ from qsr import (
     QuadraticRule,
     SwapRule,
 )
+from qsr.core.outer import OuterOptions
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
 from tests.support import (
@@ -59,7 +60,7 @@ def test_data_parallel_is_the_large_batch() -> None:
 
 
 def numpy_local_sgd(
-    plan: Plan, workers: int, batch: int, rate_decay: float, delay_steps: int
+    plan: Plan, workers: int, batch: int, rate_decay: float, delay_steps: int, outer: OuterOptions
 ) -> Any:
     """Softmax regression by local SGD, in numpy."""
     torch.manual_seed(1)
@@ -70,7 +71,9 @@ def numpy_local_sgd(
     w = np.stack([layer.weight.detach().double().numpy().T] * workers)
     b = np.stack([layer.bias.detach().double().numpy()] * workers)
     on_the_way = None
+    velocity = 0.0
     for round_ in plan.rounds():
+        begin = np.concatenate([w[0].ravel(), b[0]])
         for step in range(round_.start, round_.end):
             for k in range(workers):
                 rows = sampler.indices(step, k)
@@ -86,18 +89,35 @@ def numpy_local_sgd(
         if delay_steps and round_.end < plan.total_steps:
             on_the_way = w.mean(axis=0) - w, b.mean(axis=0) - b
         else:
-            w[:], b[:] = w.mean(axis=0), b.mean(axis=0)
+            end = np.concatenate([w.mean(axis=0).ravel(), b.mean(axis=0)])
+            rates = sum(plan.schedule(step) for step in range(round_.start, round_.end))
+            unit = rates if outer.rate_correction else 1.0
+            moved = (end - begin) / unit
+            velocity = outer.momentum * velocity + moved
+            direction = moved + outer.momentum * velocity if outer.nesterov else velocity
+            now = begin + outer.lr * unit * direction
+            w[:], b[:] = now[: 108 * 4].reshape(108, 4), now[108 * 4 :]
     return np.concatenate([w[0].T.ravel(), b[0]])
 
 
 @pytest.mark.parametrize(
-    ("plan", "delay_steps"), [(QSR, 0), (QSR, 1), (FIVES, 0), (FIVES, 1), (FIVES, 4)]
+    ("plan", "delay_steps", "outer"),
+    [
+        *((plan, delay, OuterOptions()) for plan, delay in ((QSR, 0), (QSR, 1))),
+        *((FIVES, delay, OuterOptions()) for delay in (0, 1, 4)),
+        (FIVES, 0, OuterOptions(lr=0.7)),
+        (FIVES, 0, OuterOptions(lr=0.5, momentum=0.8)),
+        (QSR, 0, OuterOptions(lr=0.7, momentum=0.9, nesterov=True)),
+        (QSR, 0, OuterOptions(lr=0.7, momentum=0.9, nesterov=True, rate_correction=True)),
+    ],
 )
 @pytest.mark.parametrize("workers", [1, 3, 4])
-def test_rounds_against_numpy(workers: int, plan: Plan, delay_steps: int) -> None:
+def test_rounds_against_numpy(
+    workers: int, plan: Plan, delay_steps: int, outer: OuterOptions
+) -> None:
     setup = Setup(plan, workers, global_batch=12, noise=0.0, optimizer=sgd(weight_decay=0.01))
-    setup = replace(setup, delay_steps=delay_steps)
-    expected = numpy_local_sgd(plan, workers, 12, 0.01, delay_steps)
+    setup = replace(setup, delay_steps=delay_steps, outer=outer)
+    expected = numpy_local_sgd(plan, workers, 12, 0.01, delay_steps, outer)
     np.testing.assert_allclose(train(setup).parameters().numpy(), expected, rtol=2e-4, atol=2e-5)
 
 
@@ -137,6 +157,8 @@ def setup(tmp_path: Path) -> Setup:
         {"optimizer": adamw(), "average_momentum": True, "average_second_moment": True},
         {"plan": FIVES, "delay_steps": 4},
         {"optimizer": adamw(), "delay_steps": 1},
+        {"outer": OuterOptions(lr=0.7, momentum=0.9, nesterov=True, rate_correction=True)},
+        {"plan": Plan(COSINE, PostLocalRule(9, 4)), "outer": OuterOptions(momentum=0.5)},
         {"precision": "bf16"},
         {"precision": "fp16"},
     ],
