@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qsr.cli.usage import show_help
+from qsr.cli.usage import OPTIONS, show_help
 from qsr.config.load import CONFIG_DIR, load_config, load_configs, run_folder, to_dict
 from qsr.config.overrides import suggest
 from qsr.config.places import group_files, groups
@@ -30,20 +30,13 @@ _SHORT = {
 }
 _WITH_VALUE = ("--cfg", "--package", "--config-dir")
 _ALONE = ("--help", "--multirun", "--resolve", "--run")
-_HELP = {
-    "--cfg job": "print all settings of the run, or of each run of a sweep; start nothing",
-    "--package NAME": "with --cfg job: only the settings below NAME, for example sync",
-    "--config-dir DIR": "also take experiments and files of groups from DIR, laid out as configs/",
-    "-m, --multirun": "allowed, and not needed: a list, as in seed=1,2,3, makes a run per value",
-    "-h, --help": "this text",
-}
 _ELSEWHERE = {
     "--config-name": "choose a file of settings with experiment=NAME, your own with --config-dir",
     "--config-path": "give a folder of your own with --config-dir DIR",
     "--experimental-rerun": "run the same command again: it resumes the run",
     "--hydra-help": "--help lists experiments, groups and options",
     "--info": "--cfg job prints a run's settings; --help lists experiments, groups and options",
-    "--shell-completion": "there is none; --help lists experiments, groups and options",
+    "--shell-completion": 'bash completes after: eval "$(qsr --completion bash)"',
     "--version": "pip show qsr-sync prints it",
 }
 """Options of Hydra that are refused, and what does the same here."""
@@ -163,7 +156,7 @@ def _shown(config: Config, package: str | None) -> str:
 def _lists(more: Sequence[Path], own: Mapping[str, str]) -> Iterator[str]:
     folders = (CONFIG_DIR, *more)
     yield "\nOptions:"
-    yield from _columns({**own, **_HELP})
+    yield from _columns({**own, **OPTIONS})
     yield "\nExperiments (experiment=NAME):"
     experiments = group_files(folders, "experiment")
     yield from _columns({name: _about(paths[0]) for name, paths in experiments.items()})

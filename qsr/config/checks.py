@@ -5,10 +5,13 @@ from qsr.config.batch_script import check_batch_script
 from qsr.config.identity import run_folder
 from qsr.config.planning import make_plan
 from qsr.config.schema import (
+    AnyModel,
     AugmentationConfig,
     Config,
     DataConfig,
     ModelConfig,
+    OwnPart,
+    OwnSync,
     SlurmCluster,
     SyncConfig,
 )
@@ -39,8 +42,9 @@ _SBATCH_ELSEWHERE = {
 """Options of sbatch that cluster.sbatch must not hold, and what to do instead."""
 
 
-def check(config: Config) -> None:
-    """Checks across several settings. Raises ConfigError."""
+def check(config: Config, *, run_code: bool = True) -> None:
+    """Checks across several settings. `run_code`: also of a plan by a rule or a schedule that the
+    user wrote. Raises ConfigError."""
     shards = _shards(config)
     if config.global_batch % config.shards:
         raise ConfigError(f"global_batch={config.global_batch} is not divisible by {shards}")
@@ -98,7 +102,8 @@ def check(config: Config) -> None:
         _check_delay(config.sync)
     if config.profile.steps is not None:
         _check_profile(*config.profile.steps)
-    if config.data.train_images is not None:
+    own_plan = isinstance(config.sync, OwnPart) or isinstance(config.schedule, OwnPart)
+    if config.data.train_images is not None and (run_code or not own_plan):
         check_plan(config, config.data.train_images)
 
 
@@ -117,9 +122,9 @@ def _check_profile(first: int, last: int) -> None:
         )
 
 
-def check_model_name(model: ModelConfig) -> None:
+def check_model_name(model: AnyModel) -> None:
     """Raise ConfigError unless model.timm_name is set exactly if model.name is timm."""
-    if (model.timm_name is None) == (model.name == "timm"):
+    if isinstance(model, ModelConfig) and (model.timm_name is None) == (model.name == "timm"):
         raise ConfigError("model.timm_name must be set if model.name=timm, and only then")
 
 
@@ -163,6 +168,10 @@ def _check_randaugment(settings: AugmentationConfig) -> None:
 
 def _check_delay(sync: SyncConfig) -> None:
     delay, smallest = f"sync.delay_steps={sync.delay_steps}", sync.smallest_h
+    if isinstance(sync, OwnSync):
+        raise ConfigError(
+            f"{delay}: not with sync=custom, whose smallest H is not known: set it to 0"
+        )
     if smallest is None:
         raise ConfigError(f"{delay}: sync=swap averages once, at the end of the run: set it to 0")
     if sync.delay_steps >= smallest:

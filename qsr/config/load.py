@@ -30,10 +30,11 @@ from qsr.config.identity import (
 )
 from qsr.config.naming import RunNames
 from qsr.config.overrides import expand_sweeps, parse_overrides
-from qsr.config.parsing import parse
+from qsr.config.own import copies, source_hashes
+from qsr.config.parsing import KINDS, drop_settings_of_others, parse
 from qsr.config.places import CONFIG_DIR
 from qsr.config.rehearsal import Rehearsal, for_rehearsal, rehearse, take_evaluation
-from qsr.config.schema import Config, DataConfig
+from qsr.config.schema import Config, DataConfig, OwnPart
 from qsr.errors import ConfigError
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "GIVEN",
     "LATER",
     "ConfigError",
+    "add_sources",
     "check",
     "check_model_name",
     "check_plan",
@@ -52,6 +54,7 @@ __all__ = [
     "identity",
     "load_config",
     "load_configs",
+    "own_files",
     "parse_config",
     "parse_identity",
     "run_folder",
@@ -90,8 +93,13 @@ def _load(overrides: Sequence[str], folders: Sequence[Path], names: RunNames) ->
         parsed = parse_overrides(for_rehearsal(parsed, keep=choices.get("experiment") is None))
         choices = choose_files(parsed, folders)
     raw = compose_settings(parsed, folders)
-    name = names.name(choices, [override.key_or_group for override in parsed], raw)
+    given = [override.key_or_group for override in parsed]
+    name = names.name(choices, given, raw)
+    for group in choices.keys() & KINDS.keys():
+        # an experiment's settings for the member of the group that this one replaces
+        drop_settings_of_others(Config, group, raw[group], keep=given)
     mark_given_speed(raw, parsed)
+    add_sources(raw)
     if raw.get("rehearsal") is not None:
         take_evaluation(raw, parsed)
     rehearsal = raw.pop("rehearsal", None)
@@ -107,6 +115,28 @@ def _load(overrides: Sequence[str], folders: Sequence[Path], names: RunNames) ->
         raise ConfigError(str(error)) from None
     check(config)
     return config
+
+
+def add_sources(settings: dict[str, Any]) -> None:
+    """Fill in the hashes of the parts that the user wrote. Raises ConfigError."""
+    for group, kind in (("model", "name"), ("schedule", "name"), ("sync", "rule")):
+        part = settings.get(group)
+        if not isinstance(part, dict) or part.get(kind) != "custom":
+            continue
+        if "source" in part:
+            raise ConfigError(f"{group}.source is filled in by qsr: leave it out")
+        target = part.get("target")  # the schema refuses it if it is no text
+        part["source"] = source_hashes(group, target) if isinstance(target, str) else {}
+
+
+def own_files(configs: Sequence[Config]) -> dict[str, Path]:
+    """The user's files that these runs need, by their paths in a copy of the project. Raises
+    ConfigError."""
+    found: dict[str, Path] = {}
+    for config in configs:
+        parts = {"model": config.model, "schedule": config.schedule, "sync": config.sync}
+        found |= copies({g: part.target for g, part in parts.items() if isinstance(part, OwnPart)})
+    return found
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
@@ -127,7 +157,9 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
             _inner(settings, path).setdefault(leaf, value)
     except (TypeError, LookupError, AttributeError):
         raise ConfigError("settings are missing") from None
-    return parse_config(settings)
+    config = parse(Config, settings)
+    check(config, run_code=False)  # it may be gone
+    return config
 
 
 def without_execution(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> dict[str, Any]:

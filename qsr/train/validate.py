@@ -11,6 +11,7 @@ from torch import nn
 from qsr.cluster.group import choose_device
 from qsr.cluster.place import find_place
 from qsr.config.evaluate import OF_NETWORK, EvaluateConfig, load_evaluate, settings_of_run
+from qsr.config.schema import OwnModelConfig
 from qsr.data import (
     EvalTransform,
     ImageFolder,
@@ -104,7 +105,12 @@ def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
         config = load_evaluate(overrides)
     else:
         _, about = read_description(source)
-        config = load_evaluate(overrides, _known(Path(source), about))
+        known, own = _known(Path(source), about), about.target
+        config = load_evaluate(overrides, known, needs_code=own is not None)
+        if own is not None and config.model is None:
+            raise ConfigError(
+                f"{source} holds a network of your own: add model=custom model.target={own}"
+            )
     device = choose_device(config.cluster.device, 0)
     data = config.data
     val = open_validation_folder(
@@ -115,7 +121,10 @@ def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
     else:
         assert source is not None
         _check_classes(source, about.classes, val)
-        module = load_model(source).module
+        code = config.model
+        if code is not None and not isinstance(code, OwnModelConfig):
+            raise ConfigError(f"{source} holds a network of your own: model={code.name} is not it")
+        module = load_model(source, build=None if code is None else code.load("model")).module
     _try(module, data.image_size)
     try_some(val)
     return Candidate(module.to(device).eval(), config, val, device, about)

@@ -51,7 +51,7 @@ def folders(printed: str) -> list[str]:
             "runs/vit_b16_b4096/quadratic_h4/seed_1"]),
         ([DEMO, "--multirun", "seed=range(1,3)"], [BARE, "runs/demo/quadratic/seed_2"]),
         (["experiment=glob(demo/*quadratic)"], [BARE, "runs/demo/vit_quadratic/seed_1"]),
-        ([DEMO, "model=glob(*,exclude=[timm,*1*])"],
+        ([DEMO, "model=glob(*,exclude=[timm,custom,*1*])"],
          [BARE, "runs/demo/quadratic/model=small_vit/seed_1"]),
         ([DEMO, "--run"], [BARE]),
         (["--", DEMO, "--resolve"], [BARE]),
