@@ -237,6 +237,8 @@ def check_plan(config: Config, train_images: int) -> None:
         plan = make_plan(config, train_images)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if isinstance(config.sync, OwnSync):
+        list(plan.rounds())  # asks the rule for every H
     switch_epoch = getattr(config.sync, "switch_epoch", 0)
     if switch_epoch > config.epochs:
         raise ConfigError(

@@ -58,12 +58,15 @@ def load_evaluate(
     known: Mapping[str, Any] | None = None,
     config_dir: Path = CONFIG_DIR,
     *,
+    more: Sequence[Path] = (),
     needs_code: bool = False,
 ) -> EvaluateConfig:
     """Settings from the command line, then from what is `known` from a model file (by dotted name;
     None: no model file), then from configs/evaluate.yaml. `needs_code`: the network of the model
-    file is not one of ours, and model=custom must name its code. Raises ConfigError."""
-    if len(expand_sweeps(overrides)) > 1:
+    file is not one of ours, and model=custom must name its code. `more`: folders with further
+    files of groups. Raises ConfigError."""
+    folders = [config_dir, *more]
+    if len(expand_sweeps(overrides, folders)) > 1:
         raise ConfigError("these settings ask for several evaluations: ask for one")
     parsed = parse_overrides(overrides)
     given = {override.key_or_group for override in parsed}
@@ -73,7 +76,7 @@ def load_evaluate(
         raise ConfigError(
             f"{of_network[0]}: the model file already says which network it holds; leave it out"
         )
-    raw = compose_settings(parsed, [config_dir], "evaluate")
+    raw = compose_settings(parsed, folders, "evaluate")
     for name, value in (known or {}).items():
         other_data = "data" in given and name.startswith("data.") and name not in OF_NETWORK
         if name in given or other_data:

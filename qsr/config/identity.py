@@ -38,9 +38,9 @@ LATER = {
 that value a setting is not part of a run's identity, so that older runs keep their identity."""
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dictionaries, as config.yaml holds them."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Nested dictionaries of a Config, as config.yaml holds them, or of other settings."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))  # type: ignore[no-any-return]
 
 
 def identity(config: Config) -> dict[str, Any]:
