@@ -89,7 +89,7 @@ def test_the_example_trains_and_resumes_unless_its_source_has_changed(
     # its status needs no code
     (here / "my_parts.py").unlink()
     assert status.main([str(folder)]) == 0
-    assert " done" in capsys.readouterr().out
+    assert "\ndone " in capsys.readouterr().out
 
 
 def test_the_planner_counts_its_parameters_and_rounds(
@@ -99,7 +99,7 @@ def test_the_planner_counts_its_parameters_and_rounds(
     found = json.loads(capsys.readouterr().out)
     assert found["model"] == "my_parts.py:build(width=32)"
     assert found["parameters"] == 32 * 27 + 32 + 10 * 16 * 32 + 10
-    assert found["longest_round"]["h"] == 10
+    assert found["longest_round_steps"] == 10
 
 
 def test_a_rehearsal_keeps_the_network(here: Path) -> None:
