@@ -45,8 +45,8 @@ def own_schedule(
                 f"schedule.target={target}: its {name} is {getattr(schedule, name)}, not the "
                 f"{given[name]} that it was given"
             )
-    for step in range(total_steps + 1):
-        lr = call_own("schedule", target, schedule, step)
+    rates = call_own("schedule", target, lambda: list(map(schedule, range(total_steps + 1))))
+    for step, lr in enumerate(rates):
         if not (isinstance(lr, float | int) and math.isfinite(lr) and lr >= 0):
             raise ConfigError(
                 f"schedule.target={target}: the learning rate of step {step} is {lr!r}: it must be "
