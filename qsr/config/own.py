@@ -68,11 +68,12 @@ def load_own(setting: str, target: str, hashes: Mapping[str, str]) -> Callable[.
         for name in sorted(now.keys() | hashes.keys()):
             if now.get(name) != hashes.get(name):
                 raise ConfigError(f"{source.folder / name} is not as it was when the run was made")
-        found = getattr(_import(source), source.name, None)
+        module = _import(source)
+        found = getattr(module, source.name, None)
         if callable(found):
             return found  # type: ignore[no-any-return]
         what = "has no" if found is None else "needs a function or class, not the value"
-        names = [name for name, value in vars(_import(source)).items() if callable(value)]
+        names = [name for name, value in vars(module).items() if callable(value)]
         raise ConfigError(f"{source.files[0]} {what} {source.name}; {suggest(source.name, names)}")
 
 

@@ -98,6 +98,7 @@ def test_it_works(words: list[str], runs: list[str], capsys: pytest.CaptureFixtu
         (["-p", "sync"], "--package belongs to --cfg job: add that"),
         (["--info", "config"], "--info: --cfg job prints a run's settings; --help lists"),
         (["-i"], "-i: --cfg job prints a run's settings"),
+        (["-sc", "install=bash"], 'bash completes after: eval "$(qsr --completion bash)"'),
         (["--hydra-help"], "--hydra-help: --help lists experiments, groups and options"),
         (["--config-name=train"], "choose a file of settings with experiment=NAME"),
         (["-cp", "conf"], "give a folder of your own with --config-dir DIR"),
