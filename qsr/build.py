@@ -9,7 +9,7 @@ from qsr.cluster.place import find_place
 from qsr.cluster.signals import StopFlag
 from qsr.config.load import check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
-from qsr.config.schema import Config
+from qsr.config.schema import Config, OwnModelConfig
 from qsr.core.cost import averaged_bytes, ring_bytes
 from qsr.core.plan import Plan
 from qsr.data import (
@@ -335,9 +335,17 @@ def describe(
     """The metadata of a run's model file after `step` steps, equal for runs that compute the same.
     Without a result it has the size of the final metadata except for a few digits."""
     transform = EvalTransform.of(config.data)
+    model = config.model
+    if isinstance(model, OwnModelConfig):
+        network: dict[str, Any] = {
+            "timm_name": None,
+            "target": model.target,
+            "options": model.options,
+        }
+    else:
+        network = {"timm_name": model.timm_name}
     return Description(
         network=config.model.name,
-        timm_name=config.model.timm_name,
         channels_last=config.model.channels_last,
         classes=tuple(classes),
         image_size=transform.size,
@@ -350,6 +358,7 @@ def describe(
         step=step,
         top1=0.0 if result is None else result.top1,
         top5=None if result is None else result.top5,
+        **network,
     )
 
 

@@ -93,6 +93,8 @@ class ReportError(QsrError):
 class ModelFileError(QsrError):
     """A model file cannot be read, or belongs to another network."""
 
+    exit_status = REFUSED
+
 
 def showing_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """Wrap a script's `main`: a QsrError, or Ctrl-C, becomes one line on stderr and the exit

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qsr.cli.options import CommandLine, answer, read
+from qsr.cli.usage import OWN_OPTIONS
 from qsr.cluster.place import find_place
 from qsr.config.load import CONFIG_DIR, expand_sweeps, load_config
 from qsr.config.schema import Config
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if name in commands:
         return commands[name](read(others, _OWN))
     line = read(arguments, _OWN)
-    status = answer(line, __doc__, _ABOUT)
+    status = answer(line, __doc__, OWN_OPTIONS["plan"])
     return plan(line) if status is None else status
 
 
@@ -125,8 +126,8 @@ def _swept_settings(line: CommandLine) -> list[dict[str, str]]:
 
 
 def _parameters(config: Config) -> int | None:
-    """Number of parameters of a timm network, which must be built to count them; otherwise None."""
-    if config.model.name != "timm":
+    """Number of parameters of a network that must be built to count them; otherwise None."""
+    if config.model.name not in ("timm", "custom"):
         return None
 
     from qsr.train.models import check_model, count_parameters
@@ -154,7 +155,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 _OWN = {"--json": False, "--figure": True}
-_ABOUT = {"--json": "print one JSON object instead", "--figure FILE": "draw FILE.png and FILE.svg"}
 
 
 def _options(line: CommandLine) -> argparse.Namespace:

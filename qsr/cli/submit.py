@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from qsr.cli.options import answer, read
-from qsr.config.load import run_folder
+from qsr.cli.usage import OWN_OPTIONS
+from qsr.config.load import own_files, run_folder
 from qsr.config.schema import Config, SlurmCluster
 from qsr.errors import ConfigError, showing_errors
 from qsr.output import program, warn
@@ -29,7 +30,7 @@ from qsr.planner.text import plan_line
 def main(arguments: list[str]) -> int:
     line = read(arguments, {"--dry-run": False, "--in-job": False})
     options = set(line.own)
-    status = answer(line, __doc__, {"--dry-run": "print the batch files, submit nothing"})
+    status = answer(line, __doc__, OWN_OPTIONS["submit"])
     if status is not None:
         return status
     try:
@@ -67,7 +68,8 @@ def _submit(configs: list[Config], *, dry_run: bool) -> int:
         if folder.summary_if_finished() is not None:
             print("  already finished")
         elif dry_run:
-            print(batch_script(config, snapshot_folder(Path(config.runs_dir))))
+            folder_of_code = snapshot_folder(Path(config.runs_dir), own_files([config]))
+            print(batch_script(config, folder_of_code))
         else:
             make_run_folder(folder)
             try:
@@ -85,8 +87,8 @@ def _run_here(configs: list[Config], words: list[str], *, dry_run: bool) -> int:
 
     for config in configs:
         _print_plan(config)
-    runs_dir = Path(configs[0].runs_dir)
-    code = snapshot_folder(runs_dir) if dry_run else take_snapshot(runs_dir)
+    copy_code = snapshot_folder if dry_run else take_snapshot
+    code = copy_code(Path(configs[0].runs_dir), own_files(configs))
     # -P: do not import from the caller's folder
     command = [sys.executable, "-P", "-m", "qsr", "train", *words]
     path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
@@ -111,7 +113,8 @@ def _prepare_job(configs: list[Config]) -> int:
         raise ConfigError("these runs have different runs_dir: all runs of a job must use the same")
     folders = [check_submission(config) for config in configs]
     runs_dir = Path(configs[0].runs_dir)
-    code, title = take_snapshot(runs_dir), os.environ.get("SLURM_JOB_NAME", "")
+    code = take_snapshot(runs_dir, own_files(configs))
+    title = os.environ.get("SLURM_JOB_NAME", "")
     for config, folder in zip(configs, folders, strict=True):
         make_run_folder(folder)
         log = str(Path("/proc/self/fd/1").resolve())

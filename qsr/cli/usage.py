@@ -17,6 +17,25 @@ COMMANDS = {
 """Every command `qsr NAME`, which is the module qsr.cli.NAME, and what it does."""
 
 
+OPTIONS = {
+    "--cfg job": "print all settings of the run, or of each run of a sweep; start nothing",
+    "--package NAME": "with --cfg job: only the settings below NAME, for example sync",
+    "--config-dir DIR": "also take experiments and files of groups from DIR, laid out as configs/",
+    "-m, --multirun": "allowed, and not needed: a list, as in seed=1,2,3, makes a run per value",
+    "-h, --help": "this text",
+}
+"""The options of every command that takes settings."""
+
+OWN_OPTIONS = {
+    "plan": {
+        "--json": "print one JSON object instead",
+        "--figure FILE": "draw FILE.png and FILE.svg",
+    },
+    "submit": {"--dry-run": "print the batch files, submit nothing"},
+}
+"""Those of one command alone."""
+
+
 def show_help(text: str | None) -> int:
     """Print the help of a command, its module's docstring; returns the exit status 0."""
     print(in_words_of_caller(text or ""))

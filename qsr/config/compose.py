@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
@@ -16,6 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from qsr.config.overrides import in_quotes, suggest, text_of
 from qsr.config.places import group_files, groups
 from qsr.errors import ConfigError
+
+# Hydra 1.3 warns without it, 1.4 with it
+_VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 
 GIVEN = "given on the command line"
 """Source of a cluster constant that an override replaced."""
@@ -33,12 +37,18 @@ def compose_settings(
     missing = sorted(_missing(settings))
     if missing:
         _refuse_unknown(parsed, folders, primary)
+        # of a group at once, because they belong to the file that was chosen
+        group = [name for name in missing if name.partition(".")[0] == missing[0].partition(".")[0]]
+        several = len(group) > 1
         experiment = (
             ", or choose an experiment, for example experiment=demo/quadratic; "
             "configs/experiment/ lists them"
         )
-        hint = experiment if primary == "train" else ""
-        raise ConfigError(f"{missing[0]} has no value: set it{hint}")
+        hint = experiment if primary == "train" and choices.get("experiment") is None else ""
+        raise ConfigError(
+            f"{' and '.join(group)} {'have' if several else 'has'} no value: "
+            f"set {'them' if several else 'it'}{hint}"
+        )
     return settings
 
 
@@ -140,7 +150,7 @@ def compose_files(
     own = [in_quotes(f"file://{folder.absolute()}") for folder in folders[1:]]
     search = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
     try:
-        with initialize_config_dir(str(folders[0].absolute()), version_base="1.3"):
+        with initialize_config_dir(str(folders[0].absolute()), **_VERSION_BASE):
             composed = compose(primary, [*chosen, *values, *search])
         return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
     except (yaml.YAMLError, HydraException, OmegaConfBaseException) as error:

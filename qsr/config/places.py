@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
+"""The folder of this package."""
 
-INSTALLED = (_PACKAGE / "configs").is_dir()
+INSTALLED = (PACKAGE / "configs").is_dir()
 """Whether this package was installed by pip, which puts the settings into it. Otherwise it is that
 of a checkout, or of a copy of one, and they lie beside it."""
 
-CONFIG_DIR = _PACKAGE / "configs" if INSTALLED else _PACKAGE.parent / "configs"
+CONFIG_DIR = PACKAGE / "configs" if INSTALLED else PACKAGE.parent / "configs"
 """The folder of train.yaml, experiment/ and all other settings."""
+
+OWN_COPIES = PACKAGE.parent / "qsr_own"
+"""In a copy of the project that jobs run: the files that its users' runs need (config/own.py)."""
 
 _OTHER = "simulation"
 """The folder of scripts/simulate.py in it, which has groups of its own."""

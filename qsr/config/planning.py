@@ -3,6 +3,7 @@
 from typing import assert_never
 
 from qsr.config import schema
+from qsr.config.own_rules import own_schedule
 from qsr.core.plan import Plan
 from qsr.core.sampling import Sampler
 from qsr.core.schedules import (
@@ -55,11 +56,22 @@ def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch:
             return StepSchedule(peak, milestones, factor, total, warmup, final)
         case schema.ConstantConfig():
             return ConstantSchedule(peak, total, warmup, final)
+        case schema.OwnScheduleConfig():
+            return own_schedule(
+                settings.target,
+                settings.load("schedule"),
+                settings.options,
+                peak_lr=peak,
+                final_lr=final,
+                warmup_steps=warmup,
+                total_steps=total,
+            )
     assert_never(settings)
 
 
-def parameter_count(model: schema.ModelConfig, classes: int) -> int:
-    """Number of parameters of a network, without building it; not for timm (see train.models)."""
+def parameter_count(model: schema.AnyModel, classes: int) -> int:
+    """Number of parameters of a network, without building it; not for timm's and your own (see
+    train.models)."""
     match model.name:
         case "resnet152":
             return 58_143_808 + 2049 * classes
@@ -69,9 +81,9 @@ def parameter_count(model: schema.ModelConfig, classes: int) -> int:
             return 77_392 + 65 * classes
         case "small_vit":
             return 202_400 + 65 * classes
-        case "timm":
-            raise ValueError(f"only timm knows the number of parameters of {model.timm_name}")
-    assert_never(model.name)
+        case "timm" | "custom":
+            raise ValueError(f"{model.label} must be built to count its parameters")
+    assert_never(model)
 
 
 def even_ranks(workers: int, most: int) -> int:

@@ -150,7 +150,7 @@ def check_passes(config: Config) -> str:
     """Check that the network accepts images of this size, in micro-batches of the run's size. Needs
     neither the data nor a device."""
     check_network(config)
-    size, name = config.data.image_size, config.model.timm_name or config.model.name
+    size, name = config.data.image_size, config.model.label
     return f"{name} accepts micro-batches of {config.micro_batch_size} images, {size} x {size}"
 
 

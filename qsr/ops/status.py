@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from qsr.cluster.slurm import IN_QUEUE, WAITING, JobState
 from qsr.config.load import parse_identity
-from qsr.config.planning import make_plan
+from qsr.config.planning import make_sampler
 from qsr.errors import ConfigError
 from qsr.run.folder import RunFolder, is_number, read_json, read_rows
 from qsr.run.tracking import waiting_words
@@ -69,7 +69,7 @@ class _Files:
         path = self.paths.config
         try:
             config = parse_identity(read_yaml(path))
-            return make_plan(config, self.data["train_images"]).total_steps
+            return config.epochs * make_sampler(config, self.data["train_images"]).steps_per_epoch
         except (ConfigError, ValueError) as error:
             self.damage.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         return None

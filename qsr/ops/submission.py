@@ -15,7 +15,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 
 from qsr.cluster.slurm import OWN_JOB
-from qsr.config.load import run_folder, to_dict
+from qsr.config.load import own_files, run_folder, to_dict
 from qsr.config.schema import Config, SlurmCluster
 from qsr.errors import SlurmError
 from qsr.ops.job_main import run_job
@@ -46,7 +46,7 @@ def submit(config: Config, steps: int | None) -> str:
 
     Raises OSError if the code cannot be copied, SlurmError if Slurm refuses.
     """
-    snapshot = take_snapshot(Path(config.runs_dir))
+    snapshot = take_snapshot(Path(config.runs_dir), own_files([config]))
     try:
         with _as_from_outside():
             job = _executor(config, snapshot).submit(run_job, to_dict(config))

@@ -15,7 +15,7 @@ def forecast_record(forecast: Forecast) -> dict[str, Any]:
         "experiment": config.experiment,
         "cluster": config.cluster.name,
         "rule": config.sync.rule,
-        "model": config.model.timm_name or config.model.name,
+        "model": config.model.label,
         "parameters": forecast.parameters,
         "precision": config.precision,
         "workers": config.workers,

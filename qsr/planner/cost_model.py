@@ -25,11 +25,11 @@ def moment_bytes(sync: schema.SyncConfig, parameters: int) -> int:
 
 def speed_key(config: schema.Config) -> str:
     """The run's key in cluster.speed.seconds_per_image."""
-    model = config.model
-    name = model.name if model.timm_name is None else f"timm/{model.timm_name}"
     compiled = "" if config.compile == "none" else f"/compile={config.compile}"
     graphs = "/cuda_graphs" if config.cuda_graphs else ""
-    return f"{name}@{config.data.image_size}/{config.precision}{compiled}{graphs}"
+    return (
+        f"{config.model.speed_name}@{config.data.image_size}/{config.precision}{compiled}{graphs}"
+    )
 
 
 def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def print_forecast(forecast: Forecast) -> None:
     rounds = list(plan.rounds())
     console.print(f"{config.experiment}, cluster {config.cluster.name}", style="bold")
     console.print(
-        f"{config.model.timm_name or config.model.name}, {forecast.parameters:,} parameters; "
+        f"{config.model.label}, {forecast.parameters:,} parameters; "
         f"{_workers(forecast)}{_place(forecast)}; global batch {config.global_batch:,}"
     )
     console.print(

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as some
 
-from qsr.cli import doctor, plan, submit, train
+from qsr.cli import doctor, evaluate, plan, submit, train
 from qsr.config.load import load_config, load_configs, parse_config, run_folder, to_dict
 from qsr.config.overrides import parse_overrides, text_of
 from qsr.errors import ConfigError
@@ -51,7 +51,7 @@ def folders(printed: str) -> list[str]:
             "runs/vit_b16_b4096/quadratic_h4/seed_1"]),
         ([DEMO, "--multirun", "seed=range(1,3)"], [BARE, "runs/demo/quadratic/seed_2"]),
         (["experiment=glob(demo/*quadratic)"], [BARE, "runs/demo/vit_quadratic/seed_1"]),
-        ([DEMO, "model=glob(*,exclude=[timm,*1*])"],
+        ([DEMO, "model=glob(*,exclude=[timm,custom,*1*])"],
          [BARE, "runs/demo/quadratic/model=small_vit/seed_1"]),
         ([DEMO, "--run"], [BARE]),
         (["--", DEMO, "--resolve"], [BARE]),
@@ -82,7 +82,7 @@ def test_it_works(words: list[str], runs: list[str], capsys: pytest.CaptureFixtu
         (["sync.alpha=glob(*)"], "list the values, as in seed=1,2,3"),
         (["sync.alpha=interval(0.01,0.1)"], "list the values, as in seed=1,2,3"),
         (["~schedule"], "~schedule: it cannot be left out: choose one with schedule=NAME: constant,"
-         " cosine, linear, power_of_two, step"),
+         " cosine, custom, linear, power_of_two, step"),
         (["tracking=null"], "tracking=null: it cannot be left out: choose one with tracking=NAME"),
         (["sync/alpha=1"], "a setting in it has a dot, as in sync.alpha=0.5"),
         (["simulation=diagonal"], "choose a file with GROUP=NAME, where GROUP is one of cluster,"),
@@ -98,6 +98,7 @@ def test_it_works(words: list[str], runs: list[str], capsys: pytest.CaptureFixtu
         (["-p", "sync"], "--package belongs to --cfg job: add that"),
         (["--info", "config"], "--info: --cfg job prints a run's settings; --help lists"),
         (["-i"], "-i: --cfg job prints a run's settings"),
+        (["-sc", "install=bash"], 'bash completes after: eval "$(qsr --completion bash)"'),
         (["--hydra-help"], "--hydra-help: --help lists experiments, groups and options"),
         (["--config-name=train"], "choose a file of settings with experiment=NAME"),
         (["-cp", "conf"], "give a folder of your own with --config-dir DIR"),
@@ -132,8 +133,10 @@ def test_help_lists_experiments_groups_and_options(
 ) -> None:
     assert command.main([DEMO, "--help"]) == 0  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()
-    sync = "constant, every_step, growing, parallel, post_local, power, quadratic, stagewise, swap"
-    assert f"  sync       {sync}" in lines
+    assert (
+        "  sync       constant, custom, every_step, growing, parallel, post_local, power, "
+        "quadratic, stagewise, swap"
+    ) in lines
     (vit,) = (line for line in lines if line.startswith("  vit_b16_b4096/quadratic_h4 "))
     assert vit.endswith("  ViT-B/16, B = 4096; Local AdamW with QSR.")
     options = {line.split()[0] for line in lines if line.startswith("  -")}
@@ -254,3 +257,17 @@ def test_a_rehearsal_without_an_experiment_is_that_of_the_command_line() -> None
     assert load_config([*settings, "rehearsal=digits"]).epochs == 12
     with pytest.raises(ConfigError, match=r"rehearsal.epochs=0"):
         load_config([VIT, "rehearsal=digits", "epochs=0"])
+
+
+def test_evaluate_takes_these_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("defaults: [folder, _self_]\nname: mine\n")
+    words = ["-cd", str(tmp_path), "weights=w.pth", "model=small_vit", "data=mine", "data.root=x"]
+    assert evaluate.main([*words, "--cfg", "job"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["data"]["name"], shown["model"]["name"]) == ("mine", "small_vit")
+    assert evaluate.main(["--help", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  data   digits, few_digits, few_digits_tuning, folder, imagenet, mine" in lines
+    assert evaluate.main([*words, "--seed=2"]) == 2
+    assert "settings are written without dashes: seed=2" in capsys.readouterr().err
