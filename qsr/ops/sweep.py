@@ -130,8 +130,8 @@ class Sweep:
                 unverified = "?"
             bases.add(basis_text(planned))
         return (
-            f"{number_text(hours)}{unverified} hours in total ({', '.join(sorted(bases))}), {number_text(gpu_hours)} "
-            f"GPU hours"
+            f"{number_text(hours)}{unverified} hours in total ({', '.join(sorted(bases))}), "
+            f"{number_text(gpu_hours)} GPU hours"
         )
 
 

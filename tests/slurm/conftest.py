@@ -89,13 +89,17 @@ class Jobs:
         return self.call("sbatch", *script, *self.common, *settings).strip()
 
     def call(self, *command: str, root: Path = ROOT) -> str:
+        done = self.try_to(*command, root=root)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def try_to(self, *command: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """A command's exit status and output."""
         environment = self.environment | {"PYTHONPATH": str(root)}
-        done = subprocess.run(
+        return subprocess.run(
             command, cwd=root, env=environment, capture_output=True, text=True, check=False,
             timeout=240,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
     def qsr(self, name: str, *arguments: str) -> str:
         """What scripts/NAME.py prints."""

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import statistics
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from qsr.run.folder import read_rows
 from tests.slurm.conftest import ONE_RANK, Jobs, ranks, read_json, same_weights, steps
 from tests.slurm.rig import Rig, wait_until
 
-SWEEP = ("sync.alpha=0.2,0.3,0.4375,0.6", "seed=1,2,3")
+ALPHAS = ("0.2", "0.3", "0.4375", "0.6")
+SWEEP = (f"sync.alpha={','.join(ALPHAS)}", "seed=1,2,3")
 RUNS = range(12)
 SIZE = ("workers=2", "epochs=4", "evaluation.every_epochs=4", "checkpoint.every_steps=5")
 """Some seconds on one rank."""
@@ -102,13 +104,44 @@ def test_a_sweep_is_an_array_whose_elements_come_back_alone(
     assert again == "12 of 12 runs already finished\n"
 
     alone = Jobs(rig, digits, tmp_path / "undisturbed")
-    undisturbed = alone.all_here(*SIZE, *SWEEP, "cluster.ranks=1")
+    undisturbed = [
+        folder
+        for alpha in ALPHAS
+        for folder in alone.all_here(*SIZE, f"sync.alpha={alpha}", "seed=1,2,3", "cluster.ranks=1")
+    ]
     assert [same_weights(*pair) for pair in zip(folders, undisturbed, strict=True)] == [True] * 12
 
     rows = csv.DictReader(io.StringIO(jobs.qsr("report", str(jobs.runs), "--format", "csv")))
     reported = {row["sync.alpha"]: row for row in rows if row["metric"] == "top1_percent"}
-    assert list(reported) == ["0.2", "0.3", "0.4375", "0.6"]
+    assert tuple(reported) == ALPHAS
     for row, first in zip(reported.values(), RUNS[::3], strict=True):
         group = [read_rows(folder / "metrics.jsonl")[0] for folder in folders[first : first + 3]]
         assert (row["runs"], row["measured"]) == ("3", "3")
         assert float(row["mean"]) == pytest.approx(statistics.mean(g[-1]["top1"] for g in group))
+
+
+def test_an_element_that_is_cancelled_before_it_starts_can_be_submitted_again(
+    rig: Rig, jobs: Jobs
+) -> None:
+    """Slurm forgets it at once. The others are still refused."""
+    rig.run("scontrol", "update", "PartitionName=low", "State=DOWN")
+    try:
+        array = jobs.submit_array(*SIZE, "seed=1,2,3")
+        rig.run("scancel", f"{array}_1")
+        first, second, third = jobs.status().splitlines()[1:]
+        assert first.startswith("queued ")
+        assert first.endswith(f"seed_1  (job {array}_0: PartitionDown)")
+        assert second.startswith("stopped ")
+        assert second.endswith(
+            f"seed_2  (job {array}_1: gone before it started; run the same command to resume)"
+        )
+        assert third.endswith(f"seed_3  (job {array}_2: PartitionDown)")
+        again = jobs.qsr("submit", *jobs.common, *ONE_RANK, *SIZE, "seed=2")
+        assert f"  job {int(array) + 1}, logs in {jobs.folder(*SIZE, 'seed=2')}/slurm" in again
+        refused = jobs.try_to(
+            sys.executable, "scripts/submit.py", *jobs.common, *ONE_RANK, *SIZE, "seed=3"
+        )
+        assert refused.returncode == 2
+        assert f"seed_3 already has job {array}_2 (PENDING), which will run" in refused.stderr
+    finally:
+        rig.run("scontrol", "update", "PartitionName=low", "State=UP")

@@ -17,7 +17,7 @@ LONG = (
         ([], "demo/quadratic seed 1"),
         (["seed=3", "sync.alpha=0.4375"], "demo/quadratic seed 3"),  # the experiment's
         (["seed=2", "sync.alpha=0.025"], "demo/quadratic sync.alpha=0.025 seed 2"),
-        (["sync.alpha=0.025", "epochs=2"], "demo/quadratic epochs=2 sync.alpha=0.025 seed 1"),
+        (["sync.alpha=0.025", "epochs=3"], "demo/quadratic epochs=3 sync.alpha=0.025 seed 1"),
         (["data.mean=[0.5,0.4,0.3]"], "demo/quadratic data.mean=[0.5,0.4,0.3] seed 1"),
         # long ones without their groups
         (["sync.alpha=0.025", "schedule.warmup_epochs=1", "schedule.peak_lr=0.3", "workers=2"],

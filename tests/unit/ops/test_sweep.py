@@ -48,8 +48,8 @@ def test_a_line_for_each_setting_and_the_totals() -> None:
         "0-2  sync.alpha=0.01    1-2,4  14,372  15.4      20.56",
         "3-5  sync.alpha=0.0175  1-2,4  9,711   10.4      20.20",
         "data.root=/nodes/only is not here: the nodes must see it",
-        "6 runs of 93,600 steps, up to 300.8 GB on disk; 122.3 hours in total (fitted, predicted), 1,956.5 "
-        "GPU hours",
+        "6 runs of 93,600 steps, up to 300.8 GB on disk; 122.3 hours in total (fitted, "
+        "predicted), 1,956.5 GPU hours",
     ]
 
 
