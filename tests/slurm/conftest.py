@@ -28,11 +28,6 @@ SMALL = ("workers=2", "epochs=2")
 """Seconds on two ranks."""
 LONG = ("workers=4", "epochs=20", "evaluation.every_epochs=5", "checkpoint.every_steps=5")
 """Long enough to be disturbed."""
-ONE_RANK = (
-    *("cluster=slurm", "cluster.nodes=1", "cluster.gpus_per_node=0", "cluster.ranks_per_node=1"),
-    "cluster.cpus_per_task=1",
-)
-"""A job of one rank."""
 
 
 @pytest.fixture(scope="session")
@@ -65,18 +60,14 @@ class Jobs:
         """Submit a run to both nodes with `ranks` ranks on each; return the job's number."""
         cluster = ("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=0")
         size = (f"cluster.ranks_per_node={ranks}", "cluster.cpus_per_task=1")
-        (job,) = self.submit_all(*cluster, *size, *settings, root=root)
+        command = (sys.executable, str(root / "scripts" / "submit.py"), *self.common)
+        lines = self.call(*command, *cluster, *size, *settings, root=root).splitlines()
+        (job,) = (line.split()[1].rstrip(",") for line in lines if line.startswith("  job "))
         return job
 
-    def submit_all(self, *settings: str, root: Path = ROOT) -> list[str]:
-        """The numbers of the jobs that scripts/submit.py says it has submitted."""
-        script = str(root / "scripts" / "submit.py")
-        lines = self.call(sys.executable, script, *self.common, *settings, root=root)
-        return [line.split()[1].rstrip(",") for line in lines.splitlines() if "  job " in line]
-
-    def submit_array(self, *settings: str) -> str:
-        """Submit runs of one rank on one node as a job array; return its number."""
-        lines = self.qsr("submit", *self.common, *ONE_RANK, *settings).splitlines()
+    def submit_array(self, *settings: str, ranks: int = 1) -> str:
+        """Submit runs of so many ranks on one node as a job array; return its number."""
+        lines = self.qsr("submit", *self.common, *one_node(ranks), *settings).splitlines()
         (array,) = (line.split()[1].rstrip(":") for line in lines if line.startswith("job "))
         return array
 
@@ -160,6 +151,12 @@ def ranks(rig: Rig, job: str) -> list[int]:
         if b"SLURM_STEP_ID" in environment and name.startswith("python"):
             found[int(environment[b"SLURM_PROCID"])] = pid
     return [found[rank] for rank in sorted(found)]
+
+
+def one_node(ranks: int = 1) -> tuple[str, ...]:
+    """Settings of a job with so many ranks."""
+    size = ("cluster.nodes=1", "cluster.gpus_per_node=0", f"cluster.ranks_per_node={ranks}")
+    return ("cluster=slurm", *size, "cluster.cpus_per_task=1")
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qsr.run.folder import read_rows
-from tests.slurm.conftest import ONE_RANK, Jobs, ranks, read_json, same_weights, steps
+from tests.slurm.conftest import Jobs, one_node, ranks, read_json, same_weights, steps
 from tests.slurm.rig import Rig, wait_until
 
 ALPHAS = ("0.2", "0.3", "0.4375", "0.6")
@@ -100,7 +100,7 @@ def test_a_sweep_is_an_array_whose_elements_come_back_alone(
         assert log.parent.samefile(folder / "slurm")
         assert "top-1" in log.read_text()
     assert jobs.status().count("\ndone ") == len(RUNS)
-    again = jobs.qsr("submit", *jobs.common, *ONE_RANK, *SIZE, *SWEEP)
+    again = jobs.qsr("submit", *jobs.common, *one_node(), *SIZE, *SWEEP)
     assert again == "12 of 12 runs already finished\n"
 
     alone = Jobs(rig, digits, tmp_path / "undisturbed")
@@ -136,10 +136,10 @@ def test_an_element_that_is_cancelled_before_it_starts_can_be_submitted_again(
             f"seed_2  (job {array}_1: gone before it started; run the same command to resume)"
         )
         assert third.endswith(f"seed_3  (job {array}_2: PartitionDown)")
-        again = jobs.qsr("submit", *jobs.common, *ONE_RANK, *SIZE, "seed=2")
+        again = jobs.qsr("submit", *jobs.common, *one_node(), *SIZE, "seed=2")
         assert f"  job {int(array) + 1}, logs in {jobs.folder(*SIZE, 'seed=2')}/slurm" in again
         refused = jobs.try_to(
-            sys.executable, "scripts/submit.py", *jobs.common, *ONE_RANK, *SIZE, "seed=3"
+            sys.executable, "scripts/submit.py", *jobs.common, *one_node(), *SIZE, "seed=3"
         )
         assert refused.returncode == 2
         assert f"seed_3 already has job {array}_2 (PENDING), which will run" in refused.stderr
