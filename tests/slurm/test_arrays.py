@@ -120,6 +120,7 @@ def test_a_sweep_is_an_array_whose_elements_come_back_alone(
         assert float(row["mean"]) == pytest.approx(statistics.mean(g[-1]["top1"] for g in group))
 
 
+@pytest.mark.slurm
 def test_an_element_that_is_cancelled_before_it_starts_can_be_submitted_again(
     rig: Rig, jobs: Jobs
 ) -> None:
