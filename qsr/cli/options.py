@@ -11,7 +11,7 @@ import yaml
 
 from qsr.cli.usage import OPTIONS, show_help
 from qsr.config.load import CONFIG_DIR, load_config, load_configs, run_folder, to_dict
-from qsr.config.overrides import suggest
+from qsr.config.overrides import expand_sweeps, suggest
 from qsr.config.places import group_files, groups
 from qsr.config.schema import Config
 from qsr.errors import ConfigError
@@ -66,6 +66,18 @@ class CommandLine:
     def configs(self) -> list[Config]:
         """The runs that it asks for."""
         return load_configs(self.settings, more=self.folders)
+
+    def swept(self) -> list[dict[str, str]]:
+        """For each run, in the order of `configs`, its swept settings as they are typed; an empty
+        dictionary if nothing is swept."""
+        return [
+            dict(
+                new.split("=", 1)
+                for new, old in zip(choice, self.settings, strict=True)
+                if new != old
+            )
+            for choice in expand_sweeps(self.settings, (CONFIG_DIR, *self.folders))
+        ]
 
     def config(self) -> Config:
         """The one run that it asks for."""

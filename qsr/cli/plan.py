@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from qsr.cli.options import CommandLine, answer, read
 from qsr.cli.usage import OWN_OPTIONS
 from qsr.cluster.place import find_place
-from qsr.config.load import CONFIG_DIR, expand_sweeps, load_config
+from qsr.config.load import load_config
 from qsr.config.schema import Config
 from qsr.errors import ConfigError, showing_errors
 from qsr.output import printer, program, warn
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 def plan(line: CommandLine) -> int:
     """Predict a run, or each run of a sweep."""
     options = _options(line)
-    swept = _swept_settings(line)
+    swept = line.swept()
     configs = line.configs()
     forecasts = [forecast(config, _parameters(config)) for config in configs]
     if options.json:
@@ -114,15 +114,6 @@ def calibrate(line: CommandLine) -> int:
         planner_text.print_calibration(profile, found)
         print(f"wrote {path}: use it with cluster={names[0]}")
     return 0
-
-
-def _swept_settings(line: CommandLine) -> list[dict[str, str]]:
-    """For each run of a sweep its swept settings; one empty dictionary if nothing is swept."""
-    given = line.settings
-    return [
-        dict(new.split("=", 1) for new, old in zip(choice, given, strict=True) if new != old)
-        for choice in expand_sweeps(given, (CONFIG_DIR, *line.folders))
-    ]
 
 
 def _parameters(config: Config) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 COMMANDS = {
     "train": "train or resume a run, or several one after another",
     "plan": "predict the rounds, time and cost of a run before it starts",
-    "submit": "submit runs to a Slurm cluster, one job per run",
+    "submit": "submit runs to a Slurm cluster",
     "status": "show the status of runs, one line each",
     "report": "compare runs: means, intervals, paired differences",
     "doctor": "check whether a run would start here",
@@ -31,7 +31,7 @@ OWN_OPTIONS = {
         "--json": "print one JSON object instead",
         "--figure FILE": "draw FILE.png and FILE.svg",
     },
-    "submit": {"--dry-run": "print the batch files, submit nothing"},
+    "submit": {"--dry-run": "print the plan and the batch file, submit nothing"},
 }
 """Those of one command alone."""
 

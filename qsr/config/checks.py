@@ -19,7 +19,7 @@ from qsr.errors import ConfigError
 
 _SBATCH_ELSEWHERE = {
     "account": "set cluster.account",
-    "array": "list seeds, as in seed=1,2,3: each gets a job",
+    "array": "list values, as in seed=1,2,3, and set cluster.parallel",
     "constraint": "set cluster.constraint",
     "cpus-per-task": "set cluster.cpus_per_task",
     "error": "logs are written to slurm/ in the run folder",

@@ -712,7 +712,7 @@ class LocalCluster(ClusterConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class SlurmCluster(ClusterConfig):
-    """A Slurm cluster, for qsr submit: one job per run."""
+    """A Slurm cluster, for qsr submit: a job for a run, a job array for several."""
 
     launcher: Literal["slurm"]
     """Kind of cluster."""
@@ -760,6 +760,8 @@ class SlurmCluster(ClusterConfig):
     """Interface between the nodes, for NCCL and gloo, as in ib0; null: they choose."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str | int]
     """More environment variables for the ranks, as NCCL's."""
+    parallel: PositiveInt | None = None
+    """Most runs of a job array that run at once; null: no limit."""
 
     @property
     def tasks_per_node(self) -> int:

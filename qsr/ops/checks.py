@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import torch
 
-from qsr.build import describe
 from qsr.cluster.place import find_place
 from qsr.cluster.slurm import partitions
 from qsr.config.load import check_plan, run_folder
@@ -34,6 +33,7 @@ from qsr.data import (
 from qsr.errors import CheckError
 from qsr.ops.loading import LoadingTrial, measure_step, trial_pass
 from qsr.ops.shortage import shortage, speeds
+from qsr.ops.space import run_sizes, unnamed
 from qsr.planner.forecast import forecast
 from qsr.planner.text import plan_line
 from qsr.run.checkpoint import readable, room_for_checkpoints
@@ -41,10 +41,8 @@ from qsr.run.folder import RunFolder
 from qsr.run.folder_trial import refusing, try_folder
 from qsr.run.identity import check_run_folder
 from qsr.run.lock import check_free
-from qsr.run.results import missing_room
 from qsr.sync.communicator import Communicator
-from qsr.train.models import check_network, count_parameters, outline
-from qsr.train.state import checkpoint_bytes
+from qsr.train.models import check_network, count_parameters
 
 
 class Slow(NamedTuple):
@@ -83,15 +81,9 @@ class DataChecks:
     def space(self) -> str:
         """Disk space for the kept checkpoints, the next one, and the results."""
         config, images, classes = self._counted()
-        model = outline(config.model, classes, config.data.image_size)
-        plan = make_plan(config, images)
-        each = checkpoint_bytes(
-            model, config.optimizer, plan, config.workers, config.sync.delay_steps
-        )
         folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
-        names = self.train.classes if self.train is not None else ("n00000000",) * classes
-        about = describe(config, names, plan.total_steps)
-        results = missing_room(folder, model.state_dict(), about.metadata())
+        names = self.train.classes if self.train is not None else unnamed(classes)
+        each, results = run_sizes(config, make_plan(config, images), names)
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
         there = f"{readable(free)} free" if math.isfinite(free) else "free space unknown"
         return (

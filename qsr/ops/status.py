@@ -159,6 +159,8 @@ def _state(files: _Files, jobs: Mapping[str, JobState] | None) -> tuple[State, s
         return "stopped", "run the same command to resume"
     if job is not None and job.name in ("CANCELLED", "COMPLETED"):
         return "stopped", f"job {number}: {job.name}; run the same command to resume"
+    if job is None and not Path(files.job["log"]).exists():  # as if cancelled while it waited
+        return "stopped", f"job {number}: gone before it started; run the same command to resume"
     ended = job.name if job else "ended for an unknown reason"
     return "failed", f"job {number}: {ended}, see {files.job['log']}"
 

@@ -59,7 +59,7 @@ def plan_line(forecast: Forecast) -> str:
     if run.cost is None:
         return text + forecast.why_no_times
     hours = hours_text(forecast, run, "total")
-    return text + f"{hours} h ({basis_text(run)}), {_number(run.cost.gpu_hours)} GPU hours"
+    return text + f"{hours} h ({basis_text(run)}), {number_text(run.cost.gpu_hours)} GPU hours"
 
 
 def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forecast]) -> None:
@@ -195,7 +195,7 @@ def _method_table(forecast: Forecast) -> Table:
                     hours_text(forecast, method, name)
                     for name in ("compute", "communication", "total")
                 ),
-                _number(method.cost.gpu_hours),
+                number_text(method.cost.gpu_hours),
                 *([f"{price * method.cost.gpu_hours:,.2f}"] if price else []),
                 basis_text(method),
             ]
@@ -209,10 +209,11 @@ def hours_text(forecast: Forecast, method: Method, name: str) -> str:
     if method.cost is None:
         return "-"
     hours = getattr(method.cost, f"{name}_seconds") / 3600
-    return _number(hours) + ("?" if name in forecast.unverified(method) else "")
+    return number_text(hours) + ("?" if name in forecast.unverified(method) else "")
 
 
-def _number(hours: float) -> str:
+def number_text(hours: float) -> str:
+    """A number of hours, with about three digits."""
     if 0 < hours < 0.1:
         return f"{hours:.2g}"
     return f"{hours:,.{2 if hours < 100 else 1}f}"

@@ -16,7 +16,7 @@ from qsr.run.durable import replace_file
 MODEL_NAME = "model.safetensors"
 """File name of the averaged model in a run folder."""
 
-NO_RUNS = {".snapshots", "checkpoints", "profile", "slurm", "wandb"}
+NO_RUNS = {".arrays", ".snapshots", "checkpoints", "profile", "slurm", "wandb"}
 """Folders below the folder of all runs in which there are no runs."""
 
 _ROW_START = re.compile(rb'(?<=.)(?=\{"kind")')

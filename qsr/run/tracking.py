@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qsr.cluster.slurm import STOP_SIGNALS
+from qsr.config.naming import run_label
 from qsr.config.schema import Config, TrackingConfig
 from qsr.output import warn
 from qsr.run.durable import replace_file, write_file
@@ -363,9 +364,6 @@ def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
         except OSError as error:
             warn(f"warning: metrics are not mirrored to wandb: {error}")
     if settings.progress:
-        # without the overrides, which would not leave room for the rest of the line
-        name = config.experiment
-        if "=" in name:
-            name = name.partition("=")[0].rpartition("/")[0] + "/..."
-        trackers.append(ProgressTracker(f"{name} seed {config.seed}", total_steps))
+        label = run_label(config.experiment, config.seed)
+        trackers.append(ProgressTracker(label, total_steps))
     return RunTracker(*trackers)

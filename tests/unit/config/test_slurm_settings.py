@@ -50,8 +50,11 @@ CPUS = [*SLURM, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"]
          "cluster.ranks_per_node"),
         ([*CPUS, "cluster.sbatch={exclusive: true, signal: KILL@5}"], "cluster.sbatch.signal: set "
          "cluster.signal and cluster.signal_lead_seconds"),
-        ([*CPUS, "cluster.sbatch={array: 1-3}"], "cluster.sbatch.array: list seeds, as in "
-         "seed=1,2,3"),
+        ([*CPUS, "cluster.sbatch={array: 1-3}"], "cluster.sbatch.array: list values, as in "
+         "seed=1,2,3, and set cluster.parallel"),
+        (["experiment=demo/quadratic", "cluster.parallel=2"], "cluster.parallel is not a setting "
+         "of cluster.launcher=local"),
+        ([*CPUS, "cluster.parallel=0"], "cluster.parallel=0: input should be greater than or"),
     ],
 )  # fmt: skip
 def test_wrong_settings_get_one_clear_line(overrides: list[str], message: str) -> None:

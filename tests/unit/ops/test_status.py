@@ -32,6 +32,7 @@ from tests.cli import ROOT, RUN, call, command, folder_in, start, wait_for
 
 STATUS = [sys.executable, str(ROOT / "scripts" / "status.py")]
 NO_JOBS: dict[str, JobState] = {}
+OTHER = JobState("PENDING", 5, "somebody else's")
 
 
 def settings(digits: Path, runs: Path) -> list[str]:
@@ -60,11 +61,13 @@ def folder(runs: Path) -> Path:
     return folder_in(runs)
 
 
-def submitted(digits: Path, runs: Path, steps: int | None = 44) -> None:
+def submitted(
+    digits: Path, runs: Path, steps: int | None = 44, log: Path = Path("/logs/17.out")
+) -> None:
     """Write what scripts/submit.py leaves of job 17."""
     config = load_config(settings(digits, runs))
     make_run_folder(RunFolder(run_folder(config)))
-    write_job(config, "17", "demo", runs / ".snapshots" / "0123", steps, "/logs/17.out")
+    write_job(config, "17", "demo", runs / ".snapshots" / "0123", steps, str(log))
 
 
 def state(folder: Path, jobs: Mapping[str, JobState] | None = NO_JOBS) -> tuple[State, str]:
@@ -166,15 +169,25 @@ def test_failed_with_the_first_error(digits: Path, runs: Path, folder: Path) -> 
          "to resume")),  # stop_after_steps
         (JobState("OUT_OF_MEMORY", 0, "OutOfMemory"), ("failed", "job 17: OUT_OF_MEMORY, see "
          "/logs/17.out")),
-        (None, ("failed", "job 17: ended for an unknown reason, see /logs/17.out")),
     ],
 )  # fmt: skip
 def test_what_slurm_says_of_the_job(
-    job: JobState | None, expected: tuple[State, str], digits: Path, runs: Path, folder: Path
+    job: JobState, expected: tuple[State, str], digits: Path, runs: Path, folder: Path
 ) -> None:
     submitted(digits, runs)
-    other = JobState("PENDING", 5, "somebody else's")
-    assert state(folder, {"18": other} | ({"17": job} if job else {})) == expected
+    assert state(folder, {"18": OTHER, "17": job}) == expected
+
+
+def test_a_job_that_slurm_has_forgotten(digits: Path, runs: Path, folder: Path) -> None:
+    """Its log tells whether it ever started: one that is cancelled before is forgotten at once."""
+    log = runs / "17.out"
+    submitted(digits, runs, log=log)
+    gone = "job 17: gone before it started; run the same command to resume"
+    assert state(folder, {"18": OTHER}) == ("stopped", gone)
+    log.touch()
+    assert state(folder, {"18": OTHER}) == (
+        "failed", f"job 17: ended for an unknown reason, see {log}"
+    )  # fmt: skip
 
 
 def test_unknown_while_slurm_does_not_answer(digits: Path, runs: Path, folder: Path) -> None:
