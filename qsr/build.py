@@ -397,8 +397,7 @@ def _summary(
 
 
 def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[str, Any]:
-    """The planned values of what the summary measures; seconds only if the cluster profile gives
-    them."""
+    """The planned values of what the summary measures; seconds only if a speed profile fits."""
     given = averaged_bytes(plan, parameter_bytes(parameters), moment_bytes(config.sync, parameters))
     planned: dict[str, Any] = {
         "averages": plan.num_rounds,

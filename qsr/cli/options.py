@@ -12,7 +12,7 @@ import yaml
 from qsr.cli.usage import show_help
 from qsr.config.load import CONFIG_DIR, load_config, load_configs, run_folder, to_dict
 from qsr.config.overrides import suggest
-from qsr.config.places import group_files, groups
+from qsr.config.places import group_files, groups, user_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError
 
@@ -62,13 +62,20 @@ class CommandLine:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Folders of settings besides the project's."""
-        return (Path(self.given["--config-dir"]),) if "--config-dir" in self.given else ()
+        """Folders of settings besides the project's, the first to be searched first."""
+        found = (self.config_dir, user_folder())
+        return tuple(folder for folder in found if folder is not None and folder.is_dir())
+
+    @property
+    def config_dir(self) -> Path | None:
+        """The folder given with --config-dir."""
+        return Path(self.given["--config-dir"]) if "--config-dir" in self.given else None
 
     @property
     def words(self) -> list[str]:
         """What gives another command the same settings."""
-        return [*(f"--config-dir={folder}" for folder in self.folders), *self.settings]
+        given = [] if self.config_dir is None else [f"--config-dir={self.config_dir}"]
+        return [*given, *self.settings]
 
     def configs(self) -> list[Config]:
         """The runs that it asks for."""
@@ -128,9 +135,8 @@ def _check(line: CommandLine) -> None:
     for name in ("--resolve", "--package"):
         if name in line.given and shown is None:
             raise ConfigError(f"{name} belongs to --cfg job: add that")
-    for folder in line.folders:
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {folder}: no such folder")
+    if line.config_dir is not None and not line.config_dir.is_dir():
+        raise ConfigError(f"--config-dir {line.config_dir}: no such folder")
 
 
 def answer(line: CommandLine, text: str | None, own: Mapping[str, str] | None = None) -> int | None:
@@ -170,6 +176,13 @@ def _lists(more: Sequence[Path], own: Mapping[str, str]) -> Iterator[str]:
     yield "\nGroups (GROUP=NAME, for example sync=power; sync.h_base=8 sets a single value):"
     names = {group: ", ".join(group_files(folders, group)) for group in groups(folders)}
     yield from _columns({g: text for g, text in names.items() if g not in ("experiment", "recipe")})
+    yield f"\nYour files (in {user_folder()}, laid out as configs/, or in DIR):"
+    own_files = {
+        f"{group}={name}": str(paths[0])
+        for group in groups(folders)
+        for name, paths in group_files(more, group).items()
+    }
+    yield from _columns(own_files or {"none": ""})
 
 
 def _columns(rows: Mapping[str, str]) -> Iterator[str]:
