@@ -4,8 +4,9 @@
         cluster.nodes=2 cluster.gpus_per_node=8 cluster.partition=gpu
     qsr submit --dry-run ...        print the batch files, submit nothing
 
-Takes the settings of `qsr train`; site-specific settings are in configs/cluster/slurm.yaml.
-The jobs run a copy of the current code. With cluster=local the runs are executed here, one after
+Takes the settings of `qsr train`. What your site needs belongs in a file, as docs/cluster.md shows:
+~/.config/qsr/cluster/NAME.yaml, for use as cluster=NAME. With speed=NAME the plan shows hours. The
+jobs run a copy of the current code. With cluster=local the runs are executed here, one after
 another. Exit status: 0 submitted, 1 Slurm refused, 2 wrong settings.
 """
 
@@ -130,7 +131,7 @@ def _refuse_equal(configs: list[Config]) -> None:
 
 def _print_plan(config: Config) -> int | None:
     """Print the run's folder and plan; return the number of steps, if it is known here."""
-    from qsr.data import open_image_folders
+    from qsr.data import open_data
     from qsr.errors import DataError
     from qsr.train.models import count_parameters
 
@@ -138,13 +139,13 @@ def _print_plan(config: Config) -> int | None:
     data = config.data
     if data.train_images is None or data.classes is None:
         try:
-            train, _ = open_image_folders(data.root)
+            train, _ = open_data(data)
         except DataError as error:
-            print(f"  no plan, because the data is not here (the nodes must see it): {error}")
+            print(f"  no plan here: the nodes must see the data; {error}")
             return None
         data = replace(data, train_images=len(train), classes=len(train.classes))
     elif not Path(data.root).is_dir():
-        print(f"  data.root={data.root} is not here: the nodes must see it")
+        print(f"  data.root={data.root} is not here: the nodes must see it, or set data.root=PATH")
     assert data.classes is not None
     parameters = count_parameters(config.model, data.classes, data.image_size)
     found = forecast(replace(config, data=data), parameters)

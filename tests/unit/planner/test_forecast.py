@@ -183,7 +183,7 @@ def test_the_record_of_a_forecast() -> None:
 
 
 def test_without_speeds_there_are_rounds_and_bytes_and_the_mend() -> None:
-    found = of(*VIT, *QSR, "cluster=local")
+    found = of(*VIT, *QSR, "speed=null")
     record = forecast_record(found)
     assert record.keys() == RECORD
     assert [m["method"] for m in record["methods"]] == [
