@@ -12,7 +12,7 @@ import yaml
 from qsr.cli.usage import show_help
 from qsr.config.load import CONFIG_DIR, load_config, load_configs, run_folder, to_dict
 from qsr.config.overrides import suggest
-from qsr.config.places import group_files, groups, user_folder
+from qsr.config.places import group_files, groups, own_folders, user_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError
 
@@ -63,8 +63,8 @@ class CommandLine:
     @property
     def folders(self) -> tuple[Path, ...]:
         """Folders of settings besides the project's, the first to be searched first."""
-        found = (self.config_dir, user_folder())
-        return tuple(folder for folder in found if folder is not None and folder.is_dir())
+        given = () if self.config_dir is None else (self.config_dir,)
+        return (*given, *own_folders())
 
     @property
     def config_dir(self) -> Path | None:

@@ -56,11 +56,13 @@ class EvaluateConfig:
 def load_evaluate(
     overrides: Sequence[str],
     known: Mapping[str, Any] | None = None,
-    config_dir: Path = CONFIG_DIR,
+    more: Sequence[Path] = (),
 ) -> EvaluateConfig:
     """Settings from the command line, then from what is `known` from a model file (by dotted name;
-    None: no model file), then from configs/evaluate.yaml. Raises ConfigError."""
-    if len(expand_sweeps(overrides)) > 1:
+    None: no model file), then from configs/evaluate.yaml. `more`: folders with further files of
+    groups. Raises ConfigError."""
+    folders = (CONFIG_DIR, *more)
+    if len(expand_sweeps(overrides, folders)) > 1:
         raise ConfigError("these settings ask for several evaluations: ask for one")
     parsed = parse_overrides(overrides)
     given = {override.key_or_group for override in parsed}
@@ -69,7 +71,7 @@ def load_evaluate(
         raise ConfigError(
             f"{of_network[0]}: the model file already says which network it holds; leave it out"
         )
-    raw = compose_settings(parsed, [config_dir], "evaluate")
+    raw = compose_settings(parsed, folders, "evaluate")
     for name, value in (known or {}).items():
         other_data = "data" in given and name.startswith("data.") and name not in OF_NETWORK
         if name in given or other_data:

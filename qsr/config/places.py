@@ -25,6 +25,11 @@ def user_folder() -> Path:
     return home / "qsr"
 
 
+def own_folders() -> tuple[Path, ...]:
+    """The user's own folder, if it is there."""
+    return (user_folder(),) if user_folder().is_dir() else ()
+
+
 def groups(folders: Sequence[Path]) -> list[str]:
     """The groups of settings in these folders, of which a file is chosen with GROUP=NAME."""
     names = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}

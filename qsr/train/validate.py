@@ -11,6 +11,7 @@ from torch import nn
 from qsr.cluster.group import choose_device
 from qsr.cluster.place import find_place
 from qsr.config.evaluate import OF_NETWORK, EvaluateConfig, load_evaluate, settings_of_run
+from qsr.config.places import own_folders
 from qsr.data import (
     EvalTransform,
     ImageFolder,
@@ -101,10 +102,10 @@ def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
     """Raises ConfigError, DataError, ClusterError, ModelFileError."""
     about = None
     if source is None:
-        config = load_evaluate(overrides)
+        config = load_evaluate(overrides, more=own_folders())
     else:
         _, about = read_description(source)
-        config = load_evaluate(overrides, _known(Path(source), about))
+        config = load_evaluate(overrides, _known(Path(source), about), own_folders())
     device = choose_device(config.cluster.device, 0)
     data = config.data
     val = open_validation_folder(

@@ -1,27 +1,15 @@
 """docs/cluster.md as a user follows it, where there is no Slurm; tests/slurm has one."""
 
 import re
-import shlex
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from qsr.cli import doctor, plan, submit
 from qsr.cli.options import read
-from qsr.config.load import CONFIG_DIR, load_config, to_dict
+from qsr.config.load import load_config, to_dict
 from qsr.config.schema import SlurmCluster
-
-PAGE = (CONFIG_DIR.parent / "docs" / "cluster.md").read_text()
-SITE = textwrap.dedent(PAGE.partition("with `cluster=mine`:\n\n")[2].partition("\n\n")[0])
-
-
-def commands(script: str) -> list[list[str]]:
-    """The words after scripts/SCRIPT.py in the page's commands."""
-    lines = re.findall(
-        rf"^    .*scripts/{script}\.py (.+)$", PAGE.replace("\\\n", " "), re.MULTILINE
-    )
-    return [shlex.split(line, comments=True) for line in lines]
+from tests.cluster_page import PAGE, SITE, commands
 
 
 @pytest.fixture(autouse=True)
