@@ -25,7 +25,7 @@ HERE = {
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_page_leads_to_a_job_that_trains_and_to_its_hours(
     rig: Rig, jobs: Jobs, digits: Path, tmp_path: Path
 ) -> None:
