@@ -19,7 +19,7 @@ from qsr.data import (
     TrainTransform,
     decoders_at_work,
     fallback_note,
-    open_image_folders,
+    open_data,
     open_loader,
     resolve_decode,
     try_some,
@@ -71,12 +71,7 @@ def prepare(config: Config) -> Prepared:
     data = config.data
     check_network(config)
     loader = "dali" if uses_dali(data.loader) else "torchvision"
-    train, val = open_image_folders(
-        data.root,
-        expected_train=data.train_images,
-        expected_val=data.val_images,
-        expected_classes=data.classes,
-    )
+    train, val = open_data(data)
     check_plan(config, len(train))
     record = {
         "train_images": len(train),
@@ -406,8 +401,7 @@ def _summary(
 
 
 def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[str, Any]:
-    """The planned values of what the summary measures; seconds only if the cluster profile gives
-    them."""
+    """The planned values of what the summary measures; seconds only if a speed profile fits."""
     given = averaged_bytes(plan, parameter_bytes(parameters), moment_bytes(config.sync, parameters))
     planned: dict[str, Any] = {
         "averages": plan.num_rounds,

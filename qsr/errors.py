@@ -30,7 +30,7 @@ class ConfigError(QsrError):
 
 
 class UnknownSpeedError(ConfigError):
-    """The cluster's profile does not give its speed for this run."""
+    """There is no speed profile that fits this run."""
 
 
 class FolderInUseError(ConfigError):

@@ -12,7 +12,7 @@ import yaml
 from qsr.cli.usage import OPTIONS, show_help
 from qsr.config.load import CONFIG_DIR, load_config, load_configs, run_folder, to_dict
 from qsr.config.overrides import expand_sweeps, suggest
-from qsr.config.places import group_files, groups
+from qsr.config.places import group_files, groups, own_folders, user_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError
 
@@ -55,13 +55,20 @@ class CommandLine:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Folders of settings besides the project's."""
-        return (Path(self.given["--config-dir"]),) if "--config-dir" in self.given else ()
+        """Folders of settings besides the project's, the first to be searched first."""
+        given = () if self.config_dir is None else (self.config_dir,)
+        return (*given, *own_folders())
+
+    @property
+    def config_dir(self) -> Path | None:
+        """The folder given with --config-dir."""
+        return Path(self.given["--config-dir"]) if "--config-dir" in self.given else None
 
     @property
     def words(self) -> list[str]:
         """What gives another command the same settings."""
-        return [*(f"--config-dir={folder}" for folder in self.folders), *self.settings]
+        given = [] if self.config_dir is None else [f"--config-dir={self.config_dir}"]
+        return [*given, *self.settings]
 
     def configs(self) -> list[Config]:
         """The runs that it asks for."""
@@ -133,9 +140,8 @@ def _check(line: CommandLine) -> None:
     for name in ("--resolve", "--package"):
         if name in line.given and shown is None:
             raise ConfigError(f"{name} belongs to --cfg job: add that")
-    for folder in line.folders:
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {folder}: no such folder")
+    if line.config_dir is not None and not line.config_dir.is_dir():
+        raise ConfigError(f"--config-dir {line.config_dir}: no such folder")
 
 
 def answer(line: CommandLine, text: str | None, own: Mapping[str, str] | None = None) -> int | None:
@@ -192,6 +198,13 @@ def print_help(
     if names:
         example = ", for example sync=power; sync.h_base=8 sets a single value"
         print(f"\nGroups (GROUP=NAME{'' if only else example}):", *_columns(names), sep="\n")
+    yours = {
+        f"{group}={name}": str(paths[0])
+        for group in shown
+        for name, paths in group_files(more, group).items()
+    }
+    place = f"\nYour files (in {user_folder()}, laid out as configs/, or in DIR):"
+    print(place, *_columns(yours or {"none": ""}), sep="\n")
 
 
 def _columns(rows: Mapping[str, str]) -> Iterator[str]:

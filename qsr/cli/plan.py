@@ -1,27 +1,29 @@
 """Predict the time and cost of a run before it starts.
 
-    qsr plan experiment=vit_b16_b4096/quadratic_h4 cluster=paper_2x8
+    qsr plan experiment=vit_b16_b4096/quadratic_h4 speed=paper_2x8
     qsr plan experiment=... sync.alpha=0.01,0.0175,0.03      one row per value
     qsr plan calibrate experiment=... name=NAME              measure these machines
     qsr plan what-if                 where QSR pays, by link, workers and GPU
 
 Takes the settings of `qsr train`. --json prints one JSON object instead; --figure FILE draws
-FILE.png and FILE.svg. calibrate writes configs/cluster/NAME.yaml, for use as cluster=NAME; start it
-with torchrun on several machines. docs/planning.md explains the predictions.
+FILE.png and FILE.svg. calibrate writes ~/.config/qsr/speed/NAME.yaml (or DIR/speed/NAME.yaml, with
+--config-dir DIR), for use as speed=NAME; start it with torchrun on several machines.
+docs/planning.md explains the predictions.
 Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
 """
 
 import argparse
-import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qsr.cli.options import CommandLine, answer, read
-from qsr.cli.usage import OWN_OPTIONS
+from qsr.cli.usage import OWN_OPTIONS, in_words_of_caller
 from qsr.cluster.place import find_place
 from qsr.config.load import load_config
+from qsr.config.places import user_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError, showing_errors
 from qsr.output import printer, program, warn
@@ -87,11 +89,11 @@ def what_if(line: CommandLine) -> int:
 
 
 def calibrate(line: CommandLine) -> int:
-    """Measure these machines and write or update a cluster's profile."""
+    """Measure these machines and write or update a speed profile."""
     names = [text.partition("=")[2] for text in line.settings if text.startswith("name=")]
     if len(names) != 1:
-        raise ConfigError("calibrate needs name=NAME: it writes configs/cluster/NAME.yaml")
-    path = profiles.profile_path(names[0])
+        raise ConfigError("calibrate needs name=NAME, and measures the profile for speed=NAME")
+    path = profiles.profile_path(names[0], line.config_dir or user_folder())
     stored = profiles.read_profile(path) if path.exists() else None
     settings = [text for text in line.settings if not text.startswith("name=")]
     config = load_config(settings, more=line.folders)
@@ -108,11 +110,13 @@ def calibrate(line: CommandLine) -> int:
     ranks = number_of_ranks(config)
     found = start_ranks(measure, ranks, config, classes, images, command)
     if find_place().rank == 0:
-        cluster = dataclasses.replace(config.cluster, name=names[0])
-        profile = profiles.updated_profile(cluster, stored, found)
+        profile = profiles.updated_profile(names[0], stored, found)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, profiles.profile_text(profile))
         planner_text.print_calibration(profile, found)
-        print(f"wrote {path}: use it with cluster={names[0]}")
+        words = [word for word in line.words if not word.startswith("name=")]
+        use = f"qsr plan {shlex.join(words)} speed={names[0]}"
+        print(f"wrote {path}\nuse it with speed={names[0]}: {in_words_of_caller(use)}")
     return 0
 
 

@@ -5,7 +5,8 @@
     qsr submit ... sync.alpha=0.01,0.0175 seed=1,2,3 cluster.parallel=4     at most 4 runs at once
     qsr submit --dry-run ...        print the plan and the batch file, submit nothing
 
-Takes the settings of `qsr train`; site-specific settings are in configs/cluster/slurm.yaml.
+Takes the settings of `qsr train`. What your site needs belongs in a file, as docs/cluster.md shows:
+~/.config/qsr/cluster/NAME.yaml, for use as cluster=NAME. With speed=NAME the plan shows hours.
 Finished runs are left out. The jobs run a copy of the current code. With cluster=local the runs are
 executed here, one after another. Exit status: 0 submitted, 1 Slurm refused, 2 wrong settings.
 """
@@ -209,10 +210,11 @@ def _print_plan(config: Config) -> int | None:
     try:
         found = forecast_here(config)
     except DataError as error:
-        print(f"  no plan, because the data is not here (the nodes must see it): {error}")
+        print(f"  no plan here: the nodes must see the data; {error}")
         return None
     if not Path(config.data.root).is_dir():
-        print(f"  data.root={config.data.root} is not here: the nodes must see it")
+        root = config.data.root
+        print(f"  data.root={root} is not here: the nodes must see it, or set data.root=PATH")
     print(f"  {plan_line(found)}")
     return found.plan.total_steps
 

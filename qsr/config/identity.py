@@ -20,6 +20,7 @@ EXECUTION = (
     "evaluation.every_epochs",
     "profile",
     "runs_dir",
+    "speed",
     "stop_after_steps",
     "tracking",
 )

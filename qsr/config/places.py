@@ -1,5 +1,6 @@
 """Where the files of settings are. Standard library only."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,19 @@ _OTHER = "simulation"
 """The folder of scripts/simulate.py in it, which has groups of its own."""
 
 
+def user_folder() -> Path:
+    """The user's own folder of settings, laid out as CONFIG_DIR; it need not exist."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    if not home.is_absolute():  # as the XDG specification wants it
+        home = Path(os.path.expanduser("~/.config"))  # noqa: PTH111  (Path's needs a home)
+    return home / "qsr"
+
+
+def own_folders() -> tuple[Path, ...]:
+    """The user's own folder, if it is there."""
+    return (user_folder(),) if user_folder().is_dir() else ()
+
+
 def groups(folders: Sequence[Path]) -> list[str]:
     """The groups of settings in these folders, of which a file is chosen with GROUP=NAME."""
     names = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
@@ -27,8 +41,8 @@ def groups(folders: Sequence[Path]) -> list[str]:
 
 
 def group_files(folders: Sequence[Path], group: str) -> dict[str, list[Path]]:
-    """The files of a group by the names that choose them; the lists are longer than 1 where several
-    of the folders have one."""
+    """The files of a group by the names that choose them, in the order of the folders; the lists
+    are longer than 1 where several of them have one."""
     found: dict[str, list[Path]] = {}
     for folder in (folder / group for folder in folders):
         for path in folder.rglob("*.yaml"):

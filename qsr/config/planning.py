@@ -27,6 +27,11 @@ def make_sampler(config: schema.Config, train_images: int) -> Sampler:
 
 def make_plan(config: schema.Config, train_images: int) -> Plan:
     """The run's plan for `train_images` samples. Raises ValueError, which names the setting."""
+    if config.global_batch > train_images:
+        raise ValueError(
+            f"global_batch={config.global_batch} exceeds the {train_images:,} training images: "
+            f"lower global_batch, or train on more images"
+        )
     steps_per_epoch = make_sampler(config, train_images).steps_per_epoch
     if config.epochs * steps_per_epoch > MOST_STEPS:
         raise ValueError(

@@ -642,10 +642,12 @@ class FittedRun:
 
 @dataclass(frozen=True, config=STRICT)
 class SpeedConfig:
-    """How fast a cluster is, for plans. Measured by qsr plan calibrate, or fitted."""
+    """How fast machines are, for plans. Measured by qsr plan calibrate, or fitted."""
 
+    name: str
+    """Name of the profile, for records."""
     machines: PositiveInt
-    """Machines of the cluster."""
+    """Machines that it is about."""
     ranks_per_machine: PositiveInt
     """Ranks, one per GPU, of each machine; they share its link."""
     link_gbit_per_second: Positive | None
@@ -698,8 +700,6 @@ class ClusterConfig:
     bucket_mib: Annotated[float, Field(gt=0, le=65_536)]
     """Size of the buckets of gradients that are all-reduced while the backward pass goes on, in MiB
     (25 is torch's)."""
-    speed: SpeedConfig | None
-    """How fast it is, for plans; null: not known."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -857,6 +857,8 @@ class Config:
     """Processes and devices."""
     tracking: TrackingConfig
     """Logs."""
+    speed: SpeedConfig | None
+    """How fast the machines are, for plans; null: not known. Execution."""
     profile: ProfileConfig
     """A trace of some steps."""
     runs_dir: str

@@ -68,12 +68,12 @@ def decoders_at_work(
             timeout=_PATIENCE_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise DataError(f"{failed} (no answer in {_PATIENCE_SECONDS} s): use {instead}") from None
+        raise DataError(f"{failed}: use {instead} (no answer in {_PATIENCE_SECONDS} s)") from None
     log = trial.stdout.decode(errors="replace")
     if trial.returncode:
         last = log.strip().rpartition("\n")[2]
         reason = f"signal {-trial.returncode}" if trial.returncode < 0 else last
-        raise DataError(f"{failed} ({reason}): use {instead}")
+        raise DataError(f"{failed}: use {instead} ({reason})")
     return summary_of(log, len(paths))
 
 

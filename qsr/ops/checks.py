@@ -24,13 +24,13 @@ from qsr.data import (
     Request,
     TrainTransform,
     decoders_at_work,
-    open_image_folders,
+    open_data,
     open_loader,
     resolve_decode,
     try_some,
     uses_dali,
 )
-from qsr.errors import CheckError
+from qsr.errors import CheckError, SlurmError
 from qsr.ops.loading import LoadingTrial, measure_step, trial_pass
 from qsr.ops.shortage import shortage, speeds
 from qsr.ops.space import run_sizes, unnamed
@@ -60,13 +60,7 @@ class DataChecks:
 
     def open(self) -> str:
         """List the files and try some of them."""
-        data = self._config.data
-        train, val = open_image_folders(
-            data.root,
-            expected_train=data.train_images,
-            expected_val=data.val_images,
-            expected_classes=data.classes,
-        )
+        train, val = open_data(self._config.data)
         try_some(train, val)
         self.train = train
         return f"{len(train):,} and {len(val):,} images of {len(train.classes)} classes"
@@ -149,13 +143,19 @@ def check_passes(config: Config) -> str:
 def check_training(config: Config, device: torch.device) -> str:
     """One forward and backward pass on the device with the run's precision and micro-batch size and
     freshly initialized weights."""
-    loss = trial_pass(config, device)()
+    images = config.micro_batch_size
+    try:
+        loss = trial_pass(config, device)()
+    except torch.OutOfMemoryError as error:
+        raise CheckError(
+            f"a pass of {images} images needs more memory than {device} has free: set a smaller "
+            f"micro_batch ({error})"
+        ) from None
     if not math.isfinite(loss):
         raise CheckError(
             f"the loss with initial weights is {loss} in {config.precision}: use another "
             f"network, or precision=fp32"
         )
-    images = config.micro_batch_size
     return f"forward and backward pass of {images} images in {config.precision}"
 
 
@@ -186,7 +186,7 @@ def check_wandb(config: Config) -> str:
     try:
         socket.create_connection((host, port), 5.0).close()
     except OSError as error:
-        raise CheckError(f"{host} cannot be reached ({error}): use tracking=offline") from None
+        raise CheckError(f"{host} cannot be reached: use tracking=offline ({error})") from None
     return f"online at {host}"
 
 
@@ -199,7 +199,10 @@ def _has_login(host: str) -> bool:
 
 def check_slurm(cluster: SlurmCluster) -> str:
     """Check that Slurm answers and has the partition."""
-    there = partitions()
+    try:
+        there = partitions()
+    except SlurmError as error:
+        raise CheckError(f"Slurm does not answer: ask on a login node ({error})") from None
     if cluster.partition is not None and cluster.partition not in there:
         raise CheckError(
             f"cluster.partition={cluster.partition} does not exist: use one of {', '.join(there)}"
@@ -236,7 +239,10 @@ def check_ranks(communicator: Communicator, mark: Path) -> str | None:
         mark.unlink()
     expected = own.ranks * (own.ranks + 1) / 2
     if not bool((total == expected).all()):
-        return f"an all-reduce gave {total[0].item()} instead of {expected}"
+        return (
+            f"an all-reduce gave {total[0].item()} instead of {expected}: the data is damaged on "
+            f"its way; see which transport does it with NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
+        )
     if blind:
         return (
             f"{mark.parent} is not the same folder as on rank 0: choose a runs_dir that all "

@@ -14,6 +14,26 @@ from qsr.errors import CheckError
 from qsr.ops import checks
 from qsr.output import say
 
+_UNEXPECTED = {
+    "device": "the GPU does not start: see nvidia-smi, or use cluster.device=cpu",
+    "data": "the images cannot be read: see whether the disk of data.root works",
+    "network": "the network cannot be tried: see whether torch, torchvision and timm fit together "
+    "(pip check), or choose another model",
+    "plan": "the run cannot be planned: see the settings with --cfg job",
+    "run folder": "the run folder cannot be used: choose another runs_dir",
+    "free space": "the free space cannot be found: choose another runs_dir",
+    "decoding": "the loader fails: try data.decode=cpu, then data.loader=torchvision",
+    "training": "a training pass fails: try compile=none, then precision=fp32, then "
+    "cluster.device=cpu",
+    "loading": "the loader fails under load: lower data.loader_threads and data.prefetch_batches",
+    "wandb": "wandb cannot be tried: use tracking=offline",
+    "Slurm": "Slurm cannot be asked: ask on a login node",
+    "submitit": "submitit cannot be found: pip install submitit",
+    "ranks": "the ranks cannot exchange data: see NCCL in docs/cluster.md, with NCCL_DEBUG=INFO",
+}
+"""What is wrong and how to fix it where a check fails with an error of a library's, which
+follows."""
+
 _PATIENCE_SECONDS = 60.0
 """How long to wait for the other ranks; a rank that cannot join says why itself."""
 
@@ -78,7 +98,8 @@ def _check_files(report: "_Report", config: Config) -> checks.DataChecks:
     report.check("network", lambda: checks.check_passes(config))
     report.check("plan", data.plan)
     report.check("run folder", lambda: checks.check_folder(config))
-    report.check("free space", data.space)
+    if "plan" not in report.failed:
+        report.check("free space", data.space)
     return data
 
 
@@ -105,7 +126,7 @@ class _Report:
             self.failed.add(name)
             kind = type(error)
             own = kind.__module__.startswith("qsr.")
-            text = str(error) if own else f"{kind.__name__}: {error}"
+            text = str(error) if own else f"{_UNEXPECTED[name]} ({kind.__name__}: {error})"
             self._say("FAIL", name, f"{self._where()}{' '.join(text.split())}")
         else:
             if isinstance(found, checks.Slow):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qsr.config.naming import parts_of
 from qsr.config.parsing import flatten
-from qsr.config.schema import Config
-from qsr.data import open_image_folders
+from qsr.config.schema import Config, DataConfig
+from qsr.data import open_data
 from qsr.errors import ConfigError, DataError
 from qsr.ops.space import run_sizes, unnamed
 from qsr.output import printable
@@ -24,7 +24,7 @@ def forecast_here(config: Config) -> Forecast:
     """The forecast of a run. Raises DataError if it depends on data that is not on this machine."""
     data = config.data
     if data.train_images is None or data.classes is None:
-        images, classes = _counts(data.root)
+        images, classes = _counts(data)
         data = replace(data, train_images=images, classes=classes)
     config = replace(config, data=data)
     parameters = count_parameters(config.model, known_classes(config), data.image_size)
@@ -32,8 +32,8 @@ def forecast_here(config: Config) -> Forecast:
 
 
 @functools.cache  # the runs of a sweep share it
-def _counts(root: str) -> tuple[int, int]:
-    train, _ = open_image_folders(root)
+def _counts(data: DataConfig) -> tuple[int, int]:
+    train, _ = open_data(data)
     return len(train), len(train.classes)
 
 
@@ -152,7 +152,7 @@ def read_sweep(configs: Sequence[Config], swept: Sequence[Mapping[str, str]]) ->
             )
             size = (config.checkpoint.keep + 1) * each + results
         except DataError as error:
-            problem = f"no plan, because the data is not here (the nodes must see it): {error}"
+            problem = f"no plan here: the nodes must see the data; {error}"
         seeds = tuple(configs[run].seed for run in runs)
         settings.append(Setting(name or config.experiment, tuple(runs), seeds, found, size))
     roots = dict.fromkeys(config.data.root for config in configs)

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qsr.config.schema import ClusterConfig
+from qsr.config.schema import SpeedConfig
 from qsr.core.cost import Link
 from qsr.planner import what_if
 from qsr.planner.forecast import Forecast, Method
@@ -21,7 +21,8 @@ def print_forecast(forecast: Forecast) -> None:
     console = _console()
     config, plan, longest = forecast.config, forecast.plan, forecast.plan.longest_round
     rounds = list(plan.rounds())
-    console.print(f"{config.experiment}, cluster {config.cluster.name}", style="bold")
+    speeds = f", speeds of {config.speed.name}" if config.speed else ""
+    console.print(f"{config.experiment}, cluster {config.cluster.name}{speeds}", style="bold")
     console.print(
         f"{config.model.label}, {forecast.parameters:,} parameters; "
         f"{_workers(forecast)}{_place(forecast)}; global batch {config.global_batch:,}"
@@ -89,10 +90,9 @@ def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forec
     _print_sources(console, forecasts)
 
 
-def print_calibration(profile: ClusterConfig, found: Measurement) -> None:
+def print_calibration(speed: SpeedConfig, found: Measurement) -> None:
     """Print the measured times beside the fitted ones."""
-    console, speed = _console(), profile.speed
-    assert speed is not None  # it has just been measured
+    console = _console()
     console.print(f"{found.key}: {1000 * found.seconds_per_image:.4g} ms per image and rank")
     if speed.link_gbit_per_second is None:
         console.print("one rank: no all-reduce to measure")
@@ -174,7 +174,7 @@ def _place(forecast: Forecast) -> str:
 
 
 def _method_table(forecast: Forecast) -> Table:
-    speed, with_times = forecast.config.cluster.speed, forecast.model is not None
+    speed, with_times = forecast.config.speed, forecast.model is not None
     price = with_times and speed is not None and speed.price_per_gpu_hour
     names = ["", "rounds", "volume\n%", "GB per\nworker"]
     if with_times:
@@ -239,9 +239,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _print_sources(console: Console, forecasts: Sequence[Forecast]) -> None:
-    for cluster in dict.fromkeys(f.config.cluster.name for f in forecasts if f.sources):
-        console.print(f"Constants of {cluster}:")
-        its = (f.sources for f in forecasts if f.config.cluster.name == cluster)
+    known = [(f.config.speed.name, f.sources) for f in forecasts if f.config.speed and f.sources]
+    for profile in dict.fromkeys(name for name, _ in known):
+        console.print(f"Constants of {profile}:")
+        its = (sources for name, sources in known if name == profile)
         for name, value, text in dict.fromkeys(source for sources in its for source in sources):
             console.print(f"  {name} = {value:.6g}: {text}")
 

@@ -111,7 +111,7 @@ def link_figure(forecasts: Mapping[str, Forecast]) -> Figure:
                     color=rule_colors([method.plan.rule])[0],
                     label=_short(method),
                 )
-            own = forecast.config.cluster.speed
+            own = forecast.config.speed
             assert own is not None
             assert own.link_gbit_per_second is not None
             place = (own.link_gbit_per_second, 0.97)

@@ -40,7 +40,7 @@ def folders(printed: str) -> list[str]:
         ([DEMO, "sync.alpha=7", "sync.alpha=0.4375"], [BARE]),
         ([DEMO, 'data.name="digits"', "data.mean=[.5, 5e-1, 0.50]", "compile=none"], [BARE]),
         ([DEMO, "schedule.peak_lr=${oc.decode:'0.2'}"], [BARE]),
-        ([DEMO, "cluster=paper_2x8", "tracking=none", "checkpoint={keep:3}"], [BARE]),
+        ([DEMO, "speed=paper_2x8", "tracking=none", "checkpoint={keep:3}"], [BARE]),
         ([DEMO, "sync.alpha=2.50e-1"], ["runs/demo/quadratic/sync.alpha=0.25/seed_1"]),
         ([DEMO, "sync.alpha=1.0"], ["runs/demo/quadratic/sync.alpha=1/seed_1"]),
         ([DEMO, "loss={label_smoothing:0.2}"],
@@ -160,7 +160,15 @@ def own_folder(parent: Path) -> Path:
         "experiment/forgot.yaml": MINE.partition("\n")[2],
         "experiment/demo/quadratic.yaml": MINE,
         "sync/mine.yaml": "defaults: [quadratic]\nh_base: 3\nalpha: 0.3\n",
-        "cluster/site.yaml": "partition: gpu\n",
+        "sync/bare.yaml": "h_base: 3\n",
+        "cluster/site.yaml": "partition: gpu\nranks_per_node: 2\ngpus_per_node: 0\n"
+        "environment: {NCCL_IB_HCA: mlx5_0}\n",
+        "cluster/lab/two.yaml": "name: two\nlauncher: local\nranks: 2\n",
+        "cluster/mosix.yaml": "launcher: mosix\n",
+        "cluster/list.yaml": "- gpu\n",
+        "cluster/broken.yaml": "partition: [\n",
+        "cluster/typo.yaml": "partion: gpu\n",
+        "cluster/old.yaml": "launcher: local\nspeed: null\n",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -181,14 +189,70 @@ def test_experiments_and_groups_from_a_folder_of_ones_own(
     assert "The demo with a rule of my own." in capsys.readouterr().out
 
 
+def test_a_site_is_a_file_of_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--config-dir", str(own_folder(tmp_path)), "experiment=mine"]
+    given = ["cluster=site", "cluster.partition=fast", "--cfg", "job"]
+    assert train.main([*own, *given]) == 0
+    printed = capsys.readouterr().out
+    assert folders(printed) == ["runs/mine/seed_1"]
+    cluster = yaml.safe_load(printed)["cluster"]
+    assert (cluster["name"], cluster["launcher"]) == ("site", "slurm")
+    assert (cluster["partition"], cluster["ranks_per_node"]) == ("fast", 2)
+    assert cluster["environment"].keys() >= {"NCCL_IB_HCA", "NCCL_DEBUG"}
+    assert train.main([*own, "cluster=lab/two", "--cfg", "job"]) == 0
+    cluster = yaml.safe_load(capsys.readouterr().out)["cluster"]
+    assert (cluster["name"], cluster["launcher"], cluster["ranks"]) == ("two", "local", 2)
+    assert "partition" not in cluster
+
+
+def test_the_users_own_folder_is_searched_after_the_given_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_folder(tmp_path).rename(tmp_path / "qsr")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert plan.main(["experiment=mine", "cluster=site", "--cfg", "job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["cluster"]["partition"] == "gpu"
+    given = tmp_path / "given"
+    (given / "cluster").mkdir(parents=True)
+    (given / "cluster" / "site.yaml").write_text("partition: mine\nranks_per_node: 1\n")
+    words = ["--config-dir", str(given), "experiment=mine", "cluster=site", "--cfg", "job"]
+    assert submit.main(words) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["cluster"]["partition"] == "mine"
+    assert train.main([DEMO]) == 2  # a file of the project's is never replaced
+    assert capsys.readouterr().err.rstrip().endswith("quadratic.yaml: rename yours")
+    assert doctor.main(["--config-dir", str(given), "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cluster=site", str(given / "cluster" / "site.yaml")] in lines
+    assert ["experiment=mine", str(tmp_path / "qsr" / "experiment" / "mine.yaml")] in lines
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / ".config").mkdir(parents=True)
+    (tmp_path / "qsr").rename(tmp_path / "home" / ".config" / "qsr")
+    assert train.main(["experiment=mine", "--cfg", "job", "-p", "sync.h_base"]) == 0
+    assert capsys.readouterr().out == "# runs/mine/seed_1\n3\n"
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ([DEMO], "rename yours"),
         (["experiment=forgot"], "forgot.yaml: it must begin with the line '# @package _global_'"),
         (["experiment=min"], "did you mean mine?"),
-        (["experiment=demo/constant", "cluster=site"], "cluster.launcher is missing: choose "
-         "cluster=NAME; a file of your own begins with defaults: [NAME, _self_]"),
+        (["experiment=demo/constant", "cluster=mosix"], "mosix.yaml: launcher='mosix': choose "
+         "from: local, slurm"),
+        (["experiment=demo/constant", "cluster=list"], "list.yaml holds no settings, as in"),
+        (["experiment=demo/constant", "cluster=broken"], "broken.yaml is not YAML (while parsing"),
+        (["experiment=demo/constant", "cluster=typo"], "cluster.partion is not a setting of "
+         "cluster.launcher=slurm; did you mean cluster.partition?"),
+        (["experiment=demo/constant", "cluster=old"], "cluster.speed is not a setting of "
+         "cluster.launcher=local; did you mean speed?"),
+        (["experiment=demo/constant", "sync=bare"], "sync.rule is missing: choose sync=NAME; a file"
+         " of your own begins with defaults: [NAME, _self_]"),
+        (["experiment=demo/constant", "cluster=paper_2x8"], "cluster=paper_2x8: write "
+         "speed=paper_2x8"),
+        (["experiment=demo/constant", "speed=site"], "speed=site: write cluster=site"),
     ],
     ids=str,
 )  # fmt: skip

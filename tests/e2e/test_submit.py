@@ -201,11 +201,12 @@ def test_data_that_only_the_nodes_see(tmp_path: Path) -> None:
     run = [*RUN, "data.root=/nodes/only", f"runs_dir={tmp_path}", *SLURM]
     status, output, _ = ask("--dry-run", *run)
     assert status == 0
-    assert "\n  data.root=/nodes/only is not here: the nodes must see it\n  44 steps in" in output
+    text = "data.root=/nodes/only is not here: the nodes must see it, or set data.root=PATH"
+    assert f"\n  {text}\n  44 steps in" in output
     status, output, _ = ask("--dry-run", *run, "data.train_images=null")
     assert status == 0
     assert (
-        "  no plan, because the data is not here (the nodes must see it): no folder /nodes/o"
+        "  no plan here: the nodes must see the data; no folder /nodes/only: set data.root=PATH"
         in output
     )
 

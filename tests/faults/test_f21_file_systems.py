@@ -113,8 +113,9 @@ def test_what_has_none_is_refused_at_the_start_and_by_the_doctor(
 
     for look in (begin, ask_the_doctor):
         message = in_a_child(look)
-        assert message.startswith(f"ConfigError: {folder} cannot be written ([Errno {number}] ")
-        assert message.endswith(f", while {operation}): choose another runs_dir")
+        start = f"{folder} cannot be written: choose another runs_dir ([Errno {number}] "
+        assert message.startswith(f"ConfigError: {start}")
+        assert message.endswith(f", while {operation})")
         assert "\n" not in message
         assert not folder.exists()
     make_run_folder(RunFolder(folder))

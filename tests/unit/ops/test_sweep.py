@@ -35,8 +35,10 @@ def asked(*settings: str) -> tuple[list[Config], list[dict[str, str]]]:
 
 def with_speed(config: Config) -> Config:
     """On a cluster as fast as the paper's."""
-    speed = load_config(["experiment=demo/quadratic", "cluster=paper_2x8"]).cluster.speed
-    return replace(config, cluster=replace(config.cluster, speed=speed))
+    speed = load_config(["experiment=demo/quadratic", "speed=paper_2x8"]).speed
+    return replace(config, speed=speed)
+        config, speed=load_config(["experiment=demo/quadratic", "speed=paper_2x8"]).speed
+    )
 
 
 def test_a_line_for_each_setting_and_the_totals() -> None:
@@ -67,7 +69,7 @@ def test_without_a_speed_and_without_the_data() -> None:
     assert row.split() == [
         *("0-1", "demo/quadratic/data.train_images=null", "1-2", "-", "-", "-"),
     ]  # fmt: skip
-    assert totals.startswith("2 runs; no plan, because the data is not here (the nodes must see ")
+    assert totals.startswith("2 runs; no plan here: the nodes must see the data; ")
 
 
 def test_each_run_has_the_steps_of_its_setting() -> None:

@@ -19,7 +19,7 @@ PUBLISHED = read_reference(CONFIG_DIR.parent / "results" / "paper" / "tables.csv
 
 @cache
 def of(experiment: str) -> Forecast:
-    return forecast(load_config([f"experiment={experiment}", "cluster=paper_2x8"]))
+    return forecast(load_config([f"experiment={experiment}", "speed=paper_2x8"]))
 
 
 def bars(axes: Axes) -> list[tuple[float, float, bool]]:
