@@ -37,6 +37,7 @@ def examine(config: Config) -> bool:
         if not {"data", "network", "decoding", "training"} & report.failed:
             report.check("loading", lambda: data.load(device))
     if own.is_main:
+        report.check("tensorboard", lambda: checks.check_tensorboard(config))
         report.check("wandb", lambda: checks.check_wandb(config))
     digest = hashlib.sha256(place.attempt.encode()).hexdigest()[:16]  # the name may hold anything
     mark = Path(config.runs_dir) / f".doctor-{digest}"
@@ -66,6 +67,7 @@ def examine_login_node(config: Config) -> bool:
     assert isinstance(cluster, SlurmCluster)
     report = _Report(find_place())
     _check_files(report, config)
+    report.check("tensorboard", lambda: checks.check_tensorboard(config))
     report.check("wandb", lambda: checks.check_wandb(config))
     report.check("Slurm", lambda: checks.check_slurm(cluster))
     report.check("submitit", checks.check_submitit)

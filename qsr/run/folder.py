@@ -18,7 +18,10 @@ from qsr.run.durable import replace_file
 MODEL_NAME = "model.safetensors"
 """File name of the averaged model in a run folder."""
 
-NO_RUNS = {".snapshots", "checkpoints", "profile", "slurm", "wandb"}
+Row = Mapping[str, float | int | str | bool]
+"""One line of metrics: "kind" ("train" or "eval"), "step" (completed steps) and measured values."""
+
+NO_RUNS = {".snapshots", "checkpoints", "profile", "slurm", "tensorboard", "wandb"}
 """Folders below the folder of all runs in which there are no runs."""
 
 _ROW_START = re.compile(rb'(?<=.)(?=\{"kind")')
@@ -35,7 +38,7 @@ class RunFolder:
     """Paths of a run: config.yaml, data.json, environment.json, metrics.jsonl, summary.json,
     run.lock, checkpoints/ and model.safetensors (the final averaged model). Submitted runs also
     have job.json and slurm/ with the job files, failed ones failure.json, profiled ones profile/
-    with the ranks' traces."""
+    with the ranks' traces, mirrored ones tensorboard/ and wandb/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,6 +55,7 @@ class RunFolder:
         self.lock = path / "run.lock"
         self.profile = path / "profile"
         self.wandb_id = path / "wandb_id"
+        self.tensorboard = path / "tensorboard"
 
     def summary_if_finished(self) -> dict[str, Any] | None:
         """The summary if the run is finished, otherwise None. Raises ConfigError."""

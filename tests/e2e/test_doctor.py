@@ -23,7 +23,7 @@ from tests.support import run_ranks
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
 CHECKS = [
     *("device", "data", "network", "plan", "run folder", "free space", "decoding", "training"),
-    *("loading", "wandb", "ranks"),
+    *("loading", "tensorboard", "wandb", "ranks"),
 ]
 
 
@@ -77,7 +77,7 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
     assert texts["free space"].startswith("5.37 MB needed (2 + 1 checkpoints of 1.33 MB and the")
-    assert texts["wandb"] == "off"
+    assert texts["tensorboard"] == texts["wandb"] == "off"
     assert texts["ranks"] == "2 ranks, all-reduce with gloo"
     assert list(runs.iterdir()) == []  # nothing is left
 
@@ -265,7 +265,8 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     status, output = ask(settings(digits, tmp_path / "runs", *more))
     *checks, last = output.splitlines()
-    names = ["data", "network", "plan", "run folder", "free space", "wandb", "Slurm", "submitit"]
+    names = ["data", "network", "plan", "run folder", "free space"]
+    names += ["tensorboard", "wandb", "Slurm", "submitit"]
     assert [name for _, name, _ in lines("\n".join(checks))] == names
     assert status == 1
     assert "FAIL  Slurm       sinfo is not installed here" in checks
