@@ -122,4 +122,4 @@ class _Report:
 
     @staticmethod
     def _say(verdict: str, name: str, text: str) -> None:
-        say(f"{verdict:4}  {name:10}  {text}")
+        say(f"{verdict:4}  {name:11}  {text}")

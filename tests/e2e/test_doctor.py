@@ -38,7 +38,7 @@ def settings(digits: Path, runs: Path, *more: str) -> list[str]:
 
 def lines(output: str) -> list[tuple[str, str, str]]:
     """Verdict, name and text of each check."""
-    return [(line[:4].strip(), line[6:16].strip(), line[18:]) for line in output.splitlines()]
+    return [(line[:4].strip(), line[6:17].strip(), line[19:]) for line in output.splitlines()]
 
 
 def ask(arguments: list[str]) -> tuple[int, str]:
@@ -269,7 +269,7 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
     names += ["tensorboard", "wandb", "Slurm", "submitit"]
     assert [name for _, name, _ in lines("\n".join(checks))] == names
     assert status == 1
-    assert "FAIL  Slurm       sinfo is not installed here" in checks
+    assert "FAIL  Slurm        sinfo is not installed here" in checks
     assert last.startswith(
         "to check the nodes as well: srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=4 "
         "--partition=gpu --account=lab python -m qsr doctor experiment=demo/quadratic "
