@@ -4,7 +4,8 @@
     python scripts/notebooks.py [NOTEBOOK...]            store the new outputs
     python scripts/notebooks.py --check [NOTEBOOK...]    write nothing; list outdated notebooks
     python scripts/notebooks.py --runs FOLDER...         notebook 04 on the runs in these folders,
-                                                         as notebooks/own/04_runs.ipynb
+                                                         as notebooks/own/04_runs.ipynb, which
+                                                         is written anew each time
 
 The default is all of notebooks/. A notebook is up to date if executing it reproduces the stored
 text exactly, and the stored pictures: every pixel if the same matplotlib, FreeType and processor
@@ -100,7 +101,7 @@ def look_at(folders: list[Path]) -> int:
     except NotebookError as error:
         warn(f"{OWN} fails: {error}")
         return 1
-    print(f"executed: {OWN.relative_to(ROOT)}")
+    print(f"executed: {OWN}")
     return 0
 
 

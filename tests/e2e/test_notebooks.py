@@ -118,7 +118,9 @@ def test_a_cell_that_fails_or_warns_is_named(tmp_path: Path) -> None:
     assert (broken.read_bytes(), loud.read_bytes()) == before
 
 
-def test_a_copy_of_notebook_04_shows_ones_own_runs(tmp_path: Path) -> None:
+def test_a_copy_of_notebook_04_shows_ones_own_runs(
+    tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sweep with long names, one of whose runs has not finished; the tracked one is untouched."""
     recorded, own = ROOT / "results" / "runs" / "demo" / "quadratic" / "seed_1", tmp_path / "it's"
     for alpha in ("0.2", "0.3", "0.4", "0.5"):
@@ -128,13 +130,12 @@ def test_a_copy_of_notebook_04_shows_ones_own_runs(tmp_path: Path) -> None:
         config.write_text(config.read_text().replace("alpha: 0.4375", f"alpha: {alpha}"))
     (folder / "summary.json").unlink()
     tracked = (ROOT / "notebooks" / "04_runs.ipynb").read_bytes()
-    done = run("--runs", own)
-    assert (done.returncode, done.stderr) == (0, "")
-    copied = ROOT / "notebooks" / "own" / "04_runs.ipynb"
-    assert done.stdout == f"executed: {copied.relative_to(ROOT)}\n"
-    assert (ROOT / "notebooks" / "04_runs.ipynb").read_bytes() == tracked
-    ignored = ["git", "check-ignore", "--quiet", str(copied)]
+    ignored = ["git", "check-ignore", "--quiet", str(script.OWN)]
     assert subprocess.run(ignored, cwd=ROOT, check=False).returncode == 0
+    copied = tmp_path / "own" / "04_runs.ipynb"
+    monkeypatch.setattr(script, "OWN", copied)  # the user's stays
+    assert script.main(["--runs", str(own)]) == 0
+    assert (ROOT / "notebooks" / "04_runs.ipynb").read_bytes() == tracked
     cells = {cell.id: cell for cell in nbformat.read(copied, as_version=4).cells}
     assert cells["setup"].outputs[0].text == f"left out: {folder} has not finished\n"
     table = cells["bytes"].outputs[0].data["text/markdown"]

@@ -29,6 +29,7 @@ from qsr.report.collect import (
 )
 from qsr.report.plots import accuracy_figure, schedule_figure
 from qsr.report.style import save
+from qsr.report.symbols import typeset
 from qsr.report.tables import averages_table_markdown, rule_table, rule_table_markdown
 
 # 1,442 images in batches of 64: 22 steps an epoch, 4 epochs
@@ -240,7 +241,9 @@ def test_the_schedule_is_drawn_as_planned(groups: dict[str, list[Run]]) -> None:
         assert list(edges) == [0, *ends]
         assert line_data(marks) == (ends, lengths)
         volume = 100 * len(lengths) / STEPS
-        assert patch.get_label() == f"{label}: {len(lengths)} rounds, volume {volume:.1f} %"
+        assert (
+            patch.get_label() == f"{typeset(label)}: {len(lengths)} rounds, volume {volume:.1f} %"
+        )
         assert patch.get_edgecolor() == pytest.approx(line_rgba(marks))
     assert rounds.get_yscale() == "log"
 
