@@ -8,7 +8,7 @@ COMMANDS = {
     "train": "train or resume a run, or several one after another",
     "plan": "predict the rounds, time and cost of a run before it starts",
     "submit": "submit runs to a Slurm cluster",
-    "status": "show the status of runs, one line each",
+    "status": "show the status of runs, or watch them",
     "report": "compare runs: means, intervals, paired differences",
     "doctor": "check whether a run would start here",
     "prepare": "create and check data sets",

@@ -787,6 +787,8 @@ class TrackingConfig:
     """Project name there."""
     wandb_entity: str | None
     """Team or user there; null: wandb's default."""
+    tensorboard: bool
+    """Write them for TensorBoard too, to tensorboard/ in the run folder."""
     log_every_steps: PositiveInt
     """Steps between rows of training metrics. Only then does the host wait for the device."""
     progress: bool

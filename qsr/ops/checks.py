@@ -170,6 +170,18 @@ def check_folder(config: Config) -> str:
     return f"{path}{f' (its file system does not support {lacks})' if lacks else ''}"
 
 
+def check_tensorboard(config: Config) -> str:
+    """Check that metrics can be mirrored to TensorBoard as configured."""
+    if not config.tracking.tensorboard:
+        return "off"
+    if importlib.util.find_spec("tensorboard") is None:
+        raise CheckError(
+            "tensorboard is not installed: pip install tensorboard, or use "
+            "tracking.tensorboard=false"
+        )
+    return f"tensorboard --logdir {config.runs_dir}"
+
+
 def check_wandb(config: Config) -> str:
     """Check that metrics can be mirrored to wandb as configured."""
     mode = config.tracking.wandb

@@ -57,6 +57,7 @@ def examine(config: Config) -> bool:
         if not {"data", "network", "decoding", "training"} & report.failed:
             report.check("loading", lambda: data.load(device))
     if own.is_main:
+        report.check("tensorboard", lambda: checks.check_tensorboard(config))
         report.check("wandb", lambda: checks.check_wandb(config))
     digest = hashlib.sha256(place.attempt.encode()).hexdigest()[:16]  # the name may hold anything
     mark = Path(config.runs_dir) / f".doctor-{digest}"
@@ -86,6 +87,7 @@ def examine_login_node(config: Config) -> bool:
     assert isinstance(cluster, SlurmCluster)
     report = _Report(find_place())
     _check_files(report, config)
+    report.check("tensorboard", lambda: checks.check_tensorboard(config))
     report.check("wandb", lambda: checks.check_wandb(config))
     report.check("Slurm", lambda: checks.check_slurm(cluster))
     report.check("submitit", checks.check_submitit)
@@ -141,4 +143,4 @@ class _Report:
 
     @staticmethod
     def _say(verdict: str, name: str, text: str) -> None:
-        say(f"{verdict:4}  {name:10}  {text}")
+        say(f"{verdict:4}  {name:11}  {text}")

@@ -131,6 +131,17 @@ def _no_runs(places: Sequence[Path], left_out: Sequence[str]) -> str:
     return f"no finished run in {where}: {'; '.join(left_out[:3])}{more}"
 
 
+def labelled_runs(study: Study) -> dict[str, Run]:
+    """Each run of a study by a label of its own: its group's, with the seed where groups have
+    several runs."""
+    several = any(len(group.runs) > 1 for group in study.groups)
+    return {
+        group.label + (f", seed {run.config.seed}" if several else ""): run
+        for group in study.groups
+        for run in group.runs
+    }
+
+
 _Part = list[tuple[Run, Settings]]
 
 

@@ -23,7 +23,7 @@ from tests.support import run_ranks
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
 CHECKS = [
     *("device", "data", "network", "plan", "run folder", "free space", "decoding", "training"),
-    *("loading", "wandb", "ranks"),
+    *("loading", "tensorboard", "wandb", "ranks"),
 ]
 
 
@@ -38,7 +38,7 @@ def settings(digits: Path, runs: Path, *more: str) -> list[str]:
 
 def lines(output: str) -> list[tuple[str, str, str]]:
     """Verdict, name and text of each check."""
-    return [(line[:4].strip(), line[6:16].strip(), line[18:]) for line in output.splitlines()]
+    return [(line[:4].strip(), line[6:17].strip(), line[19:]) for line in output.splitlines()]
 
 
 def ask(arguments: list[str]) -> tuple[int, str]:
@@ -77,7 +77,7 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
     assert texts["free space"].startswith("5.37 MB needed (2 + 1 checkpoints of 1.33 MB and the")
-    assert texts["wandb"] == "off"
+    assert texts["tensorboard"] == texts["wandb"] == "off"
     assert texts["ranks"] == "2 ranks, all-reduce with gloo"
     assert list(runs.iterdir()) == []  # nothing is left
 
@@ -293,11 +293,12 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     status, output = ask(settings(digits, tmp_path / "runs", *more))
     *checks, last = output.splitlines()
-    names = ["data", "network", "plan", "run folder", "free space", "wandb", "Slurm", "submitit"]
+    names = ["data", "network", "plan", "run folder", "free space"]
+    names += ["tensorboard", "wandb", "Slurm", "submitit"]
     assert [name for _, name, _ in lines("\n".join(checks))] == names
     assert status == 1
     text = "Slurm does not answer: ask on a login node (sinfo is not installed here)"
-    assert f"FAIL  Slurm       {text}" in checks
+    assert f"FAIL  Slurm        {text}" in checks
     assert last.startswith(
         "to check the nodes as well: srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=4 "
         "--partition=gpu --account=lab python -m qsr doctor experiment=demo/quadratic "

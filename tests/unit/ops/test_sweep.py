@@ -37,8 +37,6 @@ def with_speed(config: Config) -> Config:
     """On a cluster as fast as the paper's."""
     speed = load_config(["experiment=demo/quadratic", "speed=paper_2x8"]).speed
     return replace(config, speed=speed)
-        config, speed=load_config(["experiment=demo/quadratic", "speed=paper_2x8"]).speed
-    )
 
 
 def test_a_line_for_each_setting_and_the_totals() -> None:

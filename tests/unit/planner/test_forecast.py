@@ -330,6 +330,15 @@ def test_where_qsr_pays_is_drawn() -> None:
     middle = len(links) // 2
     expected = case(vit, next(iter(GPUS)), 16, links[middle]).saved_of_overlapped
     assert saved[middle] == pytest.approx(100 * expected)
-    legend = panels[0].get_legend()
-    assert legend is not None
-    assert "ResNet-152 (speed unverified)" in [text.get_text() for text in legend.get_texts()]
+    assert [text.get_text() for text in panels[0].texts] == [
+        "ViT-B/16 and ViT-L/16", "ViT-H/14", "ResNet-152\n(speed unverified)",
+    ]  # fmt: skip
+
+
+def test_networks_that_share_a_line_are_alike() -> None:
+    """ViT-L's would cover ViT-B's."""
+    base, large, *_ = networks()
+    assert (base.name, large.name) == ("ViT-B/16", "ViT-L/16")
+    for gpu, link in itertools.product(GPUS, LINKS_GBIT_PER_SECOND):
+        one, other = (case(each, gpu, 16, link).saved_of_overlapped for each in (base, large))
+        assert one == pytest.approx(other, abs=0.03)
