@@ -29,6 +29,7 @@ _UNEXPECTED = {
     "wandb": "wandb cannot be tried: use tracking=offline",
     "Slurm": "Slurm cannot be asked: ask on a login node",
     "submitit": "submitit cannot be found: pip install submitit",
+    "tensorboard": "tensorboard cannot be found: pip install tensorboard",
     "ranks": "the ranks cannot exchange data: see NCCL in docs/cluster.md, with NCCL_DEBUG=INFO",
 }
 """What is wrong and how to fix it where a check fails with an error of a library's, which

@@ -25,10 +25,10 @@ def test_an_error_of_a_librarys_comes_after_words_of_our_own(
     report.check("data", refuse)
     report.check("plan", lambda: "9 rounds")
     assert capsys.readouterr().out.splitlines() == [
-        "FAIL  decoding    the loader fails: try data.decode=cpu, then data.loader=torchvision "
+        "FAIL  decoding     the loader fails: try data.decode=cpu, then data.loader=torchvision "
         "(RuntimeError: Critical error in pipeline: Assert on line 7)",
-        "FAIL  data        no images: set data.root",
-        "ok    plan        9 rounds",
+        "FAIL  data         no images: set data.root",
+        "ok    plan         9 rounds",
     ]
     assert report.failed == {"decoding", "data"}
 
