@@ -84,7 +84,7 @@ def test_the_command_lists_its_commands_and_knows_what_was_meant() -> None:
 
     status, listed, _ = ask()
     assert (status, len(listed.splitlines())) == (0, 12)
-    assert "eval \"$(qsr --completion bash)\"" in listed
+    assert 'eval "$(qsr --completion bash)"' in listed
     assert "\n  status    show the status of runs, one line each\n" in listed
     assert ask("--help") == (0, listed, "")
     assert ask("trian") == (2, "", "refused: trian is not a command of qsr; did you mean train?\n")
