@@ -241,7 +241,7 @@ def test_wandb_without_a_key_or_a_network(
         (["cluster.rank=1"], "cluster.rank is not a setting of cluster.launcher=local; did you "
          "mean cluster.ranks?"),
         (["seed=1,2"], "these settings ask for 2 runs: ask for one"),
-        (["--verbose"], "'--verbose' is not of the form setting=value"),
+        (["--verbose"], "unknown option --verbose; choose from: --help, "),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_in_one_line(

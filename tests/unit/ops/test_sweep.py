@@ -59,7 +59,7 @@ def test_without_a_speed_and_without_the_data() -> None:
     assert title == "demo/quadratic seed=1,2 sync.alpha=0.3,0.4375"
     assert re.fullmatch(r"0,2  sync.alpha=0.3     1-2   50      15.2      -", first)
     assert re.fullmatch(r"1,3  sync.alpha=0.4375  1-2   38      11.5      -", second)
-    assert totals.startswith("4 runs of 330 steps, up to 37.4 MB on disk; no hours: the speed of ")
+    assert totals.startswith("4 runs of 330 steps, up to 37.4 MB on disk; no hours: no speeds are ")
     configs, swept = asked(*DEMO, "seed=1,2", "data.train_images=null", "data.root=/nodes/only")
     sweep = read_sweep(configs, swept)
     assert sweep.steps == [None, None]
