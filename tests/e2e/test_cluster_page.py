@@ -62,7 +62,7 @@ def test_the_trial_and_the_runs_are_submitted(
     assert "\nexport NCCL_SOCKET_IFNAME=ib0\n" in batch
     own = f"runs_dir={tmp_path / 'runs'}"
     assert submit.main(["--dry-run", *runs, own, "speed=paper_2x8"]) == 0
-    assert "; 60.6 hours in total (fitted), 969.6 GPU hours\n" in capsys.readouterr().out
+    assert "; 60.60 hours in total (fitted), 969.6 GPU hours\n" in capsys.readouterr().out
     # a profile of other numbers of ranks
     assert submit.main(["--dry-run", *trial, *here, "speed=paper_2x8"]) == 0
     assert "no hours: the job has 2 x 2 ranks, but speed=paper_2x8 is about 2 x 8 ranks" in (

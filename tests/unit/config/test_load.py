@@ -283,7 +283,7 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     left_out = leaves(to_dict(config)) - set(identity(config))
     assert {name.split(".")[0] for name in left_out} == {
         "checkpoint", "cluster", "compile", "cuda_graphs", "data", "evaluation", "experiment",
-        "profile", "ranks_per_worker", "runs_dir", "stop_after_steps", "sync", "tracking",
+        "profile", "ranks_per_worker", "runs_dir", "speed", "stop_after_steps", "sync", "tracking",
     }  # fmt: skip
     assert {name for name in left_out if name.startswith(("data", "evaluation", "sync"))} == {
         "data.loader_threads",
