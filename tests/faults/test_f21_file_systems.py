@@ -184,7 +184,7 @@ def test_a_name_that_is_too_long_is_told(bytes_: int, tmp_path: Path) -> None:
         assert use(folder.path) == "nothing lacks"
         return
     with pytest.raises(
-        ConfigError, match=r"too long: .*: choose a shorter runs_dir, or change fewe"
+        ConfigError, match=r"choose a shorter runs_dir, or change fewer settings .*too long"
     ):
         make_run_folder(folder)
 
