@@ -58,8 +58,11 @@ class DataChecks:
         self.train: ImageFolder | None = None
         self._config = config
 
-    def open(self) -> str:
-        """List the files and try some of them."""
+    def open(self, *, elsewhere: bool = False) -> str:
+        """List the files and try some of them. `elsewhere`: other machines will train, which alone
+        must have them."""
+        if elsewhere and not Path(self._config.data.root).is_dir():
+            return f"{self._config.data.root} is not here: the nodes must see it"
         train, val = open_data(self._config.data)
         try_some(train, val)
         self.train = train

@@ -87,7 +87,7 @@ def examine_login_node(config: Config) -> bool:
     cluster = config.cluster
     assert isinstance(cluster, SlurmCluster)
     report = _Report(find_place())
-    _check_files(report, config)
+    _check_files(report, config, elsewhere=True)
     report.check("tensorboard", lambda: checks.check_tensorboard(config))
     report.check("wandb", lambda: checks.check_wandb(config))
     report.check("Slurm", lambda: checks.check_slurm(cluster))
@@ -95,9 +95,11 @@ def examine_login_node(config: Config) -> bool:
     return not report.failed
 
 
-def _check_files(report: "_Report", config: Config) -> checks.DataChecks:
+def _check_files(
+    report: "_Report", config: Config, *, elsewhere: bool = False
+) -> checks.DataChecks:
     data = checks.DataChecks(config)
-    report.check("data", data.open)
+    report.check("data", lambda: data.open(elsewhere=elsewhere))
     report.check("network", lambda: checks.check_passes(config))
     report.check("plan", data.plan)
     report.check("run folder", lambda: checks.check_folder(config))

@@ -83,6 +83,8 @@ class Sweep:
     """Why there are no forecasts; empty if there are."""
     absent: tuple[str, ...]
     """Each data.root that is not on this machine."""
+    parallel: int | None = None
+    """How many may run at once; None: all."""
 
     @property
     def steps(self) -> list[int | None]:
@@ -129,9 +131,12 @@ class Sweep:
             if "total" in setting.forecast.unverified(planned):
                 unverified = "?"
             bases.add(basis_text(planned))
+        together = ""
+        if self.parallel is not None:
+            together = f", about {number_text(hours / self.parallel)} with {self.parallel} at once"
         return (
-            f"{number_text(hours)}{unverified} hours in total ({', '.join(sorted(bases))}), "
-            f"{number_text(gpu_hours)} GPU hours"
+            f"{number_text(hours)}{unverified} hours in total ({', '.join(sorted(bases))})"
+            f"{together}, {number_text(gpu_hours)} GPU hours"
         )
 
 
@@ -157,7 +162,8 @@ def read_sweep(configs: Sequence[Config], swept: Sequence[Mapping[str, str]]) ->
         settings.append(Setting(name or config.experiment, tuple(runs), seeds, found, size))
     roots = dict.fromkeys(config.data.root for config in configs)
     absent = () if problem else tuple(root for root in roots if not Path(root).is_dir())
-    return Sweep(sweep_title(configs, swept), tuple(settings), problem, absent)
+    parallel = getattr(configs[0].cluster, "parallel", None)
+    return Sweep(sweep_title(configs, swept), tuple(settings), problem, absent, parallel)
 
 
 def sweep_title(configs: Sequence[Config], swept: Sequence[Mapping[str, str]]) -> str:

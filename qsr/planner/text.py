@@ -87,6 +87,11 @@ def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forec
     console.print(table)
     for note in dict.fromkeys(note for forecast in forecasts for note in forecast.notes()):
         console.print(f"  {note}")
+    if any(f.planned.overlapped and f.plan.gradient_rounds for f in forecasts):
+        console.print(
+            "  data parallel overlaps its averages with the backward pass here; the paper's does "
+            "not: cluster.overlap_gradients=false"
+        )
     _print_sources(console, forecasts)
 
 
