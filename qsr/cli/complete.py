@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qsr import config
 from qsr.cli.usage import COMMANDS, OPTIONS, OWN_OPTIONS
-from qsr.config.places import CONFIG_DIR, PACKAGE, group_files, groups
+from qsr.config.places import CONFIG_DIR, PACKAGE, group_files, groups, own_folders
 
 WITH_SETTINGS = ("train", "plan", "submit", "doctor", "evaluate")
 """The commands that take settings; for the others bash completes paths."""
@@ -53,7 +53,7 @@ def completions(line: str) -> list[str]:
         return []
     if word.startswith("-"):
         return _fitting(word, _options(words[1]))
-    folders = [CONFIG_DIR, *_more_folders(words)]
+    folders = [CONFIG_DIR, *_more_folders(words), *own_folders()]
     name, equals, value = word.partition("=")
     if not equals:
         return _fitting(word, _names(word, words, folders))

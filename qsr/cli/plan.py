@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qsr.cli.options import CommandLine, answer, read
-from qsr.cli.usage import OWN_OPTIONS, in_words_of_caller
+from qsr.cli.usage import OWN_OPTIONS
 from qsr.cluster.place import find_place
 from qsr.config.load import load_config
 from qsr.config.places import user_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError, showing_errors
-from qsr.output import printer, program, warn
+from qsr.output import in_words_of_caller, printer, program, warn
 from qsr.planner import as_json as planner_json
 from qsr.planner import profiles
 from qsr.planner import text as planner_text

@@ -8,7 +8,8 @@ Reads the run folders at and below these paths, and squeue for submitted runs. C
 done; epoch; H; share of the training time spent waiting for data; updates skipped (fp16 only); last
 evaluation; time left; and the run: on a terminal what tells it apart, elsewhere its folder.
 --watch looks every 5 seconds, and asks squeue every 30. Without a terminal it prints the table
-whenever it changes. Exit status: 0, 2 if there are no runs, or 130 after Ctrl-C.
+whenever it changes. Exit status: 0, 2 if there are no runs (--watch waits for them), or 130 after
+Ctrl-C.
 """
 
 import os
@@ -42,16 +43,29 @@ def main(arguments: list[str]) -> int:
             return REFUSED
     paths = list(map(Path, words))
     try:
+        if _WATCH in arguments:
+            _wait_for_runs(paths)
+            _watch(_looking(paths))
         if not find_runs(paths):
-            warn(f"refused: no runs in {', '.join(map(str, paths))}")
+            absent = next((path for path in paths if not path.exists()), None)
+            what = "runs in " + ", ".join(map(str, paths)) if absent is None else f"folder {absent}"
+            warn(f"refused: no {what}")
             return REFUSED
         look = _looking(paths)
-        if _WATCH in arguments:
-            _watch(look)
         print(status_table(look(), _columns()))
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _wait_for_runs(paths: Sequence[Path]) -> None:
+    """A run makes its folder some seconds after it was started."""
+    told = False
+    while not find_runs(paths):
+        if not told:
+            warn(f"no runs in {', '.join(map(str, paths))} yet: waiting for them")
+        told = True
+        time.sleep(1)
 
 
 def _looking(paths: Sequence[Path]) -> Callable[[], list[RunStatus]]:

@@ -23,7 +23,7 @@ from qsr.cluster.slurm import most_elements, own_job
 from qsr.config.load import own_files, run_folder
 from qsr.config.schema import Config, SlurmCluster
 from qsr.errors import ConfigError, SlurmError, showing_errors
-from qsr.output import program, warn
+from qsr.output import in_words_of_caller, program, warn
 from qsr.planner.text import plan_line
 from qsr.run.folder import RunFolder
 
@@ -80,7 +80,7 @@ def _submit(configs: list[Config], swept: list[dict[str, str]], *, dry_run: bool
         warn(f"not submitted: {error}")
         return 1
     if configs and not dry_run:
-        print(f"qsr status {configs[0].runs_dir}")
+        print(in_words_of_caller(f"qsr status {configs[0].runs_dir}"))
     return 0
 
 

@@ -1,8 +1,6 @@
 """The names of the commands, and help texts. Standard library only."""
 
-import re
-import sys
-from pathlib import Path
+from qsr.output import in_words_of_caller
 
 COMMANDS = {
     "train": "train or resume a run, or several one after another",
@@ -40,13 +38,3 @@ def show_help(text: str | None) -> int:
     """Print the help of a command, its module's docstring; returns the exit status 0."""
     print(in_words_of_caller(text or ""))
     return 0
-
-
-def in_words_of_caller(text: str) -> str:
-    """`text` with its commands as the user gives them: `qsr NAME`, or `python scripts/NAME.py`
-    where that script was started."""
-    if Path(sys.argv[0]).parent.name != "scripts":
-        return text
-    names = "|".join(COMMANDS)
-    text = re.sub(rf"-m qsr ({names})\b|`qsr ({names})`", r"scripts/\1\2.py", text)
-    return re.sub(rf"\bqsr ({names})\b", r"python scripts/\1.py", text)

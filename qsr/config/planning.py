@@ -48,6 +48,12 @@ def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch:
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = (settings.warmup_epochs or 0) * steps_per_epoch
+    if warmup >= total:
+        name = "warmup_epochs" if settings.warmup_steps is None else "warmup_steps"
+        raise ValueError(
+            f"schedule.{name}={getattr(settings, name)}: the warm-up must be shorter than the run, "
+            f"which has {total} steps in epochs={epochs}"
+        )
     match settings:
         case schema.CosineConfig(stop_epoch=stop_epoch):
             stop = None if stop_epoch is None else stop_epoch * steps_per_epoch
