@@ -83,7 +83,7 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
          "the same number of workers; try cluster.ranks=1 or 2 or 4"),
         ([DEMO, "cluster.ranks=8"], "cluster.ranks=8 does not divide workers=4"),
         ([DEMO, "global_batch=2048"], "global_batch=2048 exceeds the 1,442 training images"),
-        ([DEMO, "schedule.warmup_epochs=15"], "warmup_epochs=15: the warm-up must be shorter than "),
+        ([DEMO, "schedule.warmup_epochs=15"], "warmup_epochs=15: the warm-up must be shorter "),
         ([DEMO, "schedule.warmup_steps=5"], "not both"),
         ([DEMO, "schedule.final_lr=1"], "schedule.final_lr=1 exceeds schedule.peak_lr=0.2"),
         ([DEMO, "schedule.stop_epoch=1"], "stop_step must lie between"),
