@@ -1,10 +1,11 @@
 # `make demo` and `make test` do everything on a fresh machine: the first target they need makes
 # .venv and installs into it, once.
 PYTHON ?= python3
+RUNS ?= runs
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint rehearse evidence evidence-deep bench tables notebooks test-slow test-faults test-slurm test-gpu golden clean
+.PHONY: demo test lint rehearse evidence evidence-deep bench tables notebooks notebook test-slow test-faults test-slurm test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
@@ -37,6 +38,11 @@ tables: $(INSTALLED)  ## write results/tables and the generated blocks of README
 
 notebooks: $(INSTALLED)  ## execute notebooks/ in place
 	$(BIN)/python scripts/notebooks.py
+
+notebook: $(INSTALLED)  ## notebook 04 on your runs, in Jupyter: make notebook RUNS='runs/a runs/b'
+	$(BIN)/python scripts/notebooks.py --runs $(RUNS)
+	test -x $(BIN)/jupyter-lab || $(BIN)/pip install --quiet --disable-pip-version-check -e '.[notebook]'
+	$(BIN)/jupyter-lab notebooks/own/04_runs.ipynb
 
 test-slow: $(INSTALLED)  ## the long proofs that `make test` leaves out, but for those of faults
 	$(BIN)/pytest -n auto --dist worksteal -m slow --ignore tests/faults

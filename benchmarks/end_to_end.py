@@ -1,8 +1,9 @@
 """The trainer with the paper's recipes: from JPEG files, and from images in memory.
 
 Part end_to_end of benchmarks/gpu.py. One worker on one GPU takes a few steps of 1,024 images with
-the recipe's micro-batches, precision, augmentation and mixup. Both ways go through the whole
-program; from memory, only the loaders differ: every batch is the same one, already on the device.
+the recipe's micro-batches, precision, augmentation and mixup: eager, and with the settings that
+make steps faster. Both ways go through the whole program; from memory, only the loaders differ:
+every batch is the same one, already on the device.
 The rows of metrics.jsonl tell the speed; those of the first steps, which warm up, are left out.
 """
 
@@ -28,6 +29,16 @@ RECIPES = {
     "vit_b16": "experiment=vit_b16_b4096/quadratic_h4",
     "resnet152": "experiment=resnet152_b4096/quadratic_h2",
 }
+SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "vit_b16": {"eager": (), "compiled": ("compile=default",)},
+    "resnet152": {
+        "eager": (),
+        "CUDA graphs": ("cuda_graphs=true",),
+        "compiled, CUDA graphs": ("compile=default", "cuda_graphs=true"),
+    },
+}
+"""By network; a rehearsal on the CPU makes all of them eager."""
+
 FILES, MEMORY = "from JPEG files", "from memory"
 STEPS, WARM_UP = 9, 3
 PHOTOS, COPIES = 512, 5
@@ -37,7 +48,8 @@ SMALL = {"vit_b16": "small_vit", "resnet152": "small_resnet"}
 
 
 def measure_end_to_end(rehearsal: bool) -> dict[str, Any]:
-    """images/s of both networks both ways, and files compared with memory."""
+    """images/s of both networks under each setting, both ways; files compared with memory, and each
+    setting with eager steps."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -47,30 +59,45 @@ def measure_end_to_end(rehearsal: bool) -> dict[str, Any]:
             for number in range(1, copies):
                 os.link(path, path.with_name(f"{path.stem}_{number}.jpg"))
         for name, recipe in RECIPES.items():
-            config = recipe_config(name, recipe, root, rehearsal)
-            rates = {MEMORY: images_per_second(config, root / name / "memory", memory_loader)}
-            rates[FILES] = images_per_second(config, root / name / "files", open_loader)
             found[name] = {
-                "images_per_step": config.global_batch,
-                "micro_batch": config.micro_batch_size,
-                "precision": config.precision,
-                "images_per_second": {way: summary(values) for way, values in rates.items()},
-                "files_to_memory": ratio(rates[FILES], rates[MEMORY]),
+                setting: measure_recipe(name, recipe, setting, words, root, rehearsal)
+                for setting, words in SETTINGS[name].items()
             }
-            for way, about in found[name]["images_per_second"].items():
-                print(f"{name}, {way}: {about['median']:.0f} images/s", flush=True)
     return found
 
 
-def recipe_config(name: str, recipe: str, root: Path, rehearsal: bool) -> Config:
-    """A short session of the recipe on the photos, by one worker."""
+def measure_recipe(
+    name: str, recipe: str, setting: str, words: tuple[str, ...], root: Path, rehearsal: bool
+) -> dict[str, Any]:
+    config = recipe_config(name, recipe, () if rehearsal else words, root, rehearsal)
+    runs = root / name / setting
+    rates = {
+        MEMORY: images_per_second(config, runs / "memory", memory_loader),
+        FILES: images_per_second(config, runs / "files", open_loader),
+    }
+    for way, values in rates.items():
+        rate = summary(values)["median"]
+        print(f"{name}, {setting}, {way}: {rate:.0f} images/s", flush=True)
+    return {
+        "images_per_step": config.global_batch,
+        "micro_batch": config.micro_batch_size,
+        "precision": config.precision,
+        "images_per_second": {way: summary(values) for way, values in rates.items()},
+        "files_to_memory": ratio(rates[FILES], rates[MEMORY]),
+    }
+
+
+def recipe_config(
+    name: str, recipe: str, words: tuple[str, ...], root: Path, rehearsal: bool
+) -> Config:
+    """A short session of the recipe on the photos, by one worker; `words`: more overrides."""
     size = ["global_batch=1024"]
     if rehearsal:
         size = ["global_batch=8", "micro_batch=4", "data.image_size=16", "cluster.device=cpu"]
         size += [f"model={SMALL[name]}", "data.loader_threads=1"]
     return load_config(
         [
-            *(recipe, *size, "workers=1", "epochs=100"),
+            *(recipe, *size, *words, "workers=1", "epochs=100"),
             *("schedule.warmup_epochs=null", "schedule.warmup_steps=20"),
             "fp16_overflow=skip",  # as in most steps of a run, the host does not wait
             *("data.classes=null", "data.train_images=null", "data.val_images=null"),

@@ -11,7 +11,7 @@ cores smaller: the formula knows nothing of that.
 Then the cost model alone: one average of ViT-B/16 and of ResNet-152 over 2 to 4,096 workers, and
 the steps that a run with QSR loses to averages, in all and for each 1,000 steps. Assumed is that
 
-- a step takes as long as on the paper's GPUs (configs/cluster/paper_2x8.yaml; that of ResNet-152 is
+- a step takes as long as on the paper's GPUs (configs/speed/paper_2x8.yaml; that of ResNet-152 is
   unverified), with the local batch of 256, however many workers there are;
 - the number of steps and the plan stay those of the paper's run with 16 workers;
 - 8 workers share the link of a machine; 2 and 8 workers, on a single one, take as long as over it;
@@ -131,8 +131,8 @@ def constants(link: Link) -> dict[str, float]:
 def modelled() -> Iterator[dict[str, Any]]:
     """One row per network, link and number of workers."""
     for network, experiment in RUNS.items():
-        config = load_config([f"experiment={experiment}", "cluster=paper_2x8"])
-        speed, run = config.cluster.speed, forecast(config)
+        config = load_config([f"experiment={experiment}", "speed=paper_2x8"])
+        speed, run = config.speed, forecast(config)
         assert speed is not None
         step_seconds = speed.seconds_per_image[speed_key(config)] * config.local_batch
         steps, rounds = run.plan.total_steps, run.plan.num_rounds

@@ -176,7 +176,7 @@ def time_allreduces(calibration: Calibration, config: Config) -> None:
     for _ in range(TRIES):
         calibration.time_allreduces()
         try:
-            updated_profile(config.cluster, None, calibration.measurement(SOURCE, blocks=1))
+            updated_profile("measured", None, calibration.measurement(SOURCE, blocks=1))
             return
         except ConfigError as error:  # on all ranks alike
             reason = str(error)
@@ -202,8 +202,8 @@ def rate_for(share: float, unlimited: Sequence[Found]) -> float | None:
 
 def predict(config: Config, found: Measurement) -> cost.RunCost:
     """The planner's prediction for a run, from a calibration."""
-    speed = updated_profile(config.cluster, None, found).speed
-    predicted = forecast(replace(config, cluster=replace(config.cluster, speed=speed))).planned.cost
+    speed = updated_profile("measured", None, found)
+    predicted = forecast(replace(config, speed=speed)).planned.cost
     assert predicted is not None  # the profile has speeds
     return predicted
 

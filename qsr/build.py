@@ -9,7 +9,7 @@ from qsr.cluster.place import find_place
 from qsr.cluster.signals import StopFlag
 from qsr.config.load import check_plan, config_hash
 from qsr.config.planning import make_plan, make_sampler
-from qsr.config.schema import Config
+from qsr.config.schema import Config, OwnModelConfig
 from qsr.core.cost import averaged_bytes, ring_bytes
 from qsr.core.plan import Plan
 from qsr.data import (
@@ -19,7 +19,7 @@ from qsr.data import (
     TrainTransform,
     decoders_at_work,
     fallback_note,
-    open_image_folders,
+    open_data,
     open_loader,
     resolve_decode,
     try_some,
@@ -71,12 +71,7 @@ def prepare(config: Config) -> Prepared:
     data = config.data
     check_network(config)
     loader = "dali" if uses_dali(data.loader) else "torchvision"
-    train, val = open_image_folders(
-        data.root,
-        expected_train=data.train_images,
-        expected_val=data.val_images,
-        expected_classes=data.classes,
-    )
+    train, val = open_data(data)
     check_plan(config, len(train))
     record = {
         "train_images": len(train),
@@ -336,9 +331,17 @@ def describe(
     """The metadata of a run's model file after `step` steps, equal for runs that compute the same.
     Without a result it has the size of the final metadata except for a few digits."""
     transform = EvalTransform.of(config.data)
+    model = config.model
+    if isinstance(model, OwnModelConfig):
+        network: dict[str, Any] = {
+            "timm_name": None,
+            "target": model.target,
+            "options": model.options,
+        }
+    else:
+        network = {"timm_name": model.timm_name}
     return Description(
         network=config.model.name,
-        timm_name=config.model.timm_name,
         channels_last=config.model.channels_last,
         classes=tuple(classes),
         image_size=transform.size,
@@ -351,6 +354,7 @@ def describe(
         step=step,
         top1=0.0 if result is None else result.top1,
         top5=None if result is None else result.top5,
+        **network,
     )
 
 
@@ -398,8 +402,7 @@ def _summary(
 
 
 def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[str, Any]:
-    """The planned values of what the summary measures; seconds only if the cluster profile gives
-    them."""
+    """The planned values of what the summary measures; seconds only if a speed profile fits."""
     given = averaged_bytes(plan, parameter_bytes(parameters), moment_bytes(config.sync, parameters))
     planned: dict[str, Any] = {
         "averages": plan.num_rounds,

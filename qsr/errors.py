@@ -30,7 +30,7 @@ class ConfigError(QsrError):
 
 
 class UnknownSpeedError(ConfigError):
-    """The cluster's profile does not give its speed for this run."""
+    """There is no speed profile that fits this run."""
 
 
 class FolderInUseError(ConfigError):
@@ -92,6 +92,8 @@ class ReportError(QsrError):
 
 class ModelFileError(QsrError):
     """A model file cannot be read, or belongs to another network."""
+
+    exit_status = REFUSED
 
 
 def showing_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:

@@ -8,12 +8,14 @@ import atexit
 import contextlib
 import io
 import os
+import re
 import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 STALL_SECONDS = 1.0
@@ -27,13 +29,31 @@ _PIECE = 4096
 
 
 def say(text: str) -> None:
-    """Print a line on standard output, ignoring errors."""
-    _put(text, sys.stdout)
+    """Print a line on standard output, in the words of the caller, ignoring errors."""
+    _put(in_words_of_caller(text), sys.stdout)
 
 
 def warn(text: str) -> None:
-    """Print a line on standard error, ignoring errors."""
-    _put(text, sys.stderr)
+    """Print a line on standard error, in the words of the caller, ignoring errors."""
+    _put(in_words_of_caller(text), sys.stderr)
+
+
+def in_words_of_caller(text: str) -> str:
+    """`text` with its commands as the user gives them: `qsr NAME`, or `python scripts/NAME.py`
+    where a script of that folder was started."""
+    folder = Path(sys.argv[0]).parent
+    if folder.name != "scripts":
+        return text
+
+    def script(found: re.Match[str]) -> str:
+        before, name, after = found.groups()
+        if not (folder / f"{name}.py").exists():
+            return found[0]
+        if before == "-m " or before == after == "`":
+            return f"scripts/{name}.py"
+        return f"{before}python scripts/{name}.py{after}"
+
+    return re.sub(r"(-m |`|\b)qsr (\w+)(`|\b)", script, text)
 
 
 def printable(text: str) -> str:

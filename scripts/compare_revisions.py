@@ -95,11 +95,16 @@ def _settings(before: Path) -> Iterator[tuple[str, bool]]:
 
 def _plans(before: Path) -> Iterator[tuple[str, bool]]:
     for name in PLANS:
-        command = ["scripts/plan.py", "--json", f"experiment={name}", "cluster=paper_2x8"]
-        then, now = (json.loads(_call(code, command)) for code in (before, ROOT))
+        then, now = (json.loads(_call(code, _plan_command(code, name))) for code in (before, ROOT))
         lines = [line for line in _differences(then, now) if not line.startswith("  notes:")]
         yield f"plan of {name}: {len(lines)} differences", not lines
         yield from ((line, False) for line in lines)
+
+
+def _plan_command(code: Path, experiment: str) -> list[str]:
+    # earlier revisions have the speeds in the group cluster
+    group = "speed" if (code / "configs" / "speed").is_dir() else "cluster"
+    return ["scripts/plan.py", "--json", f"experiment={experiment}", f"{group}=paper_2x8"]
 
 
 def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:

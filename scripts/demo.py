@@ -12,6 +12,7 @@ import os
 import time
 from pathlib import Path
 
+from qsr.cli.usage import show_help
 from qsr.config.load import load_config, run_folder
 from qsr.data.prepare.digits import prepare_digits
 from qsr.errors import showing_errors
@@ -30,6 +31,8 @@ RESULTS = ROOT / "results" / "demo"
 
 @showing_errors
 def main(settings: list[str]) -> int:
+    if {"-h", "--help"} & set(settings):
+        return show_help(__doc__)
     os.chdir(ROOT)  # data/ and runs/ are relative to the project, not to the caller's folder
     started = time.perf_counter()
     configs = [

@@ -3,11 +3,14 @@
 
     python scripts/notebooks.py [NOTEBOOK...]            store the new outputs
     python scripts/notebooks.py --check [NOTEBOOK...]    write nothing; list outdated notebooks
+    python scripts/notebooks.py --runs FOLDER...         notebook 04 on the runs in these folders,
+                                                         as notebooks/own/04_runs.ipynb, which
+                                                         is written anew each time
 
 The default is all of notebooks/. A notebook is up to date if executing it reproduces the stored
 text exactly, and the stored pictures: every pixel if the same matplotlib, FreeType and processor
 architecture drew them, otherwise only their sizes.
-Exit status: 0 done, 1 a notebook is outdated (--check) or fails.
+Exit status: 0 done, 1 a notebook is outdated (--check) or fails, 2 there are no runs.
 """
 
 import argparse
@@ -30,8 +33,10 @@ from PIL import Image
 from traitlets.config import Config
 
 from qsr.output import program, warn
+from qsr.report.collect import find_runs
 
 ROOT = Path(__file__).parents[1]
+OWN = ROOT / "notebooks" / "own" / "04_runs.ipynb"
 DRAWN_BY = (
     f"matplotlib {mpl.__version__}, FreeType {ft2font.__freetype_version__} "
     f"({ft2font.__freetype_build_type__}), {platform.machine()}"
@@ -53,8 +58,11 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="list outdated notebooks")
+    parser.add_argument("--runs", nargs="+", type=Path, metavar="FOLDER", help="runs to look at")
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
     options = parser.parse_args(arguments)
+    if options.runs:
+        return look_at(options.runs)
     status = 0
     for path in options.notebooks or sorted((ROOT / "notebooks").glob("*.ipynb")):
         name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
@@ -74,6 +82,27 @@ def main(arguments: list[str]) -> int:
             )
             status = 1
     return status
+
+
+def look_at(folders: list[Path]) -> int:
+    """Write and execute a copy of notebook 04 for the runs in these folders; git ignores it."""
+    if not find_runs(folders):
+        warn(f"refused: no runs in {', '.join(map(str, folders))}")
+        return 2
+    copied = nbformat.read(ROOT / "notebooks" / "04_runs.ipynb", as_version=4)
+    OWN.parent.mkdir(exist_ok=True)
+    for cell in copied.cells:
+        cell.source = cell.source.replace("](../", "](../../")  # links, one level deeper
+        if cell.id == "parameters":
+            listed = "".join(f"    {str(folder.resolve())!r},\n" for folder in folders)
+            cell.source = f"RUNS = [\n{listed}]"
+    try:
+        nbformat.write(execute(copied, OWN.parent), OWN)
+    except NotebookError as error:
+        warn(f"{OWN} fails: {error}")
+        return 1
+    print(f"executed: {OWN}")
+    return 0
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:

@@ -11,14 +11,20 @@ results/evidence/simulations/. Without arguments also draws all figures; docs/ev
 them. Exit status: 0 done, 2 refused.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from qsr.cli.options import print_help, print_settings, read
 from qsr.config.overrides import expand_sweeps
 from qsr.errors import ConfigError, showing_errors
 from qsr.evidence.drift import Drift
-from qsr.evidence.settings import SimulationConfig, load_simulation, simulation_names
+from qsr.evidence.settings import (
+    SIMULATIONS,
+    SimulationConfig,
+    load_simulation,
+    simulation_names,
+)
 from qsr.evidence.simulation import Outcome
 from qsr.evidence.studies import (
     DriftCase,
@@ -37,14 +43,17 @@ RESULTS = Path(__file__).parents[1] / "results" / "evidence" / "simulations"
 
 @showing_errors
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("settings", nargs="*", metavar="drift | SETTING=VALUE")
-    settings = parser.parse_args(arguments).settings
+    line = read(arguments)
+    settings = line.settings
+    if "--help" in line.given:
+        print_help(__doc__, line.folders, base=SIMULATIONS, only=("experiment",))
+        return 0
+    if "--cfg" in line.given:
+        print_settings(line, _simulations(settings, line.folders))
+        return 0
     started = time.monotonic()
     everything, drift = not settings, settings == ["drift"]
-    simulations = {} if drift else _simulations(settings)
+    simulations = {} if drift else _simulations(settings, line.folders)
     cases = drift_cases() if everything or drift else []
     outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in simulations}
     drifts: dict[DriftCase, Drift] = {}
@@ -71,19 +80,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _simulations(settings: list[str]) -> dict[str, SimulationConfig]:
+def _simulations(settings: list[str], more: Sequence[Path]) -> dict[str, SimulationConfig]:
     """Simulations by experiment name and changed settings. Raises ConfigError."""
     if not settings:
         return {name: load_simulation([f"experiment={name}"]) for name in simulation_names()}
     simulations = {}
-    for overrides in expand_sweeps(settings):
+    for overrides in expand_sweeps(settings, (SIMULATIONS, *more)):
         names = [o.partition("=")[2] for o in overrides if o.startswith("experiment=")]
         if not names:
             raise ConfigError(
                 f"no experiment given: set experiment=NAME, one of {', '.join(simulation_names())}"
             )
         others = [o for o in overrides if not o.startswith("experiment=")]
-        simulations[" ".join([names[-1], *others])] = load_simulation(overrides)
+        simulations[" ".join([names[-1], *others])] = load_simulation(overrides, more)
     return simulations
 
 

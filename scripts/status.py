@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show the status of runs, one line each: `qsr status` of this checkout."""
+"""Show the status of runs, or watch them: `qsr status` of this checkout."""
 
 from qsr.cli.status import main, run
 

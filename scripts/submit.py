@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Submit runs to a Slurm cluster, one job per run: `qsr submit` of this checkout."""
+"""Submit runs to a Slurm cluster, `qsr submit` of this checkout."""
 
 from qsr.cli.submit import main, run
 

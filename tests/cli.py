@@ -24,6 +24,13 @@ RUN = [
 ]
 
 
+def program(folder: Path, name: str, text: str) -> None:
+    """Make a command, as one of Slurm's where there is none."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
 def command(digits: Path, runs: Path, *extra: str) -> list[str]:
     return [*TRAIN, *RUN, f"data.root={digits}", f"runs_dir={runs}", *extra]
 

@@ -52,6 +52,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FaultRecord())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_this_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """A run in this process takes all cores, and with another number of threads sums differ in

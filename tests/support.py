@@ -22,7 +22,7 @@ from qsr.core.plan import Plan
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.run.checkpoint import Checkpointer
-from qsr.run.tracking import Row
+from qsr.run.folder import Row
 from qsr.sync.communicator import Communicator
 from qsr.sync.fingerprint import FINGERPRINT_SIZE
 from qsr.sync.flat import FlatModule

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
+from qsr.cli.complete import script
 from qsr.cli.usage import COMMANDS
 from qsr.errors import REFUSED
 from qsr.output import printer, warn
@@ -24,6 +25,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         printer(_list)
+    if name == "--completion":
+        printer(_completion)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"choose from: {', '.join(COMMANDS)}"
@@ -42,8 +45,19 @@ def main() -> None:
         sys.exit(REFUSED)
 
 
+def _completion(arguments: list[str]) -> int:
+    if arguments[1:] != ["bash"]:
+        warn('refused: --completion takes one word, bash: eval "$(qsr --completion bash)"')
+        return REFUSED
+    print(script(), end="")
+    return 0
+
+
 def _list(_: list[str]) -> int:
     print("usage: qsr COMMAND ...; qsr COMMAND --help says more\n")
     for name, does in COMMANDS.items():
         print(f"  {name:<10}{does}")
+    print(
+        '\nbash completes commands, experiments and settings after: eval "$(qsr --completion bash)"'
+    )
     return 0

@@ -4,7 +4,8 @@
     qsr doctor experiment=vit_b16_b4096/quadratic_h4 cluster=slurm cluster.nodes=2
     srun --nodes=2 --ntasks-per-node=8 qsr doctor experiment=...
 
-Takes the settings of `qsr train`; the default is experiment=demo/quadratic. Checks the device,
+Takes the settings of `qsr train`; without an experiment it takes demo/quadratic, and of a list of
+runs the first. Checks the device,
 the data, the network, the plan, the run folder, the free space for checkpoints, decoding, a
 training pass, whether the loader keeps up with it (if not, what it is short of and the setting to
 change), wandb, and an all-reduce between the ranks: those of a launcher, such as srun in an
@@ -24,11 +25,15 @@ from qsr.output import program
 
 @showing_errors
 def main(arguments: list[str]) -> int:
-    line = read(arguments or ["experiment=demo/quadratic"])
+    if not any(word.lstrip("+").startswith("experiment=") for word in arguments):
+        arguments = [*arguments, "experiment=demo/quadratic"]
+    line = read(arguments)
     status = answer(line, __doc__)
     if status is not None:
         return status
-    config = line.config()
+    config, *others = line.configs()
+    if others:
+        print(f"for the first of {len(others) + 1} runs, {config.experiment} seed {config.seed}:")
 
     from qsr.cluster.processes import start_ranks
     from qsr.errors import ClusterError, RunFailedError

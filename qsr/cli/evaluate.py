@@ -18,22 +18,34 @@ Exit status: 0 done, 1 an image cannot be read, 2 refused, 130 interrupted.
 from pathlib import Path
 from typing import NoReturn
 
-from qsr.cli.usage import show_help
+from qsr.cli.options import print_help, print_settings, read
+from qsr.errors import showing_errors
 from qsr.output import printer
 
 
+@showing_errors
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return show_help(__doc__)
-    source, overrides = None, arguments
+    line = read(arguments)
+    if not arguments or "--help" in line.given:
+        print_help(__doc__, line.folders, only=("data", "model"))
+        return 0
+    source, overrides = None, line.settings
+    first = (overrides or [""])[0]
     # a run folder may have "=" in its name
-    if Path(arguments[0]).exists() or "=" not in arguments[0].partition("/")[0]:
-        source, *overrides = arguments
+    if first and (Path(first).exists() or "=" not in first.partition("/")[0]):
+        source, *overrides = overrides
 
-    from qsr.train.validate import evaluate  # imports torch, which is slow
+    from qsr.train.validate import evaluate, settings_of  # imports torch, which is slow
 
+    config = settings_of(source, overrides, line.folders)
+    if "--cfg" in line.given:
+        print_settings(
+            line,
+            {source or str(config.weights): config},
+        )
+        return 0
     try:
-        return evaluate(source, overrides)
+        return evaluate(source, config)
     except KeyboardInterrupt:
         return 130
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from qsr.cli.usage import show_help
+from qsr.cli.usage import OPTIONS, show_help
 from qsr.config.load import CONFIG_DIR, load_config, load_configs, run_folder, to_dict
-from qsr.config.overrides import suggest
-from qsr.config.places import group_files, groups
+from qsr.config.overrides import expand_sweeps, suggest
+from qsr.config.places import group_files, groups, own_folders, user_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError
 
@@ -30,20 +30,13 @@ _SHORT = {
 }
 _WITH_VALUE = ("--cfg", "--package", "--config-dir")
 _ALONE = ("--help", "--multirun", "--resolve", "--run")
-_HELP = {
-    "--cfg job": "print all settings of the run, or of each run of a sweep; start nothing",
-    "--package NAME": "with --cfg job: only the settings below NAME, for example sync",
-    "--config-dir DIR": "also take experiments and files of groups from DIR, laid out as configs/",
-    "-m, --multirun": "allowed, and not needed: a list, as in seed=1,2,3, makes a run per value",
-    "-h, --help": "this text",
-}
 _ELSEWHERE = {
     "--config-name": "choose a file of settings with experiment=NAME, your own with --config-dir",
     "--config-path": "give a folder of your own with --config-dir DIR",
     "--experimental-rerun": "run the same command again: it resumes the run",
     "--hydra-help": "--help lists experiments, groups and options",
     "--info": "--cfg job prints a run's settings; --help lists experiments, groups and options",
-    "--shell-completion": "there is none; --help lists experiments, groups and options",
+    "--shell-completion": 'bash completes after: eval "$(qsr --completion bash)"',
     "--version": "pip show qsr-sync prints it",
 }
 """Options of Hydra that are refused, and what does the same here."""
@@ -62,17 +55,36 @@ class CommandLine:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Folders of settings besides the project's."""
-        return (Path(self.given["--config-dir"]),) if "--config-dir" in self.given else ()
+        """Folders of settings besides the project's, the first to be searched first."""
+        given = () if self.config_dir is None else (self.config_dir,)
+        return (*given, *own_folders())
+
+    @property
+    def config_dir(self) -> Path | None:
+        """The folder given with --config-dir."""
+        return Path(self.given["--config-dir"]) if "--config-dir" in self.given else None
 
     @property
     def words(self) -> list[str]:
         """What gives another command the same settings."""
-        return [*(f"--config-dir={folder}" for folder in self.folders), *self.settings]
+        given = [] if self.config_dir is None else [f"--config-dir={self.config_dir}"]
+        return [*given, *self.settings]
 
     def configs(self) -> list[Config]:
         """The runs that it asks for."""
         return load_configs(self.settings, more=self.folders)
+
+    def swept(self) -> list[dict[str, str]]:
+        """For each run, in the order of `configs`, its swept settings as they are typed; an empty
+        dictionary if nothing is swept."""
+        return [
+            dict(
+                new.split("=", 1)
+                for new, old in zip(choice, self.settings, strict=True)
+                if new != old
+            )
+            for choice in expand_sweeps(self.settings, (CONFIG_DIR, *self.folders))
+        ]
 
     def config(self) -> Config:
         """The one run that it asks for."""
@@ -128,48 +140,71 @@ def _check(line: CommandLine) -> None:
     for name in ("--resolve", "--package"):
         if name in line.given and shown is None:
             raise ConfigError(f"{name} belongs to --cfg job: add that")
-    for folder in line.folders:
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {folder}: no such folder")
+    if line.config_dir is not None and not line.config_dir.is_dir():
+        raise ConfigError(f"--config-dir {line.config_dir}: no such folder")
 
 
 def answer(line: CommandLine, text: str | None, own: Mapping[str, str] | None = None) -> int | None:
     """Print what was asked for instead of a run, and return the exit status: the help (`text`, and
     the command's `own` options) or the settings. None: a run was asked for."""
     if "--help" in line.given or not (line.settings or line.own or line.given):
-        show_help(text)
-        print("\n".join(_lists(line.folders, own or {})))
+        print_help(text, line.folders, own)
         return 0
     if "--cfg" in line.given:
-        package = line.given.get("--package")
-        print("---\n".join(_shown(config, package) for config in line.configs()), end="")
+        print_settings(line, {str(run_folder(config)): config for config in line.configs()})
         return 0
     return None
 
 
-def _shown(config: Config, package: str | None) -> str:
-    tree: Any = to_dict(config)
+def print_settings(line: CommandLine, found: Mapping[str, Any]) -> None:
+    """Print settings (dataclasses of a schema), each under its title, as YAML documents. Raises
+    ConfigError if --package names none."""
+    package = line.given.get("--package")
+    texts = [f"# {title}\n{_yaml(settings, package)}" for title, settings in found.items()]
+    print("---\n".join(texts), end="")
+
+
+def _yaml(settings: Any, package: str | None) -> str:
+    tree: Any = to_dict(settings)
     for part in package.split(".") if package else ():
         if not isinstance(tree, dict) or part not in tree:
             known = list(tree) if isinstance(tree, dict) else []
             raise ConfigError(f"--package {package}: no such settings; {suggest(part, known)}")
         tree = tree[part]
-    text = (
-        yaml.safe_dump(tree, sort_keys=False) if isinstance(tree, dict) else f"{json.dumps(tree)}\n"
-    )
-    return f"# {run_folder(config)}\n{text}"
+    if isinstance(tree, dict):
+        return yaml.safe_dump(tree, sort_keys=False)
+    return f"{json.dumps(tree)}\n"
 
 
-def _lists(more: Sequence[Path], own: Mapping[str, str]) -> Iterator[str]:
-    folders = (CONFIG_DIR, *more)
-    yield "\nOptions:"
-    yield from _columns({**own, **_HELP})
-    yield "\nExperiments (experiment=NAME):"
-    experiments = group_files(folders, "experiment")
-    yield from _columns({name: _about(paths[0]) for name, paths in experiments.items()})
-    yield "\nGroups (GROUP=NAME, for example sync=power; sync.h_base=8 sets a single value):"
-    names = {group: ", ".join(group_files(folders, group)) for group in groups(folders)}
-    yield from _columns({g: text for g, text in names.items() if g not in ("experiment", "recipe")})
+def print_help(
+    text: str | None,
+    more: Sequence[Path],
+    own: Mapping[str, str] | None = None,
+    *,
+    base: Path = CONFIG_DIR,
+    only: Sequence[str] = (),
+) -> None:
+    """Print a command's help, its `own` options and those of all commands, and the experiments and
+    groups in `base` and the folders in `more`; or the groups in `only`."""
+    folders = (base, *more)
+    shown = [group for group in only or groups(folders) if group != "recipe"]
+    show_help(text)
+    print("\nOptions:", *_columns({**(own or {}), **OPTIONS}), sep="\n")
+    if "experiment" in shown:
+        found = group_files(folders, "experiment")
+        about = {name: _about(paths[0]) for name, paths in found.items()}
+        print("\nExperiments (experiment=NAME):", *_columns(about), sep="\n")
+    names = {g: ", ".join(group_files(folders, g)) for g in shown if g != "experiment"}
+    if names:
+        example = ", for example sync=power; sync.h_base=8 sets a single value"
+        print(f"\nGroups (GROUP=NAME{'' if only else example}):", *_columns(names), sep="\n")
+    yours = {
+        f"{group}={name}": str(paths[0])
+        for group in shown
+        for name, paths in group_files(more, group).items()
+    }
+    place = f"\nYour files (in {user_folder()}, laid out as configs/, or in DIR):"
+    print(place, *_columns(yours or {"none": ""}), sep="\n")
 
 
 def _columns(rows: Mapping[str, str]) -> Iterator[str]:

@@ -1,29 +1,32 @@
 """Predict the time and cost of a run before it starts.
 
-    qsr plan experiment=vit_b16_b4096/quadratic_h4 cluster=paper_2x8
+    qsr plan experiment=vit_b16_b4096/quadratic_h4 speed=paper_2x8
     qsr plan experiment=... sync.alpha=0.01,0.0175,0.03      one row per value
     qsr plan calibrate experiment=... name=NAME              measure these machines
     qsr plan what-if                 where QSR pays, by link, workers and GPU
 
 Takes the settings of `qsr train`. --json prints one JSON object instead; --figure FILE draws
-FILE.png and FILE.svg. calibrate writes configs/cluster/NAME.yaml, for use as cluster=NAME; start it
-with torchrun on several machines. docs/planning.md explains the predictions.
+FILE.png and FILE.svg. calibrate writes ~/.config/qsr/speed/NAME.yaml (or DIR/speed/NAME.yaml, with
+--config-dir DIR), for use as speed=NAME; start it with torchrun on several machines.
+docs/planning.md explains the predictions.
 Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
 """
 
 import argparse
-import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qsr.cli.options import CommandLine, answer, read
+from qsr.cli.usage import OWN_OPTIONS
 from qsr.cluster.place import find_place
-from qsr.config.load import CONFIG_DIR, expand_sweeps, load_config
+from qsr.config.load import load_config
+from qsr.config.places import user_folder
 from qsr.config.schema import Config
 from qsr.errors import ConfigError, showing_errors
-from qsr.output import printer, program, warn
+from qsr.output import in_words_of_caller, printer, program, warn
 from qsr.planner import as_json as planner_json
 from qsr.planner import profiles
 from qsr.planner import text as planner_text
@@ -38,14 +41,14 @@ def main(arguments: list[str]) -> int:
     if name in commands:
         return commands[name](read(others, _OWN))
     line = read(arguments, _OWN)
-    status = answer(line, __doc__, _ABOUT)
+    status = answer(line, __doc__, OWN_OPTIONS["plan"])
     return plan(line) if status is None else status
 
 
 def plan(line: CommandLine) -> int:
     """Predict a run, or each run of a sweep."""
     options = _options(line)
-    swept = _swept_settings(line)
+    swept = line.swept()
     configs = line.configs()
     forecasts = [forecast(config, _parameters(config)) for config in configs]
     if options.json:
@@ -86,11 +89,11 @@ def what_if(line: CommandLine) -> int:
 
 
 def calibrate(line: CommandLine) -> int:
-    """Measure these machines and write or update a cluster's profile."""
+    """Measure these machines and write or update a speed profile."""
     names = [text.partition("=")[2] for text in line.settings if text.startswith("name=")]
     if len(names) != 1:
-        raise ConfigError("calibrate needs name=NAME: it writes configs/cluster/NAME.yaml")
-    path = profiles.profile_path(names[0])
+        raise ConfigError("calibrate needs name=NAME, and measures the profile for speed=NAME")
+    path = profiles.profile_path(names[0], line.config_dir or user_folder())
     stored = profiles.read_profile(path) if path.exists() else None
     settings = [text for text in line.settings if not text.startswith("name=")]
     config = load_config(settings, more=line.folders)
@@ -107,26 +110,19 @@ def calibrate(line: CommandLine) -> int:
     ranks = number_of_ranks(config)
     found = start_ranks(measure, ranks, config, classes, images, command)
     if find_place().rank == 0:
-        cluster = dataclasses.replace(config.cluster, name=names[0])
-        profile = profiles.updated_profile(cluster, stored, found)
+        profile = profiles.updated_profile(names[0], stored, found)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, profiles.profile_text(profile))
         planner_text.print_calibration(profile, found)
-        print(f"wrote {path}: use it with cluster={names[0]}")
+        words = [word for word in line.words if not word.startswith("name=")]
+        use = f"qsr plan {shlex.join(words)} speed={names[0]}"
+        print(f"wrote {path}\nuse it with speed={names[0]}: {in_words_of_caller(use)}")
     return 0
 
 
-def _swept_settings(line: CommandLine) -> list[dict[str, str]]:
-    """For each run of a sweep its swept settings; one empty dictionary if nothing is swept."""
-    given = line.settings
-    return [
-        dict(new.split("=", 1) for new, old in zip(choice, given, strict=True) if new != old)
-        for choice in expand_sweeps(given, (CONFIG_DIR, *line.folders))
-    ]
-
-
 def _parameters(config: Config) -> int | None:
-    """Number of parameters of a timm network, which must be built to count them; otherwise None."""
-    if config.model.name != "timm":
+    """Number of parameters of a network that must be built to count them; otherwise None."""
+    if config.model.name not in ("timm", "custom"):
         return None
 
     from qsr.train.models import check_model, count_parameters
@@ -154,7 +150,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 _OWN = {"--json": False, "--figure": True}
-_ABOUT = {"--json": "print one JSON object instead", "--figure FILE": "draw FILE.png and FILE.svg"}
 
 
 def _options(line: CommandLine) -> argparse.Namespace:

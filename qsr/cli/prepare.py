@@ -16,7 +16,6 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from qsr.cli.usage import in_words_of_caller
 from qsr.data import open_image_folders
 from qsr.data.datasets import IMAGENET, Counts
 from qsr.data.prepare.check import check_images
@@ -25,7 +24,7 @@ from qsr.data.prepare.ground_truth import read_devkit, read_labels
 from qsr.data.prepare.imagenet import prepare_imagenet
 from qsr.data.prepare.subset import choose_classes, link_subset, read_classes
 from qsr.errors import DataError
-from qsr.output import printable, program, warn
+from qsr.output import in_words_of_caller, printable, program, warn
 
 FEW_DIGITS_FOLDERS: dict[HeldOut, str] = {"test": "few_digits", "tuning": "few_digits_tuning"}
 CORES = len(os.sched_getaffinity(0))

@@ -133,7 +133,13 @@ def _join(topology: Topology, device: torch.device, timeout_seconds: float, name
         )
         _parts = WorkerGroups.make(topology, timeout)
     except (OSError, dist.DistError) as error:
-        first_line = str(error).partition("\n")[0]
-        text = f"the {topology.ranks} ranks could not connect to each other: {first_line}"
-        raise ClusterError(text) from None
+        text = str(error).partition("\n")[0]
+        if isinstance(error, dist.DistError):  # in torch's words
+            text = (
+                f"see whether all have started, and name the network between their machines: "
+                f"cluster.network_interface, or NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME ({text})"
+            )
+        raise ClusterError(
+            f"the {topology.ranks} ranks could not connect to each other: {text}"
+        ) from None
     _roll_call = RollCall(store, topology.rank, topology.ranks)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qsr.errors import ClusterError, SlurmError
 from qsr.output import warn
@@ -243,6 +244,20 @@ def query(jobs: Sequence[str]) -> dict[str, JobState]:
         job: JobState(name, int(restarts), reason, title.removesuffix("|"))
         for job, name, restarts, reason, title in rows
     }
+
+
+def submit_script(script: Path) -> str:
+    """Submit a batch script; the job's number. Raises SlurmError."""
+    return _run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def most_elements() -> int | None:
+    """The size of the largest job array: 0 or 1 if there are none, None if Slurm does not say."""
+    try:
+        found = re.search(r"(?m)^MaxArraySize\s*=\s*([0-9]+)", _run("scontrol", "show", "config"))
+    except SlurmError:
+        return None
+    return int(found[1]) if found else None
 
 
 def partitions() -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
@@ -15,10 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qsr.config.overrides import in_quotes, suggest, text_of
 from qsr.config.places import group_files, groups
+from qsr.config.sites import site
 from qsr.errors import ConfigError
 
+# Hydra 1.3 warns without it, 1.4 with it
+_VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+
 GIVEN = "given on the command line"
-"""Source of a cluster constant that an override replaced."""
+"""Source of a speed profile's constant that an override replaced."""
 
 
 def compose_settings(
@@ -33,12 +38,18 @@ def compose_settings(
     missing = sorted(_missing(settings))
     if missing:
         _refuse_unknown(parsed, folders, primary)
+        # of a group at once, because they belong to the file that was chosen
+        group = [name for name in missing if name.partition(".")[0] == missing[0].partition(".")[0]]
+        several = len(group) > 1
         experiment = (
             ", or choose an experiment, for example experiment=demo/quadratic; "
             "configs/experiment/ lists them"
         )
-        hint = experiment if primary == "train" else ""
-        raise ConfigError(f"{missing[0]} has no value: set it{hint}")
+        hint = experiment if primary == "train" and choices.get("experiment") is None else ""
+        raise ConfigError(
+            f"{' and '.join(group)} {'have' if several else 'has'} no value: "
+            f"set {'them' if several else 'it'}{hint}"
+        )
     return settings
 
 
@@ -104,6 +115,10 @@ def _default_choices(primary: Path) -> dict[str, str | None]:
     return {group: name for item in listed if item != "_self_" for group, name in item.items()}
 
 
+_MISTAKEN = {"cluster": "speed", "speed": "cluster"}
+"""A site and how fast it is: groups whose files have the same names."""
+
+
 def _choice(override: Override, folders: Sequence[Path]) -> str:
     """The name of the chosen file. Hydra would accept any path, and it would become part of the run
     folder's name."""
@@ -112,10 +127,13 @@ def _choice(override: Override, folders: Sequence[Path]) -> str:
         raise ConfigError(f"{override.input_line}: write {group}=NAME")
     value = str(override.value()).removesuffix(".yaml")
     if value not in files:
+        other = _MISTAKEN.get(group)
+        if other is not None and value in group_files(folders, other):
+            raise ConfigError(f"{group}={value}: write {other}={value}")
         raise ConfigError(
             f"{group}={value}: no such file in {_places(folders)}; {suggest(value, list(files))}"
         )
-    if len(files[value]) > 1:
+    if len(files[value]) > 1 and files[value][0].is_relative_to(folders[0]):
         raise ConfigError(
             f"{group}={value} is both {' and '.join(map(str, files[value]))}: rename yours"
         )
@@ -136,11 +154,14 @@ def compose_files(
 ) -> dict[str, Any]:
     """The settings of these files, and `values` as given to Hydra; settings without a value are
     "???". Raises ConfigError."""
-    chosen = [f"{group}={text_of(name)}" for group, name in choices.items() if name is not None]
+    files = {group: name for group, name in choices.items() if name is not None}
+    if "cluster" in files:
+        files["cluster"] = site(files["cluster"], folders)
+    chosen = [f"{group}={text_of(name)}" for group, name in files.items()]
     own = [in_quotes(f"file://{folder.absolute()}") for folder in folders[1:]]
     search = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
     try:
-        with initialize_config_dir(str(folders[0].absolute()), version_base="1.3"):
+        with initialize_config_dir(str(folders[0].absolute()), **_VERSION_BASE):
             composed = compose(primary, [*chosen, *values, *search])
         return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
     except (yaml.YAMLError, HydraException, OmegaConfBaseException) as error:
@@ -158,17 +179,21 @@ def _defaults(config_dir: Path) -> dict[str, Any]:
     return compose_files({}, [config_dir])
 
 
-def mark_given_speed(settings: dict[str, Any], parsed: Iterable[Override]) -> None:
-    """Change the sources in a cluster's profile for constants given on the command line, and drop
-    measurements that no longer apply."""
-    cluster = settings.get("cluster")
-    speed = cluster.get("speed") if isinstance(cluster, dict) else None
+def mark_given_speed(settings: dict[str, Any], parsed: Sequence[Override]) -> None:
+    """Change the sources in a speed profile for constants given on the command line, and drop
+    measurements that no longer apply. Raises ConfigError if there are only such constants."""
+    speed = settings.get("speed")
+    names = {override.key_or_group for override in parsed}
+    if speed and isinstance(speed, dict) and {f"speed.{name}" for name in speed} <= names:
+        raise ConfigError(
+            f"speed.{next(iter(speed))}: choose a profile first, with speed=NAME; --help lists them"
+        )
     if not isinstance(speed, dict) or not isinstance(speed.get("sources"), dict):
         return  # the schema refuses it later
     given = set()
     for override in parsed:
         group, _, name = override.key_or_group.rpartition(".")
-        if group != "cluster.speed":
+        if group != "speed":
             continue
         given.add(name)
         value = override.value()

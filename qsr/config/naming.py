@@ -77,6 +77,31 @@ class RunNames:
         return self._composed[key]
 
 
+def parts_of(experiment: str) -> tuple[str, str]:
+    """The name of the file and the overrides, which may be empty, of `Config.experiment`."""
+    name, _, changes = experiment.rpartition("/")
+    return (name, changes) if "=" in changes else (experiment, "")
+
+
+_LABEL_CHARACTERS = 60
+"""Room for a run's overrides in a line that says more than its name."""
+
+
+def run_label(experiment: str, seed: int) -> str:
+    """A run in a line of progress, as in "demo/quadratic sync.alpha=0.025 seed 2". `experiment`:
+    that of a Config, with its overrides; if they are long, their groups are left out."""
+    name, changes = parts_of(experiment)
+    if not changes:
+        return f"{name} seed {seed}"
+    parts = re.split(r",(?=[\w./]+=)", changes)
+    if len(" ".join(parts)) > _LABEL_CHARACTERS:
+        parts = [re.sub(r"^[\w./]+\.(?=\w+=)", "", part) for part in parts]
+    text = " ".join(parts)
+    if len(text) > _LABEL_CHARACTERS:
+        text = text[: _LABEL_CHARACTERS - 3] + "..."
+    return f"{name} {text} seed {seed}"
+
+
 def _equal(one: Any, other: Any) -> bool:
     """Also tells true from 1, which Python does not."""
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

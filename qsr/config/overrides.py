@@ -151,7 +151,7 @@ def text_of(value: Any) -> str:
 
 
 def _escaped(value: str) -> str:
-    return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", value)
+    return re.sub(r"[\\()\[\]{}=, \t]", r"\\\g<0>", value)
 
 
 def _needs_no_quotes(value: str) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_origin
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,8 +13,9 @@ from qsr.errors import ConfigError
 
 T = TypeVar("T")
 
-_KINDS = {
+KINDS = {
     "cluster": "launcher",
+    "model": "name",
     "optimizer": "name",
     "problem": "kind",
     "schedule": "name",
@@ -40,9 +41,9 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
         # the location of a kind's field includes the kind: ("sync", "quadratic", "alpha")
         location = [str(part) for part in item["loc"]]
         kind = ""
-        if len(location) > 1 and location[0] in _KINDS:
+        if len(location) > 1 and location[0] in KINDS:
             word = location.pop(1)
-            kind = f" of {location[0]}.{_KINDS[location[0]]}={word}"
+            kind = f" of {location[0]}.{KINDS[location[0]]}={word}"
         name = ".".join(location)
         match item["type"]:
             case "unexpected_keyword_argument" | "dataclass_exact_type":
@@ -51,11 +52,11 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], root: type) -> Ite
                 yield f"{name} is missing{kind}"
             case "union_tag_not_found":
                 yield (
-                    f"{name}.{_KINDS[name]} is missing: choose {name}=NAME; a file of your own "
+                    f"{name}.{KINDS[name]} is missing: choose {name}=NAME; a file of your own "
                     f"begins with defaults: [NAME, _self_]"
                 )
             case "union_tag_invalid":
-                yield f"{name}.{_KINDS[location[0]]}: {_lower(item['msg'])}"
+                yield f"{name}.{KINDS[location[0]]}: {_lower(item['msg'])}"
             case _ if location[:2] == ["cluster", "environment"]:  # it may contain secrets
                 yield f"{name}: {_lower(item['msg'])}"
             case _:
@@ -72,8 +73,8 @@ def _field_names(path: Sequence[str], raw: Mapping[str, Any], root: type) -> lis
             next(parts, None)  # a key, not a field
         candidates = list(_dataclasses_of(hint))
         chosen = raw.get(part)
-        word = chosen.get(_KINDS.get(part)) if isinstance(chosen, Mapping) else None
-        node = next((c for c in candidates if _kind_of(c, part) == word), candidates[0])
+        word = chosen.get(KINDS.get(part)) if isinstance(chosen, Mapping) else None
+        node = next((c for c in candidates if word in _words_of(c, part)), candidates[0])
     return [field.name for field in dataclasses.fields(node)]
 
 
@@ -83,11 +84,36 @@ def _dataclasses_of(hint: Any) -> list[Any]:
     return [found for part in getattr(hint, "__args__", ()) for found in _dataclasses_of(part)]
 
 
-def _kind_of(cls: Any, setting: str) -> str | None:
-    for field in dataclasses.fields(cls):
-        if field.name == _KINDS.get(setting):
-            return next(iter(getattr(field.type, "__args__", ())), None)
-    return None
+def _words_of(cls: Any, setting: str) -> tuple[str, ...]:
+    """The words that choose this kind."""
+    hints = [f.type for f in dataclasses.fields(cls) if f.name == KINDS.get(setting)]
+    return tuple(getattr(hints[0], "__args__", ())) if hints else ()
+
+
+def drop_settings_of_others(
+    root: type, group: str, part: dict[str, Any], keep: Container[str]
+) -> None:
+    """Remove from a group's settings those that only other kinds than the chosen one have, but for
+    those named in `keep`."""
+    hint = {field.name: field.type for field in dataclasses.fields(root)}[group]
+    word = part.get(KINDS[group])
+    own, others = set[str](), set[str]()
+    for kind in _dataclasses_of(hint):
+        chosen = word in _words_of(kind, group)
+        (own if chosen else others).update(field.name for field in dataclasses.fields(kind))
+    for name in others - own:
+        if own and f"{group}.{name}" not in keep:
+            part.pop(name, None)
+
+
+def _kinds_with(name: str, path: Sequence[str], root: type) -> list[str]:
+    """The kinds of a group that have this setting."""
+    hints = {field.name: field.type for field in dataclasses.fields(root)}
+    if len(path) != 1 or path[0] not in KINDS:
+        return []
+    kinds = _dataclasses_of(hints[path[0]])
+    having = [kind for kind in kinds if name in {field.name for field in dataclasses.fields(kind)}]
+    return [word for kind in having for word in _words_of(kind, path[0])]
 
 
 def _nearest_setting(location: Sequence[str], raw: Mapping[str, Any], root: type) -> str:
@@ -97,6 +123,9 @@ def _nearest_setting(location: Sequence[str], raw: Mapping[str, Any], root: type
     elsewhere = [n for n, _ in flatten(raw) if n.rpartition(".")[2] == word and n != wrong]
     names = _field_names(path, raw, root)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    having = _kinds_with(word, path, root)
+    if having:
+        return f"{' or '.join(f'{path[0]}={kind}' for kind in having)} has it"
     if close or not elsewhere:
         return suggest(wrong, [".".join([*path, name]) for name in close or names])
     return suggest(wrong, elsewhere[:1])

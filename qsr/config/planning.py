@@ -3,6 +3,7 @@
 from typing import assert_never
 
 from qsr.config import schema
+from qsr.config.own_rules import own_schedule
 from qsr.core.plan import Plan
 from qsr.core.sampling import Sampler
 from qsr.core.schedules import (
@@ -26,6 +27,11 @@ def make_sampler(config: schema.Config, train_images: int) -> Sampler:
 
 def make_plan(config: schema.Config, train_images: int) -> Plan:
     """The run's plan for `train_images` samples. Raises ValueError, which names the setting."""
+    if config.global_batch > train_images:
+        raise ValueError(
+            f"global_batch={config.global_batch} exceeds the {train_images:,} training images: "
+            f"lower global_batch, or train on more images"
+        )
     steps_per_epoch = make_sampler(config, train_images).steps_per_epoch
     if config.epochs * steps_per_epoch > MOST_STEPS:
         raise ValueError(
@@ -42,6 +48,12 @@ def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch:
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = (settings.warmup_epochs or 0) * steps_per_epoch
+    if warmup >= total:
+        name = "warmup_epochs" if settings.warmup_steps is None else "warmup_steps"
+        raise ValueError(
+            f"schedule.{name}={getattr(settings, name)}: the warm-up must be shorter than the run, "
+            f"which has {total} steps in epochs={epochs}"
+        )
     match settings:
         case schema.CosineConfig(stop_epoch=stop_epoch):
             stop = None if stop_epoch is None else stop_epoch * steps_per_epoch
@@ -55,11 +67,22 @@ def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch:
             return StepSchedule(peak, milestones, factor, total, warmup, final)
         case schema.ConstantConfig():
             return ConstantSchedule(peak, total, warmup, final)
+        case schema.OwnScheduleConfig():
+            return own_schedule(
+                settings.target,
+                settings.load("schedule"),
+                settings.options,
+                peak_lr=peak,
+                final_lr=final,
+                warmup_steps=warmup,
+                total_steps=total,
+            )
     assert_never(settings)
 
 
-def parameter_count(model: schema.ModelConfig, classes: int) -> int:
-    """Number of parameters of a network, without building it; not for timm (see train.models)."""
+def parameter_count(model: schema.AnyModel, classes: int) -> int:
+    """Number of parameters of a network, without building it; not for timm's and your own (see
+    train.models)."""
     match model.name:
         case "resnet152":
             return 58_143_808 + 2049 * classes
@@ -69,9 +92,9 @@ def parameter_count(model: schema.ModelConfig, classes: int) -> int:
             return 77_392 + 65 * classes
         case "small_vit":
             return 202_400 + 65 * classes
-        case "timm":
-            raise ValueError(f"only timm knows the number of parameters of {model.timm_name}")
-    assert_never(model.name)
+        case "timm" | "custom":
+            raise ValueError(f"{model.label} must be built to count its parameters")
+    assert_never(model)
 
 
 def even_ranks(workers: int, most: int) -> int:

@@ -44,7 +44,7 @@ class Rehearsal:
     image_size: schema.PositiveInt
     """Side of the images, in pixels."""
     models: dict[str, Literal["small_resnet", "small_vit"]]
-    """The small counterpart of each model."""
+    """The small counterpart of each model; one of your own is its own."""
     workers_divisor: schema.PositiveInt
     """Divides the experiment's number of workers; the result is at least two."""
     workers: schema.PositiveInt | None
@@ -97,7 +97,8 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
     Raises ValueError with one line if there is none: the model has no counterpart, the number of
     micro-batches does not divide the local batch, or the size of a data set is unknown.
     """
-    if config.model.name not in rehearsal.models:
+    own = isinstance(config.model, schema.OwnModelConfig)
+    if not own and config.model.name not in rehearsal.models:
         raise ValueError(
             f"no rehearsal of model={config.model.name}: rehearsal.models has only "
             f"{', '.join(rehearsal.models)}"
@@ -121,7 +122,9 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
         global_batch=workers * rehearsal.local_batch,
         micro_batch=rehearsal.local_batch // micro_batches,
         precision=rehearsal.precision,
-        model=schema.ModelConfig(rehearsal.models[config.model.name], None, channels_last=False),
+        model=config.model
+        if own
+        else schema.ModelConfig(rehearsal.models[config.model.name], None, channels_last=False),
         data=replace(data, image_size=rehearsal.image_size),
         evaluation=schema.EvaluationConfig(
             rehearsal.evaluate_every_epochs,

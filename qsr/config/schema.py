@@ -6,12 +6,17 @@ A field that is documented as "execution" changes how a run is carried out and n
 computes; it may differ between a run and its resumption.
 """
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from qsr.config.own import load_own
+from qsr.config.own_rules import own_rule
 from qsr.core.outer import OuterOptions
 from qsr.core.rules import (
     CappedRule,
@@ -52,6 +57,63 @@ class ModelConfig:
     """Name in timm's registry, for name=timm only."""
     channels_last: bool
     """Keep convolution weights and images in channels_last memory format."""
+
+    @property
+    def label(self) -> str:
+        """Name of the network, for people."""
+        return self.timm_name or self.name
+
+    @property
+    def speed_name(self) -> str:
+        """Name of the network in a cluster's profile."""
+        return self.name if self.timm_name is None else f"timm/{self.timm_name}"
+
+
+@dataclass(frozen=True, config=STRICT)
+class OwnPart:
+    """A part of the run that you wrote."""
+
+    target: str
+    """MODULE:NAME of a function or class, found in the folder in which you start or among the
+    installed packages; or FILE.py:NAME."""
+    options: dict[str, Any]
+    """Keyword arguments for it."""
+    source: dict[str, str]
+    """Hashes of its files, which qsr fills in: a run resumes with the same source only."""
+
+    def __hash__(self) -> int:
+        return hash((self.target, json.dumps(self.options), *self.source.items()))
+
+    def load(self, group: str) -> Callable[..., Any]:
+        """The function or class. `group`: where its settings are. Raises ConfigError."""
+        return load_own(group, self.target, self.source)
+
+    @property
+    def label(self) -> str:
+        """Target and options, for people."""
+        return f"{self.target}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
+
+
+@dataclass(frozen=True, config=STRICT)
+class OwnModelConfig(OwnPart):
+    """A network of your own: target(num_classes=, image_size=, **options) returns a module for
+    images [b, 3, size, size] and logits [b, num_classes]."""
+
+    name: Literal["custom"]
+    """Kind of network."""
+    channels_last: bool
+    """Keep convolution weights and images in channels_last memory format."""
+
+    __hash__ = OwnPart.__hash__
+
+    @property
+    def speed_name(self) -> str:
+        """Name of the network in a cluster's profile."""
+        options = hashlib.sha256(json.dumps(self.options).encode()).hexdigest()[:8]
+        return f"custom/{self.target.replace(':', '.')}{f'-{options}' if self.options else ''}"
+
+
+AnyModel = Annotated[ModelConfig | OwnModelConfig, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -154,8 +216,22 @@ class ConstantConfig(WarmupConfig):
     """Kind of schedule."""
 
 
+@dataclass(frozen=True, config=STRICT)
+class OwnScheduleConfig(OwnPart, WarmupConfig):
+    """A schedule of your own: target(peak_lr=, final_lr=, warmup_steps=, total_steps=, **options)
+    returns a function of the step with those two counts as attributes, as CosineSchedule is."""
+
+    name: Literal["custom"]
+    """Kind of schedule."""
+
+
 ScheduleConfig = Annotated[
-    CosineConfig | LinearConfig | PowerOfTwoConfig | StepConfig | ConstantConfig,
+    CosineConfig
+    | LinearConfig
+    | PowerOfTwoConfig
+    | StepConfig
+    | ConstantConfig
+    | OwnScheduleConfig,
     Field(discriminator="name"),
 ]
 
@@ -225,7 +301,7 @@ class RuleConfig:
     @property
     def smallest_h(self) -> int | None:
         """The smallest H of rounds that end in an average of parameters and are followed by others;
-        None: there are no such rounds."""
+        None: there are no such rounds, or the rule is not one of ours."""
         raise NotImplementedError
 
     def rehearsed(self, *, lr: float, epochs: float, steps: float) -> Self:
@@ -427,6 +503,28 @@ class SwapSync(RuleConfig):
         return replace(self, switch_epoch=round(self.switch_epoch * epochs))
 
 
+@dataclass(frozen=True, config=STRICT)
+class OwnSync(OwnPart, RuleConfig):
+    """A rule of your own: target(**options) returns a qsr.Rule. A rehearsal does not scale its
+    options."""
+
+    rule: Literal["custom"]
+    """Kind of rule."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return own_rule(self.target, self.load("sync"), self.options)
+
+    label = RuleConfig.label
+
+    @property
+    def rule_label(self) -> str:
+        return super().label
+
+    @property
+    def smallest_h(self) -> None:
+        return None
+
+
 SyncConfig = Annotated[
     EveryStepSync
     | ConstantSync
@@ -435,7 +533,8 @@ SyncConfig = Annotated[
     | StagewiseSync
     | GrowingSync
     | PostLocalSync
-    | SwapSync,
+    | SwapSync
+    | OwnSync,
     Field(discriminator="rule"),
 ]
 
@@ -588,10 +687,12 @@ class FittedRun:
 
 @dataclass(frozen=True, config=STRICT)
 class SpeedConfig:
-    """How fast a cluster is, for plans. Measured by qsr plan calibrate, or fitted."""
+    """How fast machines are, for plans. Measured by qsr plan calibrate, or fitted."""
 
+    name: str
+    """Name of the profile, for records."""
     machines: PositiveInt
-    """Machines of the cluster."""
+    """Machines that it is about."""
     ranks_per_machine: PositiveInt
     """Ranks, one per GPU, of each machine; they share its link."""
     link_gbit_per_second: Positive | None
@@ -644,8 +745,6 @@ class ClusterConfig:
     bucket_mib: Annotated[float, Field(gt=0, le=65_536)]
     """Size of the buckets of gradients that are all-reduced while the backward pass goes on, in MiB
     (25 is torch's)."""
-    speed: SpeedConfig | None
-    """How fast it is, for plans; null: not known."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -658,7 +757,7 @@ class LocalCluster(ClusterConfig):
 
 @dataclass(frozen=True, config=STRICT)
 class SlurmCluster(ClusterConfig):
-    """A Slurm cluster, for qsr submit: one job per run."""
+    """A Slurm cluster, for qsr submit: a job for a run, a job array for several."""
 
     launcher: Literal["slurm"]
     """Kind of cluster."""
@@ -706,6 +805,8 @@ class SlurmCluster(ClusterConfig):
     """Interface between the nodes, for NCCL and gloo, as in ib0; null: they choose."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str | int]
     """More environment variables for the ranks, as NCCL's."""
+    parallel: PositiveInt | None = None
+    """Most runs of a job array that run at once; null: no limit."""
 
     @property
     def tasks_per_node(self) -> int:
@@ -731,6 +832,8 @@ class TrackingConfig:
     """Project name there."""
     wandb_entity: str | None
     """Team or user there; null: wandb's default."""
+    tensorboard: bool
+    """Write them for TensorBoard too, to tensorboard/ in the run folder."""
     log_every_steps: PositiveInt
     """Steps between rows of training metrics. Only then does the host wait for the device."""
     progress: bool
@@ -781,7 +884,7 @@ class Config:
     cuda_graphs: bool
     """Whether a micro-batch's pass is captured on the GPU and launched at once, which helps where
     the host cannot launch kernels as fast as the GPU runs them, as with small micro-batches."""
-    model: ModelConfig
+    model: AnyModel
     """The network."""
     optimizer: OptimizerConfig
     """The optimizer of every worker."""
@@ -801,6 +904,8 @@ class Config:
     """Processes and devices."""
     tracking: TrackingConfig
     """Logs."""
+    speed: SpeedConfig | None
+    """How fast the machines are, for plans; null: not known. Execution."""
     profile: ProfileConfig
     """A trace of some steps."""
     runs_dir: str

@@ -1,5 +1,7 @@
 """Loading images: a loader turns requests (indices and a seed) into batches."""
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -31,6 +33,7 @@ __all__ = [
     "decoders_at_work",
     "fallback_note",
     "make_loader",
+    "open_data",
     "open_image_folders",
     "open_loader",
     "open_validation_folder",
@@ -38,6 +41,35 @@ __all__ = [
     "try_some",
     "uses_dali",
 ]
+
+
+_HOW_TO_MAKE = {
+    "digits": "qsr prepare digits --root {root}",
+    "few_digits": "qsr prepare few_digits",
+    "few_digits_tuning": "qsr prepare few_digits",
+    "imagenet": "qsr prepare imagenet, as in docs/data.md",
+}
+"""The commands that write the data sets of configs/data/."""
+
+
+def open_data(config: "DataConfig") -> tuple[ImageFolder, ImageFolder]:
+    """The training and validation images that the settings name, with as many as they say; see
+    `open_image_folders`. Raises DataError, also if there are none: then it says how to get them."""
+    root = Path(config.root)
+    missing = [folder for folder in (root, root / "train", root / "val") if not folder.is_dir()]
+    if missing:
+        command = _HOW_TO_MAKE.get(config.name) if missing[0] == root else None
+        make = command and ", or make it: " + command.format(root=shlex.quote(config.root))
+        raise DataError(
+            f"no folder {missing[0].absolute()}: set data.root=PATH to a folder with train/CLASS/* "
+            f"and val/CLASS/*{make or ''}"
+        )
+    return open_image_folders(
+        root,
+        expected_train=config.train_images,
+        expected_val=config.val_images,
+        expected_classes=config.classes,
+    )
 
 
 def open_loader(
@@ -121,8 +153,8 @@ def uses_dali(kind: Literal["auto", "dali", "torchvision"]) -> bool:
     except ImportError as error:
         if kind == "dali":
             raise DataError(
-                f"data.loader=dali needs NVIDIA DALI ({error}): "
-                "pip install nvidia-dali-cuda130, or use data.loader=torchvision"
+                "data.loader=dali needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use "
+                f"data.loader=torchvision ({error})"
             ) from error
         return False
     return True

@@ -102,7 +102,9 @@ def open_validation_folder(
     `open_image_folders` does."""
     root = Path(root).absolute()
     if not (root / "val").is_dir():
-        raise DataError(f"no folder {root / 'val'}: the data root must contain val/CLASS/*")
+        raise DataError(
+            f"no folder {root / 'val'}: set data.root=PATH to a folder with val/CLASS/*"
+        )
     listing = Listing(root / "val")
     _check_count(root / "val", "classes", len(listing.classes), expected_classes)
     val = _list_images(root, "val", listing)

@@ -25,6 +25,8 @@ _IMAGES = 16
 _PATIENCE_SECONDS = 300
 _TRIAL = Path(__file__).with_name("decoder_trial.py")
 _TAKES = re.compile(r"(\w+_decoder) process #(\d+)")
+_IN_BATCHES = "nvjpeg_hw_decoder"
+"""The JPEG hardware of data-centre GPUs takes whole batches, of which the log names no image."""
 
 
 def log_errors_only() -> None:
@@ -66,19 +68,21 @@ def decoders_at_work(
             timeout=_PATIENCE_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise DataError(f"{failed} (no answer in {_PATIENCE_SECONDS} s): use {instead}") from None
+        raise DataError(f"{failed}: use {instead} (no answer in {_PATIENCE_SECONDS} s)") from None
     log = trial.stdout.decode(errors="replace")
     if trial.returncode:
         last = log.strip().rpartition("\n")[2]
         reason = f"signal {-trial.returncode}" if trial.returncode < 0 else last
-        raise DataError(f"{failed} ({reason}): use {instead}")
-    return summary_of(log)
+        raise DataError(f"{failed}: use {instead} ({reason})")
+    return summary_of(log, len(paths))
 
 
-def summary_of(log: str) -> str | None:
-    """The decoders that an nvImageCodec log at level 3 names. An image that one decoder gives up
-    counts for the one that takes it next."""
-    last = {number: decoder for decoder, number in _TAKES.findall(log)}
+def summary_of(log: str, images: int) -> str | None:
+    """The decoders of so many images by an nvImageCodec log at level 3. An image that one decoder
+    gives up counts for the one that takes it next."""
+    last = {int(number): decoder for decoder, number in _TAKES.findall(log)}
+    if f"create {_IN_BATCHES}" in log:
+        last = dict.fromkeys(range(images), _IN_BATCHES) | last
     counts = Counter(last.values()).most_common()
     if len(counts) <= 1:
         return counts[0][0] if counts else None

@@ -17,7 +17,7 @@ from qsr.cluster.place import find_place
 from qsr.cluster.processes import START_METHOD
 from qsr.config.load import load_config, run_folder
 from qsr.config.schema import Config, PowerSync, QuadraticSync
-from qsr.data import Batch, Request, open_image_folders, open_loader
+from qsr.data import Batch, Request, open_data, open_loader
 from qsr.data.transforms import EvalTransform
 from qsr.errors import RunFailedError
 from qsr.evidence.hessian import hessian_trace
@@ -179,7 +179,7 @@ def measure(config: Config, probes: int) -> Measured:
 
 def _training_images(config: Config) -> Batch:
     """All training images, preprocessed like validation images."""
-    images, _ = open_image_folders(config.data.root)
+    images, _ = open_data(config.data)
     transform = EvalTransform.of(config.data)
     loader = open_loader(
         config.data,

@@ -91,9 +91,10 @@ class SimulationConfig:
     """The rules, by their names in tables; the others are compared with the first."""
 
 
-def load_simulation(overrides: Sequence[str], config_dir: Path = SIMULATIONS) -> SimulationConfig:
-    """Settings from configs/simulation/ and the command line. Raises ConfigError."""
-    settings = compose_settings(parse_overrides(overrides), [config_dir], "simulate")
+def load_simulation(overrides: Sequence[str], more: Sequence[Path] = ()) -> SimulationConfig:
+    """Settings from configs/simulation/, the folders in `more`, and the command line. Raises
+    ConfigError."""
+    settings = compose_settings(parse_overrides(overrides), [SIMULATIONS, *more], "simulate")
     config = parse(SimulationConfig, settings)
     try:
         for rule in config.rules.values():
@@ -105,9 +106,9 @@ def load_simulation(overrides: Sequence[str], config_dir: Path = SIMULATIONS) ->
     return config
 
 
-def simulation_names(config_dir: Path = SIMULATIONS) -> list[str]:
+def simulation_names() -> list[str]:
     """Names of all experiments."""
-    return sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml"))
+    return sorted(path.stem for path in (SIMULATIONS / "experiment").glob("*.yaml"))
 
 
 def make_simulated_plan(config: SimulationConfig, settings: ExponentConfig) -> Plan:

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import torch
 
-from qsr.build import describe
 from qsr.cluster.place import find_place
 from qsr.cluster.slurm import partitions
 from qsr.config.load import check_plan, run_folder
@@ -25,15 +24,16 @@ from qsr.data import (
     Request,
     TrainTransform,
     decoders_at_work,
-    open_image_folders,
+    open_data,
     open_loader,
     resolve_decode,
     try_some,
     uses_dali,
 )
-from qsr.errors import CheckError
+from qsr.errors import CheckError, SlurmError
 from qsr.ops.loading import LoadingTrial, measure_step, trial_pass
 from qsr.ops.shortage import shortage, speeds
+from qsr.ops.space import run_sizes, unnamed
 from qsr.planner.forecast import forecast
 from qsr.planner.text import plan_line
 from qsr.run.checkpoint import readable, room_for_checkpoints
@@ -41,10 +41,8 @@ from qsr.run.folder import RunFolder
 from qsr.run.folder_trial import refusing, try_folder
 from qsr.run.identity import check_run_folder
 from qsr.run.lock import check_free
-from qsr.run.results import missing_room
 from qsr.sync.communicator import Communicator
-from qsr.train.models import check_network, count_parameters, outline
-from qsr.train.state import checkpoint_bytes
+from qsr.train.models import check_network, count_parameters
 
 
 class Slow(NamedTuple):
@@ -60,15 +58,12 @@ class DataChecks:
         self.train: ImageFolder | None = None
         self._config = config
 
-    def open(self) -> str:
-        """List the files and try some of them."""
-        data = self._config.data
-        train, val = open_image_folders(
-            data.root,
-            expected_train=data.train_images,
-            expected_val=data.val_images,
-            expected_classes=data.classes,
-        )
+    def open(self, *, elsewhere: bool = False) -> str:
+        """List the files and try some of them. `elsewhere`: other machines will train, which alone
+        must have them."""
+        if elsewhere and not Path(self._config.data.root).is_dir():
+            return f"{self._config.data.root} is not here: the nodes must see it"
+        train, val = open_data(self._config.data)
         try_some(train, val)
         self.train = train
         return f"{len(train):,} and {len(val):,} images of {len(train.classes)} classes"
@@ -83,13 +78,9 @@ class DataChecks:
     def space(self) -> str:
         """Disk space for the kept checkpoints, the next one, and the results."""
         config, images, classes = self._counted()
-        model = outline(config.model, classes, config.data.image_size)
-        plan = make_plan(config, images)
-        each = checkpoint_bytes(model, config.optimizer, plan, config.workers, config.sync)
         folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
-        names = self.train.classes if self.train is not None else ("n00000000",) * classes
-        about = describe(config, names, plan.total_steps)
-        results = missing_room(folder, model.state_dict(), about.metadata())
+        names = self.train.classes if self.train is not None else unnamed(classes)
+        each, results = run_sizes(config, make_plan(config, images), names)
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
         there = f"{readable(free)} free" if math.isfinite(free) else "free space unknown"
         return (
@@ -148,20 +139,26 @@ def check_passes(config: Config) -> str:
     """Check that the network accepts images of this size, in micro-batches of the run's size. Needs
     neither the data nor a device."""
     check_network(config)
-    size, name = config.data.image_size, config.model.timm_name or config.model.name
+    size, name = config.data.image_size, config.model.label
     return f"{name} accepts micro-batches of {config.micro_batch_size} images, {size} x {size}"
 
 
 def check_training(config: Config, device: torch.device) -> str:
     """One forward and backward pass on the device with the run's precision and micro-batch size and
     freshly initialized weights."""
-    loss = trial_pass(config, device)()
+    images = config.micro_batch_size
+    try:
+        loss = trial_pass(config, device)()
+    except torch.OutOfMemoryError as error:
+        raise CheckError(
+            f"a pass of {images} images needs more memory than {device} has free: set a smaller "
+            f"micro_batch ({error})"
+        ) from None
     if not math.isfinite(loss):
         raise CheckError(
             f"the loss with initial weights is {loss} in {config.precision}: use another "
             f"network, or precision=fp32"
         )
-    images = config.micro_batch_size
     return f"forward and backward pass of {images} images in {config.precision}"
 
 
@@ -174,6 +171,18 @@ def check_folder(config: Config) -> str:
     lacks = try_folder(path)
     check_free(path)
     return f"{path}{f' (its file system does not support {lacks})' if lacks else ''}"
+
+
+def check_tensorboard(config: Config) -> str:
+    """Check that metrics can be mirrored to TensorBoard as configured."""
+    if not config.tracking.tensorboard:
+        return "off"
+    if importlib.util.find_spec("tensorboard") is None:
+        raise CheckError(
+            "tensorboard is not installed: pip install tensorboard, or use "
+            "tracking.tensorboard=false"
+        )
+    return f"tensorboard --logdir {config.runs_dir}"
 
 
 def check_wandb(config: Config) -> str:
@@ -192,7 +201,7 @@ def check_wandb(config: Config) -> str:
     try:
         socket.create_connection((host, port), 5.0).close()
     except OSError as error:
-        raise CheckError(f"{host} cannot be reached ({error}): use tracking=offline") from None
+        raise CheckError(f"{host} cannot be reached: use tracking=offline ({error})") from None
     return f"online at {host}"
 
 
@@ -205,7 +214,10 @@ def _has_login(host: str) -> bool:
 
 def check_slurm(cluster: SlurmCluster) -> str:
     """Check that Slurm answers and has the partition."""
-    there = partitions()
+    try:
+        there = partitions()
+    except SlurmError as error:
+        raise CheckError(f"Slurm does not answer: ask on a login node ({error})") from None
     if cluster.partition is not None and cluster.partition not in there:
         raise CheckError(
             f"cluster.partition={cluster.partition} does not exist: use one of {', '.join(there)}"
@@ -242,7 +254,10 @@ def check_ranks(communicator: Communicator, mark: Path) -> str | None:
         mark.unlink()
     expected = own.ranks * (own.ranks + 1) / 2
     if not bool((total == expected).all()):
-        return f"an all-reduce gave {total[0].item()} instead of {expected}"
+        return (
+            f"an all-reduce gave {total[0].item()} instead of {expected}: the data is damaged on "
+            f"its way; see which transport does it with NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1"
+        )
     if blind:
         return (
             f"{mark.parent} is not the same folder as on rank 0: choose a runs_dir that all "

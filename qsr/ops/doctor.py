@@ -14,6 +14,27 @@ from qsr.errors import CheckError
 from qsr.ops import checks
 from qsr.output import say
 
+_UNEXPECTED = {
+    "device": "the GPU does not start: see nvidia-smi, or use cluster.device=cpu",
+    "data": "the images cannot be read: see whether the disk of data.root works",
+    "network": "the network cannot be tried: see whether torch, torchvision and timm fit together "
+    "(pip check), or choose another model",
+    "plan": "the run cannot be planned: see the settings with --cfg job",
+    "run folder": "the run folder cannot be used: choose another runs_dir",
+    "free space": "the free space cannot be found: choose another runs_dir",
+    "decoding": "the loader fails: try data.decode=cpu, then data.loader=torchvision",
+    "training": "a training pass fails: try compile=none, then precision=fp32, then "
+    "cluster.device=cpu",
+    "loading": "the loader fails under load: lower data.loader_threads and data.prefetch_batches",
+    "wandb": "wandb cannot be tried: use tracking=offline",
+    "Slurm": "Slurm cannot be asked: ask on a login node",
+    "submitit": "submitit cannot be found: pip install submitit",
+    "tensorboard": "tensorboard cannot be found: pip install tensorboard",
+    "ranks": "the ranks cannot exchange data: see NCCL in docs/cluster.md, with NCCL_DEBUG=INFO",
+}
+"""What is wrong and how to fix it where a check fails with an error of a library's, which
+follows."""
+
 _PATIENCE_SECONDS = 60.0
 """How long to wait for the other ranks; a rank that cannot join says why itself."""
 
@@ -37,6 +58,7 @@ def examine(config: Config) -> bool:
         if not {"data", "network", "decoding", "training"} & report.failed:
             report.check("loading", lambda: data.load(device))
     if own.is_main:
+        report.check("tensorboard", lambda: checks.check_tensorboard(config))
         report.check("wandb", lambda: checks.check_wandb(config))
     digest = hashlib.sha256(place.attempt.encode()).hexdigest()[:16]  # the name may hold anything
     mark = Path(config.runs_dir) / f".doctor-{digest}"
@@ -65,20 +87,24 @@ def examine_login_node(config: Config) -> bool:
     cluster = config.cluster
     assert isinstance(cluster, SlurmCluster)
     report = _Report(find_place())
-    _check_files(report, config)
+    _check_files(report, config, elsewhere=True)
+    report.check("tensorboard", lambda: checks.check_tensorboard(config))
     report.check("wandb", lambda: checks.check_wandb(config))
     report.check("Slurm", lambda: checks.check_slurm(cluster))
     report.check("submitit", checks.check_submitit)
     return not report.failed
 
 
-def _check_files(report: "_Report", config: Config) -> checks.DataChecks:
+def _check_files(
+    report: "_Report", config: Config, *, elsewhere: bool = False
+) -> checks.DataChecks:
     data = checks.DataChecks(config)
-    report.check("data", data.open)
+    report.check("data", lambda: data.open(elsewhere=elsewhere))
     report.check("network", lambda: checks.check_passes(config))
     report.check("plan", data.plan)
     report.check("run folder", lambda: checks.check_folder(config))
-    report.check("free space", data.space)
+    if "plan" not in report.failed:
+        report.check("free space", data.space)
     return data
 
 
@@ -105,7 +131,7 @@ class _Report:
             self.failed.add(name)
             kind = type(error)
             own = kind.__module__.startswith("qsr.")
-            text = str(error) if own else f"{kind.__name__}: {error}"
+            text = str(error) if own else f"{_UNEXPECTED[name]} ({kind.__name__}: {error})"
             self._say("FAIL", name, f"{self._where()}{' '.join(text.split())}")
         else:
             if isinstance(found, checks.Slow):
@@ -120,4 +146,4 @@ class _Report:
 
     @staticmethod
     def _say(verdict: str, name: str, text: str) -> None:
-        say(f"{verdict:4}  {name:10}  {text}")
+        say(f"{verdict:4}  {name:11}  {text}")

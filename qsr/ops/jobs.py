@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,34 @@ from qsr.train.models import check_network
 
 
 def check_submission(config: Config) -> RunFolder:
-    """The run's folder, without changing it. Raises ConfigError for errors that the job would hit
-    (except those that need the data, which may be visible only on the nodes), and if the run's last
-    job is still in the queue."""
-    check_network(config)
-    folder = check_run_folder(config, {})
-    record = read_job(folder)
-    if record is None or record["job"] == own_job():  # this job was requeued
-        return folder
-    job = record["job"]
+    """`check_submissions` of one run."""
+    return check_submissions([config])[0]
+
+
+def check_submissions(configs: Sequence[Config]) -> list[RunFolder]:
+    """The runs' folders, without changing them. Raises ConfigError for errors that the jobs would
+    hit (except those that need the data, which may be visible only on the nodes), and if the last
+    job of a run is still in the queue."""
+    folders = []
+    for config in configs:
+        check_network(config)
+        folders.append(check_run_folder(config, {}))
+    records = {folder: record for folder in folders if (record := read_job(folder)) is not None}
     try:
-        state = query([job]).get(job)
+        states = query([record["job"] for record in records.values()])
     except SlurmError:
-        return folder  # no Slurm here: nothing will be submitted
-    same = state is not None and record.get("title", state.title) == state.title
-    if same and state is not None and state.name in IN_QUEUE:
-        raise ConfigError(
-            f"{folder.path} already has job {job} ({state.name}), which will run by itself; to "
-            f"submit it again, run scancel {job} first"
-        )
-    return folder
+        return folders  # no Slurm here: nothing will be submitted
+    for folder, record in records.items():
+        state, job = states.get(record["job"]), record["job"]
+        if state is None or job == own_job():  # this job was requeued
+            continue
+        same = record.get("title", state.title) == state.title
+        if same and state.name in IN_QUEUE:
+            raise ConfigError(
+                f"{folder.path} already has job {job} ({state.name}), which will run by itself; to "
+                f"submit it again, run scancel {job} first"
+            )
+    return folders
 
 
 def write_job(

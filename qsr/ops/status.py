@@ -6,15 +6,15 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from qsr.cluster.slurm import IN_QUEUE, WAITING, JobState
 from qsr.config.load import parse_identity
-from qsr.config.planning import make_plan
+from qsr.config.planning import make_sampler
 from qsr.errors import ConfigError
-from qsr.run.folder import RunFolder, is_number, read_json, read_rows
-from qsr.run.tracking import waiting_words
+from qsr.run.folder import RunFolder, is_number, read_json, read_last_rows
 from qsr.run.yaml_file import read_yaml
 
 State = Literal["queued", "running", "preempted", "stopped", "failed", "done", "unknown"]
@@ -39,9 +39,26 @@ class RunStatus:
     top1: float | None
     """Percent, at the last evaluation."""
     seconds_left: float | None
-    """Estimated from the speed so far, including evaluations."""
-    waiting_percent: float = 0.0
-    """Share of the training time so far in which training waited for data; 0 if unknown."""
+    """Estimated from the speed so far, including evaluations; None when it is done."""
+    waiting_percent: float | None = None
+    """Share of the training time so far in which training waited for data."""
+    skipped_updates: int | None = None
+    """Updates that workers skipped so far, because fp16 gradients overflowed; None in other
+    precisions."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the rows of a run say. Unknown values are None."""
+
+    step: int = 0
+    epoch: float | None = None
+    h: int | None = None
+    top1: float | None = None
+    seconds_per_step: float | None = None
+    waiting_percent: float | None = None
+    skipped_updates: int | None = None
+    damage: Sequence[str] = ()
 
 
 class _Files:
@@ -52,24 +69,40 @@ class _Files:
         self.damage: list[str] = []
         if not os.access(folder, os.R_OK | os.X_OK):
             self.damage.append(f"{folder} cannot be read: permission denied")
-        self.job = self._record(self.paths.job, job=str, log=str)
-        if self.job is not None and not re.fullmatch(r"[0-9_]+", self.job["job"], re.ASCII):
+
+    @cached_property
+    def job(self) -> dict[str, Any] | None:
+        job = self._record(self.paths.job, job=str, log=str)
+        if job is not None and not re.fullmatch(r"[0-9_]+", job["job"], re.ASCII):
             # squeue would reject the whole query, including the other jobs
-            self.damage.append(f"{self.paths.job}: {self.job['job']!r} is not a job number")
-            self.job = None
-        self.failure = self._record(self.paths.failure, rank=int, error=str)
-        self.data = self._record(self.paths.data, train_images=int)
-        self.trained, self.evaluated = self._rows()
+            self.damage.append(f"{self.paths.job}: {job['job']!r} is not a job number")
+            return None
+        return job
+
+    @cached_property
+    def failure(self) -> dict[str, Any] | None:
+        return self._record(self.paths.failure, rank=int, error=str)
+
+    def measured(self) -> _Measured:
+        """What the run has measured so far."""
+        path = self.paths.metrics
+        try:
+            found = _measured(path, _version(path))
+        except ConfigError as error:
+            self.damage.append(str(error))
+            return _Measured()
+        self.damage += found.damage
+        return found
 
     def total_steps(self) -> int | None:
         """Number of steps of the run, if job.json or its settings and data give it."""
+        data = self._record(self.paths.data, train_images=int)
         steps = (self.job or {}).get("steps")
-        if isinstance(steps, int) or self.data is None:
+        if isinstance(steps, int) or data is None:
             return steps if isinstance(steps, int) else None
         path = self.paths.config
         try:
-            config = parse_identity(read_yaml(path))
-            return make_plan(config, self.data["train_images"]).total_steps
+            return _planned_steps(path, _version(path), data["train_images"])
         except (ConfigError, ValueError) as error:
             self.damage.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         return None
@@ -87,27 +120,73 @@ class _Files:
         self.damage.append(f"{path} has no {' and '.join(fields)}")
         return None
 
-    def _rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The rows of training and those of evaluations."""
-        path = self.paths.metrics
-        if not os.access(path, os.F_OK):
-            return [], []
-        try:
-            rows, damaged = read_rows(path)
-        except ConfigError as error:
-            self.damage.append(str(error))
-            return [], []
-        trained = _rows_with(rows, "train", "epoch", "h", "train_seconds")
-        evaluated = _rows_with(rows, "eval", "epoch", "top1", "seconds")
-        missing = len(damaged) + len(rows) - len(trained) - len(evaluated)
-        if missing:
-            self.damage.append(f"{path} has {missing} damaged line{'s' if missing > 1 else ''}")
-        return trained, evaluated
+
+def _version(path: Path) -> tuple[int, int]:
+    """Changes when the file does. Raises ConfigError."""
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    return about.st_size, about.st_mtime_ns
+
+
+@lru_cache(maxsize=10_000)
+def _planned_steps(path: Path, version: tuple[int, int], train_images: int) -> int:
+    """Cached by the file's version, because a watched run's settings are read every few seconds."""
+    config = parse_identity(read_yaml(path))
+    return config.epochs * make_sampler(config, train_images).steps_per_epoch
+
+
+@lru_cache(maxsize=10_000)
+def _measured(path: Path, version: tuple[int, int]) -> _Measured:
+    """From the last rows of a metrics.jsonl; cached by the file's version."""
+    rows, damaged, whole = read_last_rows(path)
+    trained = _rows_with(rows, "train", "epoch", "h", "train_seconds")
+    evaluated = _rows_with(rows, "eval", "epoch", "top1", "seconds")
+    damaged += len(rows) - len(trained) - len(evaluated)
+    good = sorted([*trained, *evaluated], key=lambda row: int(row["step"]))
+    return _Measured(
+        step=max((row["step"] for row in good), default=0),
+        epoch=good[-1]["epoch"] if good else None,
+        h=trained[-1]["h"] if trained else None,
+        top1=evaluated[-1]["top1"] if evaluated else None,
+        seconds_per_step=_seconds_per_step(trained, evaluated, whole=whole),
+        waiting_percent=_waiting_percent(trained[-1]) if trained else None,
+        skipped_updates=_skipped_updates(trained[-1]) if trained else None,
+        damage=[f"{path} has {damaged} damaged line{'s' if damaged > 1 else ''}"] * (damaged > 0),
+    )
 
 
 def _rows_with(rows: Sequence[dict[str, Any]], kind: str, *names: str) -> list[dict[str, Any]]:
     of_kind = (row for row in rows if row["kind"] == kind)
     return [row for row in of_kind if all(is_number(row.get(name)) for name in names)]
+
+
+def _seconds_per_step(
+    trained: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str, Any]], *, whole: bool
+) -> float | None:
+    """Evaluations included; over the whole run, or over the rows that were read."""
+    if not trained:
+        return None
+    first = {"step": 0, "train_seconds": 0.0} if whole else trained[0]
+    last = trained[-1]
+    between = (row for row in evaluated if first["step"] < row["step"] <= last["step"])
+    spent = last["train_seconds"] - first["train_seconds"] + sum(row["seconds"] for row in between)
+    steps = last["step"] - first["step"]
+    return float(spent / steps) if steps > 0 and math.isfinite(spent / steps) else None
+
+
+def _waiting_percent(row: Mapping[str, Any]) -> float | None:
+    """Rows of earlier versions have no times of waiting."""
+    idle, spent = row.get("data_idle_seconds"), row["train_seconds"]
+    if idle is None or not is_number(idle) or spent <= 0:
+        return None
+    return float(100.0 * idle / spent)
+
+
+def _skipped_updates(row: Mapping[str, Any]) -> int | None:
+    skipped = row.get("skipped_updates")
+    return skipped if isinstance(skipped, int) else None
 
 
 def job_of(folder: Path) -> str | None:
@@ -120,22 +199,23 @@ def read_status(folder: Path, jobs: Mapping[str, JobState] | None) -> RunStatus:
     """The status of the run in `folder`. `jobs`: job states by number; None if Slurm does not
     answer. A damaged file only makes the values that depend on it unknown."""
     files = _Files(folder)
-    trained, evaluated = files.trained, files.evaluated
-    rows = sorted([*trained, *evaluated], key=lambda row: int(row["step"]))
-    step = max([0, *(row["step"] for row in rows), *_checkpoints(files.paths)])
-    total = files.total_steps()
     state, detail = _state(files, jobs)
+    found = files.measured() if os.access(files.paths.metrics, os.F_OK) else _Measured()
+    step = max([found.step, *_checkpoints(files.paths)])
+    total = files.total_steps()
+    left = total is not None and state != "done" and found.seconds_per_step is not None
     return RunStatus(
         folder=folder,
         state=state,
         detail="; ".join([*filter(None, [detail]), *files.damage]),
         step=step,
         total_steps=total,
-        epoch=rows[-1]["epoch"] if rows else None,
-        h=trained[-1]["h"] if trained else None,
-        top1=evaluated[-1]["top1"] if evaluated else None,
-        seconds_left=_seconds_left(trained, evaluated, step, total),
-        waiting_percent=_waiting_percent(trained[-1]) if trained else 0.0,
+        epoch=found.epoch,
+        h=found.h,
+        top1=found.top1,
+        seconds_left=(found.seconds_per_step or 0.0) * ((total or 0) - step) if left else None,
+        waiting_percent=found.waiting_percent,
+        skipped_updates=found.skipped_updates,
     )
 
 
@@ -159,6 +239,8 @@ def _state(files: _Files, jobs: Mapping[str, JobState] | None) -> tuple[State, s
         return "stopped", "run the same command to resume"
     if job is not None and job.name in ("CANCELLED", "COMPLETED"):
         return "stopped", f"job {number}: {job.name}; run the same command to resume"
+    if job is None and not Path(files.job["log"]).exists():  # as if cancelled while it waited
+        return "stopped", f"job {number}: gone before it started; run the same command to resume"
     ended = job.name if job else "ended for an unknown reason"
     return "failed", f"job {number}: {ended}, see {files.job['log']}"
 
@@ -179,59 +261,3 @@ def _locked(path: Path) -> bool:
 def _checkpoints(paths: RunFolder) -> list[int]:
     names = (path.name.removeprefix("step_") for path in paths.checkpoints.glob("step_*"))
     return [int(name) for name in names if name.isdecimal() and name.isascii()]
-
-
-def _seconds_left(
-    trained: Sequence[Mapping[str, Any]],
-    evaluated: Sequence[Mapping[str, Any]],
-    step: int,
-    total: int | None,
-) -> float | None:
-    if not trained or total is None:
-        return None
-    last = trained[-1]
-    spent = last["train_seconds"] + sum(
-        row["seconds"] for row in evaluated if row["step"] <= last["step"]
-    )
-    left = float(spent / last["step"] * (total - step))
-    return left if math.isfinite(left) else None
-
-
-def _waiting_percent(row: Mapping[str, Any]) -> float:
-    """Rows of earlier versions have no times of waiting."""
-    idle, spent = row.get("data_idle_seconds", 0.0), row["train_seconds"]
-    return float(100.0 * idle / spent) if is_number(idle) and spent > 0 else 0.0
-
-
-def status_table(runs: Sequence[RunStatus]) -> str:
-    """A header line and one line per run."""
-    titles = ("state", "step", "epoch", "H", "top-1 %", "left", "run")
-    rows: list[tuple[str, ...]] = [titles, *(_cells(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
-
-
-def _cells(run: RunStatus) -> tuple[str, ...]:
-    total = "?" if run.total_steps is None else f"{run.total_steps:,}"
-    left = run.state != "done" and run.seconds_left is not None
-    minutes = round((run.seconds_left or 0.0) / 60)
-    remarks = "; ".join(filter(None, [run.detail, waiting_words(run.waiting_percent)]))
-    return (
-        run.state,
-        f"{run.step:,}/{total}",
-        "-" if run.epoch is None else f"{run.epoch:.1f}",
-        "-" if run.h is None else f"{run.h:,}",
-        "-" if run.top1 is None else f"{run.top1:.2f}",
-        f"{minutes // 60} h {minutes % 60:02} min" if left else "-",
-        _printable(f"{run.folder}{f'  ({remarks})' if remarks else ''}"),
-    )
-
-
-def _printable(text: str) -> str:
-    """`text` on one line, with unprintable characters replaced."""
-    shown = os.fsencode(text).decode(errors="replace")
-    return "".join(sign if sign.isprintable() else "?" for sign in shown)

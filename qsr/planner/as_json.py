@@ -8,14 +8,15 @@ from qsr.planner.forecast import Forecast, Method
 
 
 def forecast_record(forecast: Forecast) -> dict[str, Any]:
-    """The forecast of one run; times are null if the cluster's profile does not have them."""
+    """The forecast of one run; times are null without a speed profile that fits."""
     config, plan, model = forecast.config, forecast.plan, forecast.model
     longest, rounds = plan.longest_round, list(plan.rounds())
     return {
         "experiment": config.experiment,
         "cluster": config.cluster.name,
+        "speed": config.speed.name if config.speed else None,
         "rule": config.sync.rule,
-        "model": config.model.timm_name or config.model.name,
+        "model": config.model.label,
         "parameters": forecast.parameters,
         "precision": config.precision,
         "workers": config.workers,
@@ -44,7 +45,7 @@ def forecast_record(forecast: Forecast) -> dict[str, Any]:
 
 
 def _method_record(forecast: Forecast, method: Method) -> dict[str, Any]:
-    cost, speed = method.cost, forecast.config.cluster.speed
+    cost, speed = method.cost, forecast.config.speed
     record: dict[str, Any] = {
         "method": method.label,
         "planned": method.planned,

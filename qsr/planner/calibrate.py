@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from qsr.cluster.group import join
+from qsr.cluster.place import find_place
 from qsr.config.planning import make_plan, make_sampler
 from qsr.config.schema import Config, DataParallelSteps
 from qsr.core.rules import ConstantRule, EveryStepRule, Rule
@@ -217,7 +218,8 @@ def _sizes(largest: int) -> list[int]:
 
 
 def _ranks_per_machine() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    task = find_place().slurm
+    return task.local_ranks if task is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _within_machine(everyone: Communicator) -> Communicator | None:

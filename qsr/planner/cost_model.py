@@ -1,4 +1,4 @@
-"""Config -> cost model: the only place where a cluster's profile becomes seconds and bytes."""
+"""Config -> cost model: the only place where a speed profile becomes seconds and bytes."""
 
 import math
 from dataclasses import replace
@@ -24,21 +24,33 @@ def moment_bytes(sync: schema.SyncConfig, parameters: int) -> int:
 
 
 def speed_key(config: schema.Config) -> str:
-    """The run's key in cluster.speed.seconds_per_image."""
-    model = config.model
-    name = model.name if model.timm_name is None else f"timm/{model.timm_name}"
+    """The run's key in speed.seconds_per_image."""
     compiled = "" if config.compile == "none" else f"/compile={config.compile}"
     graphs = "/cuda_graphs" if config.cuda_graphs else ""
-    return f"{name}@{config.data.image_size}/{config.precision}{compiled}{graphs}"
+    return (
+        f"{config.model.speed_name}@{config.data.image_size}/{config.precision}{compiled}{graphs}"
+    )
 
 
 def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tuple[int, int]:
     """Ranks and machines of the run: those of a Slurm job; otherwise cluster.ranks, or the largest
     number that shares the workers evenly (if several ranks make one worker, all of these), on as
-    few machines as possible. Raises ConfigError if the cluster is too small."""
+    few of the profile's machines as possible. Raises UnknownSpeedError if the profile is about
+    other numbers than the job's, or too few."""
     most = speed.machines * speed.ranks_per_machine
+    measured = f"speed={speed.name} is about {speed.machines} x {speed.ranks_per_machine} ranks"
+    assume = "or set speed.machines and speed.ranks_per_machine, if the link is as fast there"
     cluster = config.cluster
     if isinstance(cluster, schema.SlurmCluster):
+        of_job, of_profile = (
+            (cluster.nodes, cluster.tasks_per_node),
+            (speed.machines, speed.ranks_per_machine),
+        )
+        if of_job != of_profile:
+            raise UnknownSpeedError(
+                f"no hours: the job has {cluster.nodes} x {cluster.tasks_per_node} ranks, but "
+                f"{measured}: measure yours with qsr plan calibrate, {assume}"
+            )
         return cluster.job_ranks, cluster.nodes
     ranks = cluster.ranks
     if config.ranks_per_worker > 1:
@@ -50,28 +62,24 @@ def ranks_and_machines(config: schema.Config, speed: schema.SpeedConfig) -> tupl
         if config.ranks_per_worker > 1:
             wanted = f"workers={config.workers} x ranks_per_worker={config.ranks_per_worker} = "
             wanted += f"{ranks} ranks"
-        raise ConfigError(
-            f"{wanted}, but {config.cluster.name} has {speed.machines} x "
-            f"{speed.ranks_per_machine} ranks: use fewer, or raise cluster.speed.machines or "
-            f"cluster.speed.ranks_per_machine"
-        )
+        raise UnknownSpeedError(f"no hours: {wanted}, but {measured}: use fewer, {assume}")
     return ranks, math.ceil(ranks / speed.ranks_per_machine)
 
 
 def make_cost_model(config: schema.Config, parameters: int) -> CostModel:
-    """The cost model of the run on its cluster. Raises UnknownSpeedError if the cluster's profile
-    lacks a speed, ConfigError if the profile is not valid for the run."""
-    speed, key = config.cluster.speed, speed_key(config)
-    calibrate = "measure it: qsr plan calibrate"
+    """The cost model of the run. Raises UnknownSpeedError if there is no speed profile, or if it
+    does not fit the run, ConfigError if the profile contradicts itself."""
+    speed, key = config.speed, speed_key(config)
     if speed is None:
         raise UnknownSpeedError(
-            f"no hours: the speed of cluster={config.cluster.name} is not known; {calibrate}"
+            "no hours: no speeds are given; choose a profile with speed=NAME, or measure one: "
+            "qsr plan calibrate"
         )
     allreduce = _allreduce(config, speed)
     if key not in speed.seconds_per_image:
         raise UnknownSpeedError(
-            f"no hours: cluster={config.cluster.name} has no speed for {key}; {calibrate}, or set "
-            f"cluster.speed.seconds_per_image={{{key}:SECONDS}}"
+            f"no hours: speed={speed.name} has no speed for {key}; measure it: qsr plan calibrate, "
+            f"or set speed.seconds_per_image={{{key}:SECONDS}}"
         )
     images = config.shard_size * (config.shards // allreduce.ranks)
     model = CostModel(
@@ -105,16 +113,16 @@ def _allreduce(config: schema.Config, speed: schema.SpeedConfig) -> AllReduce:
         try:
             return MeasuredAllReduce(ranks, machines, measured.sizes_bytes, measured.seconds)
         except ValueError as error:
-            raise ConfigError(f"cluster.speed.allreduce: {error}") from None
-    return Link(ranks, machines, _bytes_per_second(config, speed, ranks), speed.latency_seconds)
+            raise ConfigError(f"speed.allreduce: {error}") from None
+    return Link(ranks, machines, _bytes_per_second(speed, ranks), speed.latency_seconds)
 
 
-def _bytes_per_second(config: schema.Config, speed: schema.SpeedConfig, ranks: int) -> float:
+def _bytes_per_second(speed: schema.SpeedConfig, ranks: int) -> float:
     gbit_per_second = speed.link_gbit_per_second
     if gbit_per_second is None and ranks > 1:
         raise UnknownSpeedError(
-            f"no hours: cluster={config.cluster.name} has no speed of the link between ranks; set "
-            f"cluster.speed.link_gbit_per_second"
+            f"no hours: speed={speed.name} has no speed of the link between ranks; set "
+            f"speed.link_gbit_per_second"
         )
     return (gbit_per_second or math.inf) * 1e9 / 8
 
@@ -126,14 +134,14 @@ def _parts(
     those between the ranks of a machine."""
     each, latency = config.ranks_per_worker, speed.latency_seconds
     on_machine = math.ceil(allreduce.ranks / allreduce.machines)
-    link = _bytes_per_second(config, speed, allreduce.ranks)
+    link = _bytes_per_second(speed, allreduce.ranks)
     inside_gbit = speed.inside_gbit_per_second
     if inside_gbit is None and speed.machines == 1:
         inside_gbit = speed.link_gbit_per_second
     if inside_gbit is None and (each <= on_machine or allreduce.machines == 1):
         raise UnknownSpeedError(
-            f"no hours: cluster={config.cluster.name} has no speed between the ranks of a machine; "
-            f"set cluster.speed.inside_gbit_per_second, or measure it: qsr plan calibrate"
+            f"no hours: speed={speed.name} has no speed between the ranks of a machine; "
+            f"set speed.inside_gbit_per_second, or measure it: qsr plan calibrate"
         )
     within = (inside_gbit or math.inf) * 1e9 / 8
     if each > on_machine:  # a worker lies on several machines

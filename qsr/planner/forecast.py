@@ -28,7 +28,7 @@ def is_unverified(source: str) -> bool:
 
 
 class Source(NamedTuple):
-    """A constant of the cluster's profile that a forecast uses, and where it comes from."""
+    """A constant of the speed profile that a forecast uses, and where it comes from."""
 
     name: str
     value: float
@@ -51,12 +51,12 @@ class Method:
     """Over the link of each machine, per direction; None: the machines are not known."""
     cost: RunCost | None
     fitted_hours: float | None
-    """The published time of this run, if the cluster's profile was fitted to it."""
+    """The published time of this run, if the speed profile was fitted to it."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast of a run. Times are None if the cluster's profile lacks a speed."""
+    """Forecast of a run. Times are None without a speed profile that fits the run."""
 
     config: schema.Config
     plan: Plan
@@ -66,7 +66,7 @@ class Forecast:
     sources: tuple[Source, ...]
     model: CostModel | None
     why_no_times: str
-    """What the profile lacks and how to fix it; empty if nothing."""
+    """Why the profile gives none and how to fix it; empty if nothing."""
 
     @property
     def planned(self) -> Method:
@@ -121,7 +121,7 @@ class Forecast:
         """What a reader must know about the times."""
         if self.model is None:
             return [self.why_no_times]
-        speed, allreduce = self.config.cluster.speed, self.model.allreduce
+        speed, allreduce = self.config.speed, self.model.allreduce
         assert speed is not None
         notes = []
         if any(method.fitted_hours for method in self.methods):
@@ -246,8 +246,8 @@ def _fitted_hours(config: schema.Config, plan: Plan, model: CostModel) -> float 
         or any(source.text == GIVEN for source in _of_times(sources))
     ):
         return None
-    assert config.cluster.speed is not None
-    for run in config.cluster.speed.fitted_to:
+    assert config.speed is not None
+    for run in config.speed.fitted_to:
         if (run.model, run.ranks, run.global_batch, run.steps, run.averages) == (
             speed_key(config),
             model.allreduce.ranks,
@@ -260,7 +260,7 @@ def _fitted_hours(config: schema.Config, plan: Plan, model: CostModel) -> float 
 
 
 def _sources(config: schema.Config) -> tuple[Source, ...]:
-    speed, key = config.cluster.speed, speed_key(config)
+    speed, key = config.speed, speed_key(config)
     assert speed is not None
     values = {
         "link_gbit_per_second": speed.link_gbit_per_second,

@@ -1,4 +1,4 @@
-"""Cluster profiles that a calibration writes: configs/cluster/NAME.yaml."""
+"""Speed profiles that a calibration writes: FOLDER/speed/NAME.yaml."""
 
 import dataclasses
 import json
@@ -14,8 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from qsr.config.load import CONFIG_DIR
 from qsr.config.schema import (
     AllReduceTimes,
-    AnyCluster,
-    ClusterConfig,
     DataParallelSteps,
     SpeedConfig,
 )
@@ -31,7 +29,7 @@ class Measurement:
     """Result of a calibration."""
 
     key: str
-    """Key in cluster.speed.seconds_per_image."""
+    """Key in speed.seconds_per_image."""
     machines: int
     ranks_per_machine: int
     seconds_per_image: float
@@ -53,52 +51,51 @@ class Measurement:
         return self.machines * self.ranks_per_machine
 
 
-def profile_path(name: str, config_dir: Path = CONFIG_DIR) -> Path:
-    """Where a calibration writes its profile. Raises ConfigError if the name is not valid, the
-    folder cannot be written, or the file exists and was not written by a calibration."""
+def profile_path(name: str, folder: Path) -> Path:
+    """Where a calibration writes its profile: in the group speed of a `folder` of settings. Raises
+    ConfigError if the name is not valid or taken by a profile of the project's, the folder cannot
+    be written, or the file exists and was not written by a calibration."""
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise ConfigError(f"name={name}: use only letters, digits and underscores")
-    path = config_dir / "cluster" / f"{name}.yaml"
+    path = folder.absolute() / "speed" / f"{name}.yaml"
+    taken = CONFIG_DIR / "speed" / path.name
+    if taken.exists():
+        raise ConfigError(f"name={name} is {taken}: choose another name")
     if path.exists() and not path.read_text().startswith(_BEGINNING):
         raise ConfigError(f"{path} was not written by a calibration: choose another name")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(
-            f"{path.parent} cannot be written: calibrate in a checkout of qsr, or where you "
-            f"installed it for yourself"
-        )
+    there = next(parent for parent in path.parents if parent.exists())
+    wrong = "is not a folder" if not there.is_dir() else "cannot be written"
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"{there} {wrong}: choose a folder with --config-dir DIR")
     return path
 
 
-def read_profile(path: Path) -> ClusterConfig:
+def read_profile(path: Path) -> SpeedConfig:
     """Read a profile. Raises ConfigError if this version cannot read it."""
     try:
         raw = json.dumps(yaml.safe_load(path.read_text()))
-        profile: ClusterConfig = TypeAdapter(AnyCluster).validate_json(raw)
-        return profile
+        return TypeAdapter(SpeedConfig).validate_json(raw)
     except (ValidationError, yaml.YAMLError):
         raise ConfigError(f"{path} is not a profile of this version: delete it") from None
 
 
-def profile_text(cluster: ClusterConfig) -> str:
+def profile_text(speed: SpeedConfig) -> str:
     """The contents of a profile's file."""
-    return MARK + "\n" + yaml.safe_dump(dataclasses.asdict(cluster), sort_keys=False, width=100)
+    return MARK + "\n" + yaml.safe_dump(dataclasses.asdict(speed), sort_keys=False, width=100)
 
 
-def updated_profile(
-    cluster: ClusterConfig, stored: ClusterConfig | None, found: Measurement
-) -> ClusterConfig:
-    """`cluster`, the settings of the calibration, with the speeds that it `found` and those of
-    other networks from the `stored` profile of an earlier calibration.
+def updated_profile(name: str, before: SpeedConfig | None, found: Measurement) -> SpeedConfig:
+    """The speeds that a calibration `found`, and those of other networks from the profile of an
+    earlier one.
 
     Raises ConfigError if that one used other ranks, or if no link fits the all-reduces.
     """
-    before = stored.speed if stored is not None else None
     if before is not None and (before.machines, before.ranks_per_machine) != (
         found.machines,
         found.ranks_per_machine,
     ):
         raise ConfigError(
-            f"{cluster.name} was measured on {before.machines} x {before.ranks_per_machine} ranks, "
+            f"speed={name} was measured on {before.machines} x {before.ranks_per_machine} ranks, "
             f"not {found.machines} x {found.ranks_per_machine}: choose another name"
         )
     link, latency, measured, inside = None, 0.0, None, None
@@ -119,7 +116,8 @@ def updated_profile(
         inside = _rounded(fit.bytes_per_second * 8 / 1e9)
         text = f"fitted like the link, to within {100 * residual:.0f} %"
         sources["inside_gbit_per_second"] = text
-    speed = SpeedConfig(
+    return SpeedConfig(
+        name=name,
         machines=found.machines,
         ranks_per_machine=found.ranks_per_machine,
         link_gbit_per_second=link,
@@ -138,7 +136,6 @@ def updated_profile(
         sources=sources,
         inside_gbit_per_second=inside,
     )
-    return dataclasses.replace(cluster, speed=speed)
 
 
 def _fit(

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qsr.config.schema import ClusterConfig
+from qsr.config.schema import SpeedConfig
 from qsr.core.cost import Link
 from qsr.planner import what_if
 from qsr.planner.forecast import Forecast, Method
@@ -21,9 +21,10 @@ def print_forecast(forecast: Forecast) -> None:
     console = _console()
     config, plan, longest = forecast.config, forecast.plan, forecast.plan.longest_round
     rounds = list(plan.rounds())
-    console.print(f"{config.experiment}, cluster {config.cluster.name}", style="bold")
+    speeds = f", speeds of {config.speed.name}" if config.speed else ""
+    console.print(f"{config.experiment}, cluster {config.cluster.name}{speeds}", style="bold")
     console.print(
-        f"{config.model.timm_name or config.model.name}, {forecast.parameters:,} parameters; "
+        f"{config.model.label}, {forecast.parameters:,} parameters; "
         f"{_workers(forecast)}{_place(forecast)}; global batch {config.global_batch:,}"
     )
     console.print(
@@ -59,7 +60,7 @@ def plan_line(forecast: Forecast) -> str:
     if run.cost is None:
         return text + forecast.why_no_times
     hours = hours_text(forecast, run, "total")
-    return text + f"{hours} h ({basis_text(run)}), {_number(run.cost.gpu_hours)} GPU hours"
+    return text + f"{hours} h ({basis_text(run)}), {number_text(run.cost.gpu_hours)} GPU hours"
 
 
 def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forecast]) -> None:
@@ -86,13 +87,17 @@ def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forec
     console.print(table)
     for note in dict.fromkeys(note for forecast in forecasts for note in forecast.notes()):
         console.print(f"  {note}")
+    if any(f.planned.overlapped and f.plan.gradient_rounds for f in forecasts):
+        console.print(
+            "  data parallel overlaps its averages with the backward pass here; the paper's does "
+            "not: cluster.overlap_gradients=false"
+        )
     _print_sources(console, forecasts)
 
 
-def print_calibration(profile: ClusterConfig, found: Measurement) -> None:
+def print_calibration(speed: SpeedConfig, found: Measurement) -> None:
     """Print the measured times beside the fitted ones."""
-    console, speed = _console(), profile.speed
-    assert speed is not None  # it has just been measured
+    console = _console()
     console.print(f"{found.key}: {1000 * found.seconds_per_image:.4g} ms per image and rank")
     if speed.link_gbit_per_second is None:
         console.print("one rank: no all-reduce to measure")
@@ -174,7 +179,7 @@ def _place(forecast: Forecast) -> str:
 
 
 def _method_table(forecast: Forecast) -> Table:
-    speed, with_times = forecast.config.cluster.speed, forecast.model is not None
+    speed, with_times = forecast.config.speed, forecast.model is not None
     price = with_times and speed is not None and speed.price_per_gpu_hour
     names = ["", "rounds", "volume\n%", "GB per\nworker"]
     if with_times:
@@ -195,7 +200,7 @@ def _method_table(forecast: Forecast) -> Table:
                     hours_text(forecast, method, name)
                     for name in ("compute", "communication", "total")
                 ),
-                _number(method.cost.gpu_hours),
+                number_text(method.cost.gpu_hours),
                 *([f"{price * method.cost.gpu_hours:,.2f}"] if price else []),
                 basis_text(method),
             ]
@@ -209,10 +214,11 @@ def hours_text(forecast: Forecast, method: Method, name: str) -> str:
     if method.cost is None:
         return "-"
     hours = getattr(method.cost, f"{name}_seconds") / 3600
-    return _number(hours) + ("?" if name in forecast.unverified(method) else "")
+    return number_text(hours) + ("?" if name in forecast.unverified(method) else "")
 
 
-def _number(hours: float) -> str:
+def number_text(hours: float) -> str:
+    """A number of hours, with about three digits."""
     if 0 < hours < 0.1:
         return f"{hours:.2g}"
     return f"{hours:,.{2 if hours < 100 else 1}f}"
@@ -238,9 +244,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _print_sources(console: Console, forecasts: Sequence[Forecast]) -> None:
-    for cluster in dict.fromkeys(f.config.cluster.name for f in forecasts if f.sources):
-        console.print(f"Constants of {cluster}:")
-        its = (f.sources for f in forecasts if f.config.cluster.name == cluster)
+    known = [(f.config.speed.name, f.sources) for f in forecasts if f.config.speed and f.sources]
+    for profile in dict.fromkeys(name for name, _ in known):
+        console.print(f"Constants of {profile}:")
+        its = (sources for name, sources in known if name == profile)
         for name, value, text in dict.fromkeys(source for sources in its for source in sources):
             console.print(f"  {name} = {value:.6g}: {text}")
 

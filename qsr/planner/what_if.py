@@ -22,7 +22,7 @@ GPUS = {"the paper's GPU": 1, "a GPU 10 times as fast": 10}
 """Speed relative to the GPU that the profile was fitted to."""
 
 _RECIPE = (
-    *("data=imagenet", "cluster=paper_2x8", "precision=fp16"),
+    *("data=imagenet", "speed=paper_2x8", "precision=fp16"),
     *("global_batch=4096", "workers=16", "sync=quadratic", "sync.h_base=4"),
 )
 _VIT = (
@@ -104,7 +104,7 @@ def networks() -> tuple[Network, ...]:
 
 def _recipe(name: str, settings: Sequence[str]) -> Network:
     config = load_config([*_RECIPE, *settings])
-    speed = config.cluster.speed
+    speed = config.speed
     assert speed is not None  # the paper's profile has one
     model = make_cost_model(config, parameter_count(config.model, known_classes(config)))
     source = speed.sources[speed_key(config)]

@@ -105,14 +105,3 @@ def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
                 f"{'; '.join(changed)}"
             )
     return groups
-
-
-def label_runs(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by a label that distinguishes them: the rule, the rule and the seed, or the folder."""
-    rules = [run.label for run in runs]
-    seeds = [f"{run.label}, seed {run.config.seed}" for run in runs]
-    labels = next(
-        (labels for labels in (rules, seeds) if len(set(labels)) == len(runs)),
-        [str(run.folder) for run in runs],
-    )
-    return dict(zip(labels, runs, strict=True))

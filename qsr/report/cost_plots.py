@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from qsr.core.cost import Link, RunCost
 from qsr.core.plan import Plan
@@ -26,23 +27,25 @@ from qsr.report.style import (
     label_log_decades,
     label_log_ticks,
     legend_once,
-    nested_widths,
     rule_colors,
 )
+from qsr.report.symbols import SYMBOLS, typeset
 
+FloatArray = NDArray[np.float64]
 _LINKS_GBIT_PER_SECOND = (1, 2, 5, 10, 20, 50, 100)
 
 
 def hours_figure(forecasts: Mapping[str, Forecast], published: Iterable[ReferenceRow]) -> Figure:
     """Hours of each way to train, with a panel for each forecast; diamonds are published hours.
 
-    All forecasts need times. Values that depend on an unverified one are hatched or hollow.
+    All forecasts need times. Bars that rest on an unverified value are hatched, unverified hours
+    hollow.
     """
     rows = tuple(published)
     with mpl.rc_context(STYLE | {"hatch.linewidth": 2, "hatch.color": "white"}):
         columns = min(2, len(forecasts))
         lines = math.ceil(len(forecasts) / columns)
-        figure = Figure(figsize=(4.3 * columns, 1.7 * lines + 0.5), layout="constrained")
+        figure = Figure(figsize=(4.3 * columns, 1.9 * lines + 0.5), layout="constrained")
         for place, (title, forecast) in enumerate(forecasts.items(), start=1):
             axes = figure.add_subplot(lines, columns, place)
             axes.set_title(title, fontsize=9)
@@ -60,15 +63,14 @@ def hours_figure(forecasts: Mapping[str, Forecast], published: Iterable[Referenc
                         markerfacecolor="black" if hours.verified else "white",
                         label="published" + ("" if hours.verified else ", unverified"),
                     )
-            axes.set_yticks(range(len(methods)), [_short(method) for method in methods])
+            axes.set_yticks(range(len(methods)), [typeset(_short(method)) for method in methods])
             axes.set_ylim(len(methods) - 0.4, -0.6)
             axes.grid(visible=False, axis="y")
             axes.margins(x=0.25)
             axes.set_xlim(0)
             if place % columns != 1 % columns:
                 axes.tick_params(labelleft=False)
-            if place > len(forecasts) - columns:
-                axes.set_xlabel("time (hours)")
+            axes.set_xlabel("time (hours)")
         legend_once(figure, ncols=3, by_label=True)
         return figure
 
@@ -82,12 +84,12 @@ def _draw_hours(axes: Axes, height: float, forecast: Forecast, method: Method) -
     assert method.cost is not None
     unverified, end = forecast.unverified(method), 0.0
     parts = {
-        COMPUTING: ("compute", method.cost.compute_seconds),
-        COMMUNICATION: ("communication", method.cost.communication_seconds),
+        COMPUTING: method.cost.compute_seconds,
+        COMMUNICATION: method.cost.communication_seconds,
     }
-    for name, (number, seconds) in parts.items():
-        mark: dict[str, Any] = {"hatch": "////"} if number in unverified else {}
-        label = name + (", unverified" if mark else "")
+    for name, seconds in parts.items():
+        mark: dict[str, Any] = {"hatch": "////"} if unverified else {}
+        label = name + (", rests on unverified hours" if mark else "")
         axes.barh(height, seconds / 3600, 0.6, left=end, label=label, **PART_STYLES[name], **mark)
         end += seconds / 3600
     text = f"{end:.1f}" + ("?" if unverified else "") + (" fitted" if method.fitted_hours else "")
@@ -109,9 +111,9 @@ def link_figure(forecasts: Mapping[str, Forecast]) -> Figure:
                     [_hours_with_link(forecast, method, float(link)) for link in links],
                     "--" if method.overlapped else "-",
                     color=rule_colors([method.plan.rule])[0],
-                    label=_short(method),
+                    label=typeset(_short(method)),
                 )
-            own = forecast.config.cluster.speed
+            own = forecast.config.speed
             assert own is not None
             assert own.link_gbit_per_second is not None
             place = (own.link_gbit_per_second, 0.97)
@@ -176,8 +178,10 @@ def alpha_figure(forecast: Forecast, alphas: Sequence[float]) -> Figure:
             axes.axvline(rule.alpha, color="0.5", linestyle=":", zorder=0)
             axes.set_xscale("log")
             label_log_decades(axes.xaxis)
-            axes.set_xlabel("alpha")
-        hours.plot([], [], ":", color="0.5", label=f"the run's own: alpha = {rule.alpha:g}")
+            axes.set_xlabel(SYMBOLS["alpha"])
+        hours.plot(
+            [], [], ":", color="0.5", label=typeset(f"the run's own: alpha = {rule.alpha:g}")
+        )
         legend_once(figure, ncols=3)
         return figure
 
@@ -188,34 +192,57 @@ def _hours(cost: RunCost) -> float:
 
 def what_if_figure() -> Figure:
     """Share of overlapped data parallel training's time that QSR saves, against the link of a
-    machine, for the fewest and the most workers, with a panel for each GPU."""
+    machine, with a panel for each GPU: for the fewest workers, and (lighter) for the most."""
     links = np.geomspace(what_if.LINKS_GBIT_PER_SECOND[0], what_if.LINKS_GBIT_PER_SECOND[-1], 400)
+    few, many = what_if.WORKERS[0], what_if.WORKERS[-1]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(8.6, 3.8), layout="constrained")
         panels = figure.subplots(1, len(what_if.GPUS), sharey=True)
         for axes, gpu in zip(panels, what_if.GPUS, strict=True):
-            networks = what_if.networks()
-            looks = zip(COLORS, nested_widths(len(networks)), networks, strict=False)
-            for color, width, network in looks:
-                name = network.name + (" (speed unverified)" if network.unverified else "")
-                for workers, style in ((what_if.WORKERS[0], "-"), (what_if.WORKERS[-1], ":")):
-                    cases = [what_if.case(network, gpu, workers, float(link)) for link in links]
-                    saved = [100 * case.saved_of_overlapped for case in cases]
-                    axes.plot(
-                        links,
-                        saved,
-                        style,
-                        color=color,
-                        linewidth=width,
-                        label=name if style == "-" else None,
-                    )
+            for color, network in zip(COLORS, what_if.networks(), strict=False):
+                if network.name in _LIKE_ANOTHER:
+                    continue
+                saved, saved_by_many = (
+                    np.array([_saved(network, gpu, workers, float(link)) for link in links])
+                    for workers in (few, many)
+                )
+                axes.plot(links, saved, color=color)
+                axes.fill_between(links, saved, saved_by_many, color=color, alpha=0.3, linewidth=0)
+                _label_line(axes, network, links, saved, color)
             axes.axhline(0, color="0.25", linewidth=0.8)
             axes.set_title(gpu, fontsize=9)
             axes.set_xscale("log")
+            axes.set_ylim(-8, 100)
             label_log_ticks(axes.xaxis, (1, 3, 10, 30, 100, 300))
             axes.set_xlabel("effective link of a machine (Gbit/s)")
         panels[0].set_ylabel("time saved by QSR (%)\nof overlapped data parallel training")
-        panels[0].legend(
-            title=f"solid: {what_if.WORKERS[0]} workers, dotted: {what_if.WORKERS[-1]:,}"
-        )
+        axes = panels[0]
+        axes.plot([], [], color="0.4", label=f"{few} workers")
+        axes.fill_between([], [], color="0.4", alpha=0.3, label=f"up to {many:,} workers")
+        legend_once(figure, ncols=2)
         return figure
+
+
+_LIKE_ANOTHER = ("ViT-L/16",)
+"""Networks whose line another one's covers, to whose label they are added."""
+_LABELS: dict[str, tuple[str, float, tuple[int, str]]] = {
+    "ViT-B/16": ("ViT-B/16 and ViT-L/16", 50.0, (6, "left")),
+    "ViT-H/14": ("ViT-H/14", 4.0, (-6, "right")),
+    "ResNet-152": ("ResNet-152\n(speed unverified)", 24.0, (-12, "right")),
+}
+"""Of each network: its label, at how many percent it stands, and on which side of its line."""
+
+
+def _saved(network: what_if.Network, gpu: str, workers: int, link: float) -> float:
+    return 100 * what_if.case(network, gpu, workers, link).saved_of_overlapped
+
+
+def _label_line(
+    axes: Axes, network: what_if.Network, links: FloatArray, saved: FloatArray, color: str
+) -> None:
+    text, height, (offset, side) = _LABELS[network.name]
+    place = (float(links[np.argmax(saved <= height)]), height)
+    axes.annotate(
+        text, place, (offset, 0), textcoords="offset points", ha=side, va="center", color=color,
+        fontsize=8,
+    )  # fmt: skip

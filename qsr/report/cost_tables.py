@@ -27,11 +27,11 @@ def published_hours(
 
 def cost_table_markdown(forecasts: Mapping[str, Forecast], rows: Iterable[ReferenceRow]) -> str:
     """Hours, GPU hours and price of each way to train, beside the paper's hours. The price needs
-    cluster.speed.price_per_gpu_hour."""
+    speed.price_per_gpu_hour."""
     known, lines = tuple(rows), []
     for title, forecast in forecasts.items():
-        assert forecast.config.cluster.speed is not None
-        price = forecast.config.cluster.speed.price_per_gpu_hour
+        assert forecast.config.speed is not None
+        price = forecast.config.speed.price_per_gpu_hour
         for method in forecast.by_volume():
             assert method.cost is not None
             paper = published_hours(forecast, method, known)
@@ -59,12 +59,13 @@ def sources_markdown(forecasts: Iterable[Forecast]) -> str:
     """The constants behind the hours of forecasts, and where each comes from."""
     lines = [
         {
-            "cluster": forecast.config.cluster.name,
+            "profile": forecast.config.speed.name,
             "constant": f"`{source.name}`",
             "value": f"{source.value:.6g}",
             "where it comes from": source.text,
         }
         for forecast in forecasts
+        if forecast.config.speed is not None
         for source in forecast.sources
         if source.name != PRICE
     ]

@@ -1,6 +1,6 @@
 """Results of scripts/simulate.py, and predictions of the theory for a run -> figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,12 +25,14 @@ from qsr.report.style import (
     rule_colors,
     save,
 )
+from qsr.report.symbols import typeset
 
 PAPER_WORKERS = 16
 """Workers of the run in the figure of the multiplier."""
 AT_PEAK = 1.0
 """2 H lr eigenvalue in the first round, chosen so that a round at the peak is as long as
 fluctuations take to build up. The paper's networks have many smaller and larger eigenvalues."""
+_INTERVALS = "squares: means with 95 % CI, dots: {} seeds"
 _POINTS = 2000
 """Points of a curve over a run's steps."""
 
@@ -74,22 +76,25 @@ def simulation_figure(record: Record) -> Figure:
         for axes in (test, trace):
             axes.set_xscale("log")
             label_log_decades(axes.xaxis)
-            axes.set_xlabel("volume: averages / steps")
+            axes.set_xlabel("communication volume: averages / steps")
+        trace.set_title(_INTERVALS.format(record["config"]["seeds"]), fontsize=8, loc="right")
         legend_once(figure, ncols=5)
         return figure
 
 
 def _draw_rules(axes: Axes, record: Record, quantity: str) -> None:
-    rules = record["rules"]
-    for color, (name, about) in zip(_colors(record), rules.items(), strict=True):
+    rules = list(zip(_colors(record), record["rules"].items(), strict=True))
+    rules.sort(key=lambda rule: -rule[1][1]["volume"])
+    for color, (name, about) in rules:
         values = finite(about[quantity])
         if not values:
             continue
         volume, mean = about["volume"], estimate(values)
         axes.plot([volume] * len(values), values, "o", ms=2.5, color=color, alpha=0.35)
         axes.errorbar(
-            volume, mean.mean, mean.half_width, fmt="s", ms=5, capsize=4, color=color, label=name
-        )
+            volume, mean.mean, mean.half_width, fmt="s", ms=5, capsize=4, color=color,
+            label=typeset(name),
+        )  # fmt: skip
 
 
 def _colors(record: Record) -> list[str]:
@@ -98,13 +103,13 @@ def _colors(record: Record) -> list[str]:
 
 
 def _unit(record: Record) -> str:
-    return " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else ""
+    return " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else " (squared error / 2)"
 
 
 def sensitivity_figure(records: Mapping[str, Record]) -> Figure:
     """Test error of the rules against the number of workers, and of QSR against its alpha: means
-    and 95 % intervals over the seeds that did not diverge. The numbers of diverged seeds of the
-    cubic rule and of QSR are written below the ticks. `records`: all simulations."""
+    and 95 % intervals over the seeds that did not diverge, with the number of those that did.
+    `records`: all simulations."""
     names = ("digits_mlp_4_workers", "digits_mlp_8_workers", "digits_mlp")
     by_workers = {records[name]["config"]["workers"]: records[name] for name in names}
     by_scale = records["digits_mlp_alpha"]
@@ -113,44 +118,60 @@ def sensitivity_figure(records: Mapping[str, Record]) -> Figure:
         left, right = figure.subplots(1, 2, sharey=True)
         workers = sorted(by_workers)
         first = by_workers[workers[0]]
-        for color, name in zip(_colors(first), first["rules"], strict=True):
+        look = dict(zip(first["rules"], _colors(first), strict=True))
+        order = sorted(look, key=lambda name: -first["rules"][name]["volume"])
+        for name in order:
             values = [by_workers[k]["rules"][name]["test_error"] for k in workers]
             means = [estimate(finite(each)) for each in values]
             left.errorbar(
                 workers,
                 [each.mean for each in means],
                 [each.half_width for each in means],
-                fmt="s-", ms=4, capsize=3, color=color, label=name,
+                fmt="s-", ms=4, capsize=3, color=look[name], label=typeset(name),
             )  # fmt: skip
         left.set_xscale("log", base=2)
-        labels = [f"{k}{_diverged(by_workers[k], name)}" for k in workers]
-        left.set_xticks(workers, labels)
-        left.set_xlabel("workers K, each with the same local batch")
+        left.set_xticks(workers, map(str, workers))
+        left.set_xlim(workers[0] / 1.2, workers[-1] * 1.2)
+        left.set_ylim(17)
+        for k in workers:
+            _note_diverged(left, by_workers[k], order, k / 1.15)
+        left.set_xlabel("workers $K$, each with the same local batch")
         left.set_ylabel(f"test error{_unit(first)}")
         scales = [rule["scale"] for rule in by_scale["config"]["rules"].values()]
-        for scale, about in zip(scales, by_scale["rules"].values(), strict=True):
+        for scale, (name, about) in zip(scales, by_scale["rules"].items(), strict=True):
             values = finite(about["test_error"])
             if values:
                 mean = estimate(values)
                 bar = {"fmt": "s", "ms": 4, "capsize": 3, "color": COLORS[2]}
                 right.errorbar(scale, mean.mean, mean.half_width, **bar)
-        right.set_xticks(
-            scales,
-            [
-                f"{scale:g}{_diverged(by_scale, name)}"
-                for scale, name in zip(scales, by_scale["rules"], strict=True)
-            ],
-        )
-        right.set_xlim(0.15, 1.6)
-        right.set_xlabel("alpha, relative to H_base at the peak")
+            _note_diverged(right, by_scale, [name], scale)
+        right.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        right.set_xlim(0.1, 1.75)
+        right.set_xlabel(r"$\alpha$ of QSR; 1: $H = H_\mathrm{base}$ up to the peak")
+        title = f"means with 95 % CI over {first['config']['seeds']} seeds"
+        right.set_title(title, fontsize=8, loc="right")
         legend_once(figure, ncols=5)
         return figure
 
 
-def _diverged(record: Record, rule: str) -> str:
-    """Text to append to a tick's label; empty if no seed diverged."""
-    count = record["rules"][rule]["diverged"]
-    return f"\n{count} of {record['config']['seeds']}\ndiverged" if count else ""
+def _note_diverged(axes: Axes, record: Record, rules: Sequence[str], place: float) -> None:
+    """Say above the axis, at this place, which of the rules diverged with how many seeds."""
+    counts: dict[int, list[str]] = {}
+    for rule in rules:
+        counts.setdefault(record["rules"][rule]["diverged"], []).append(typeset(rule))
+    of = record["config"]["seeds"]
+    lines = [
+        f"{count} of {of}\ndiverged"
+        if len(rules) == 1
+        else f"{count} of {of} diverged with\n{', '.join(names)}"
+        for count, names in counts.items()
+        if count
+    ]
+    axes.annotate(
+        "\n".join(lines), (place, 0), (0, 3), xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points", ha="center" if len(rules) == 1 else "left", fontsize=7,
+        color="0.35",
+    )  # fmt: skip
 
 
 def drift_figure(record: Record) -> Figure:
@@ -167,7 +188,7 @@ def drift_figure(record: Record) -> Figure:
         x = np.geomspace(0.005, 200, 400)
         for color, (workers, part) in zip(COLORS, small.groupby("workers"), strict=False):
             for marker, (lr, of) in zip("o^", part.groupby("lr"), strict=True):
-                label = f"K = {workers}" if marker == "o" else None
+                label = f"$K = {workers}$" if marker == "o" else None
                 at = 2 * of["h"] * lr * eigenvalue
                 left.plot(at, of["multiplier"], marker, ms=4, color=color, label=label)
                 h = at.to_numpy() / (2 * lr * eigenvalue)
@@ -179,13 +200,15 @@ def drift_figure(record: Record) -> Figure:
                 left.plot(2 * lengths * lr * eigenvalue, curve, color=color, linewidth=1)
             slow = [drift_multiplier(workers, psi(float(each))) for each in x]
             left.plot(x, slow, ":", color=color, linewidth=1)
-        left.plot([], [], color="0.4", linewidth=1, label="steps of finite size")
-        left.plot([], [], ":", color="0.4", linewidth=1, label="slow SDE")
+        for marker, lr in zip("o^", sorted(small["lr"].unique()), strict=True):
+            left.plot([], [], marker, ms=4, color="0.4", label=f"measured, lr = {lr:g}")
+        left.plot([], [], color="0.4", linewidth=1, label="predicted, steps of finite size")
+        left.plot([], [], ":", color="0.4", linewidth=1, label="predicted, slow SDE")
         left.set_xscale("log")
         left.set_yscale("log", base=2)
         left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         left.set_ylabel("drift, relative to data parallel training")
-        left.set_xlabel("2 H lr eigenvalue")
+        left.set_xlabel(r"$2\,H\,\mathrm{lr}\,\lambda$, with the eigenvalue $\lambda$")
         noisy = one[(one["workers"] == 8) & (one["lr"] == one["lr"].max())]
         for grey, (noise, of) in zip(
             ("0.0", "0.35", "0.55", "0.75"), noisy.groupby("noise"), strict=True
@@ -193,12 +216,13 @@ def drift_figure(record: Record) -> Figure:
             share = 100 * of["multiplier"] / of["predicted_discrete"]
             bars = 100 * of["standard_error"] / of["predicted_discrete"]
             right.errorbar(of["h"], share, bars, fmt="o-", ms=3, color=grey, label=f"noise {noise}")
-        right.axhspan(95, 105, color=COLORS[5], alpha=0.2, linewidth=0)
+        right.axhspan(95, 105, color=COLORS[5], alpha=0.2, linewidth=0, label="within 5 %")
         right.set_xscale("log", base=2)
-        right.set_xlabel("H, at K = 8 and lr = 0.02")
-        right.set_ylabel("measured / predicted (%)")
+        right.set_xlabel("$H$, at $K = 8$ and lr = 0.02")
+        right.set_ylabel("drift: measured / predicted (%)")
         right.set_ylim(0)
-        legend_once(figure, ncols=5)
+        right.set_title("bars: standard errors", fontsize=8, loc="right")
+        legend_once(figure, ncols=4)
         return figure
 
 
@@ -227,14 +251,17 @@ def multiplier_figure(plans: Mapping[str, Plan], workers: int, at_peak: float) -
                 for h, lr in zip(lengths, rates, strict=True)
             ]
             style = {"color": color, "linewidth": width}
-            drift.plot(progress, gains, label=name, **style)
+            drift.plot(progress, gains, label=typeset(name), **style)
             along = lengths * rates**2 / (first.round_at(0).length * peak**2)
             moved.plot(progress, along, **style)
-        drift.set_ylabel(f"drift, relative to\ndata parallel (K = {workers})")
+        drift.set_ylabel(f"drift to flat minima,\nrelative to data parallel\n($K = {workers}$)")
         drift.set_ylim(0, 1.05 * workers)
         moved.set_yscale("log")
         moved.set_ylim(1e-4, 30)
-        moved.set_ylabel("H lr$^2$, relative to\nthe peak: moved in a round")
+        moved.set_ylabel(
+            "distance that a round moves\nalong the minima:\n"
+            + r"$H\,\mathrm{lr}^2$ (1: at the peak)"
+        )
         moved.set_xlabel("training done (%)")
         legend_once(figure, ncols=3)
         return figure

@@ -1,6 +1,8 @@
 """Plans -> figures: the learning rate, and the rounds of each rule."""
 
 from collections.abc import Mapping
+from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -9,18 +11,20 @@ from matplotlib.figure import Figure
 
 from qsr.core.plan import Plan
 from qsr.core.rules import UNTIL_THE_END, Rule
-from qsr.report.style import STYLE, nested_widths, rule_colors
+from qsr.report.style import STYLE, legend_once, nested_widths, rule_colors
+from qsr.report.symbols import typeset
 
 _MARKED_ROUNDS = 1000
 """Plans with more rounds get no marks, which would cover everything else."""
+_DASHES: tuple[Any, ...] = ("-", (0, (6, 1.5)), "-", (0, (2, 1.5)))
+"""Of plans with schedules of their own."""
 
 
 def plan_figure(plans: Mapping[str, Plan], steps_per_epoch: int | None = None) -> Figure:
     """Learning rate, and H of each plan, against steps, or against epochs and steps if the length
     of an epoch is given. A schedule that all plans share is drawn once, in grey."""
     with mpl.rc_context(STYLE):
-        legend = 0.17 * max(0, len(plans) - 4)  # inches of more lines
-        figure = Figure(figsize=(6.4, 5.0 + legend), layout="constrained")
+        figure = Figure(figsize=(6.4, 4.7), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
         shared = len({plan.schedule for plan in plans.values()}) == 1
         colors = rule_colors([plan.rule for plan in plans.values()])
@@ -32,7 +36,11 @@ def plan_figure(plans: Mapping[str, Plan], steps_per_epoch: int | None = None) -
                 line = {"color": "0.25"} if shared else {"color": color, "linewidth": width}
                 top.plot(epochs, rates, **line)
             volume = f"{plan.num_rounds:,} rounds, volume {100 * plan.volume:.1f} %"
-            _draw_h(bottom, plan, steps_per_epoch, color, width, f"{label}: {volume}")
+            _draw_h(bottom, plan, steps_per_epoch, color, width, f"{typeset(label)}: {volume}")
+        if not shared:  # then lines coincide in long parts of the run
+            for style, line, stairs in zip(cycle(_DASHES), top.lines, bottom.patches, strict=False):
+                line.set_linestyle(style)
+                stairs.set_linestyle(style)
         top.set_ylabel("learning rate")
         top.set_ylim(0)
         bottom.margins(x=0)
@@ -43,9 +51,9 @@ def plan_figure(plans: Mapping[str, Plan], steps_per_epoch: int | None = None) -
             axis = top.secondary_xaxis("top", functions=steps)
             axis.set_xlabel("step")
             axis.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-        bottom.set_ylabel("H (local steps)")
+        bottom.set_ylabel("$H$ (local steps)")
         _scale_h(bottom)
-        figure.legend(loc="outside lower center")
+        legend_once(figure, ncols=1)
         return figure
 
 
@@ -61,14 +69,14 @@ def length_figure(rules: Mapping[str, Rule], peak_lr: float) -> Figure:
             axes.plot(shares, lengths, color=color)
             end = (float(shares[-1]), lengths[-1])
             axes.annotate(
-                label, end, (4, 0), textcoords="offset points", color=color, va="center"
+                typeset(label), end, (4, 0), textcoords="offset points", color=color, va="center"
             ).set_annotation_clip(False)
         axes.set_xscale("log", base=2)
         axes.set_xlim(1, 1 / 32)
         ticks = {2.0**-power: f"1/{2**power}" for power in range(1, 6)}
         axes.set_xticks([1, *ticks], ["peak", *ticks.values()])
         axes.set_xlabel("learning rate of the round's first step, in parts of the peak")
-        axes.set_ylabel("H (local steps)")
+        axes.set_ylabel("$H$ (local steps)")
         _scale_h(axes)
         return figure
 
@@ -90,7 +98,7 @@ def borders_figure(plan: Plan, steps_per_epoch: int) -> Figure:
             axes.set_xlim(start / steps_per_epoch, end / steps_per_epoch)
             axes.set_xlabel("epoch")
             _scale_h(axes)
-        left.set_ylabel("H (local steps)")
+        left.set_ylabel("$H$ (local steps)")
         left.set_ylim(plan.round_at(0).length / 2, 8 * plan.longest_round.length)
         left.axvspan(0, warmup / steps_per_epoch, color="0.94", zorder=0)
         left.text(0.5, 0.02, "warm-up", transform=left.get_xaxis_transform(), color="0.4")

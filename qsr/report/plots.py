@@ -12,8 +12,18 @@ from matplotlib.patheffects import withStroke
 
 from qsr.report.collect import Run
 from qsr.report.plan_plots import plan_figure
-from qsr.report.style import COLORS, STYLE, label_log_ticks, legend_once, rule_colors
+from qsr.report.style import (
+    COLORS,
+    STYLE,
+    label_log_decades,
+    label_log_ticks,
+    legend_once,
+    rule_colors,
+)
+from qsr.report.symbols import typeset
 
+_BESIDE = 1.12
+"""Factor from a mean to the outermost seeds, which are drawn beside each other."""
 _VOLUMES = (5, 10, 25, 50, 100)
 """Ticks of the communication axis, in percent."""
 
@@ -24,10 +34,10 @@ def schedule_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
 
 
 def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
-    """Top-1 error against steps (mean and range over the seeds), and final top-1 against
-    communication."""
+    """What a rule's averages buy: top-1 error over the averages made so far (mean and range over
+    the seeds), and the final top-1 over the communication volume."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+        figure = Figure(figsize=(8.6, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
         colors = rule_colors([runs[0].plan.rule for runs in groups.values()])
         for color, (label, runs) in zip(colors, groups.items(), strict=True):
@@ -37,25 +47,37 @@ def accuracy_figure(groups: Mapping[str, Sequence[Run]]) -> Figure:
                     for run in runs
                 }
             )
-            left.plot(error.index, error.mean(axis=1), color=color, label=label, marker=".")
+            ends = [round_.end for round_ in runs[0].plan.rounds()]
+            averages = np.searchsorted(ends, error.index, side="right")
+            left.plot(averages, error.mean(axis=1), color=color, label=typeset(label), marker=".")
             left.fill_between(
-                error.index, error.min(axis=1), error.max(axis=1), color=color, alpha=0.15, lw=0
+                averages, error.min(axis=1), error.max(axis=1), color=color, alpha=0.15, lw=0
             )
-            volume = [100 * run.summary["volume"] for run in runs]
-            top1 = [run.summary["top1"] for run in runs]
-            right.plot(volume, top1, ".", color=color, alpha=0.5, markersize=5)
-            right.plot(np.mean(volume), np.mean(top1), "D", color=color, markersize=6)
-        left.set_title("mean and range over the seeds", fontsize=8, loc="right")
-        right.set_title("diamond: mean, dots: seeds", fontsize=8, loc="right")
-        left.set_xlabel("step")
+            left.annotate(
+                f"{averages[-1]:,} averages", (averages[-1], error.mean(axis=1).iloc[-1]), (6, -30),
+                textcoords="offset points", ha="right", fontsize=8, color=color,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+            )  # fmt: skip
+            volume = 100 * runs[0].summary["volume"]
+            top1 = sorted(run.summary["top1"] for run in runs)
+            beside = volume * _BESIDE ** np.linspace(-1, 1, len(top1))
+            right.plot(beside, top1, ".", color=color, alpha=0.6, markersize=6)
+            right.plot(volume, np.mean(top1), "D", color=color, markersize=6, mfc="none")
+        left.set_title("lines: means, bands: ranges over the seeds", fontsize=8, loc="right")
+        right.set_title("diamonds: means, dots: seeds side by side", fontsize=8, loc="right")
+        left.set_xlabel("averages so far")
         left.set_ylabel("top-1 error (%)")
+        left.set_xscale("log")
+        label_log_decades(left.xaxis)
         left.set_yscale("log")
         label_log_ticks(left.yaxis, (1, 2, 5, 10, 20, 50))
-        left.legend()
         right.set_xscale("log")
         label_log_ticks(right.xaxis, _VOLUMES)
+        right.set_xlim(_VOLUMES[0], 130)
         right.set_xlabel("communication volume (% of data parallel)")
         right.set_ylabel("final top-1 (%)")
+        right.margins(y=0.15)
+        legend_once(figure, ncols=3)
         return figure
 
 
@@ -70,7 +92,7 @@ def communication_figure(table: pd.DataFrame, *, values: str, title: str = "") -
         panels = table.groupby("table", sort=False)
         columns = min(2, panels.ngroups)
         rows = math.ceil(panels.ngroups / columns)
-        figure = Figure(figsize=(4.3 * columns, 3.0 * rows + 0.4), layout="constrained")
+        figure = Figure(figsize=(4.7 * columns, 3.0 * rows + 0.6), layout="constrained")
         for place, (name, part) in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, place)
             batch = f"{part['global_batch'].iloc[0]:,}"
@@ -85,6 +107,9 @@ def communication_figure(table: pd.DataFrame, *, values: str, title: str = "") -
             if place % columns == 1 % columns:
                 axes.set_ylabel("top-1 (%)")
         legend_once(figure, ncols=3, by_label=True)
+        if values == "here":
+            seeds = "/".join(f"{count:.0f}" for count in sorted(table["seeds"].dropna().unique()))
+            title += f"\nmarks: means over {seeds} seeds, bars: standard deviations"
         figure.suptitle(title, fontsize=9, weight="bold")
         return figure
 
@@ -112,17 +137,18 @@ def _draw_rows(axes: Axes, rows: pd.DataFrame, values: str) -> None:
                 label=label + (" (unverified)" if hollow else ""),
             )
             if rule != "parallel" and not pd.isna(row[top1]):
-                # QSR lies left of its constant H: labels on opposite sides do not overlap
-                constant = rule == "constant"
-                h = "H" if constant else "H_\\mathrm{base}"
+                # beyond the bars, or away from the line to its partner: neither strikes a label
+                up = 1 if (rule == "constant") == own else -1
+                h = "H" if rule == "constant" else "H_\\mathrm{base}"
+                bar = row["top1_std"] if own else 0.0
                 axes.annotate(
                     f"${h} = {row['h_base']}$",
-                    (row[volume], row[top1]),
-                    xytext=(6, 1) if constant else (-6, -1),
+                    (row[volume], row[top1] + up * bar),
+                    xytext=(6 if own and up > 0 else 0, 4 * up if own else 6 * up),
                     textcoords="offset points",
-                    horizontalalignment="left" if constant else "right",
-                    verticalalignment="bottom" if constant else "top",
-                    fontsize=7,
+                    horizontalalignment="right" if own and up > 0 else "center",
+                    verticalalignment="bottom" if up > 0 else "top",
+                    fontsize=6.5,
                     color="0.35",
                     path_effects=[withStroke(linewidth=2, foreground="white")],
                 )
@@ -130,6 +156,6 @@ def _draw_rows(axes: Axes, rows: pd.DataFrame, values: str) -> None:
 
 _RULES = {
     "parallel": ("data parallel", "s"),
-    "constant": ("constant H", "o"),
+    "constant": ("constant $H$", "o"),
     "quadratic": ("QSR", "D"),
 }

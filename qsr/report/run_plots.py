@@ -21,7 +21,11 @@ from qsr.report.style import (
     nested_widths,
     rule_colors,
 )
+from qsr.report.symbols import typeset
 from qsr.report.tables import time_unit
+
+_LABEL_SIGNS = 48
+"""Length of a line in a label beside a bar; symbols count as they are written in TeX."""
 
 
 def loss_figure(runs: Mapping[str, Run]) -> Figure:
@@ -34,7 +38,7 @@ def loss_figure(runs: Mapping[str, Run]) -> Figure:
         for (color, width), (label, run) in zip(looks, runs.items(), strict=True):
             trained = [row for row in run.metrics if row["kind"] == "train" and "loss" in row]
             evaluated = run.evaluations()
-            training.plot([], [], color=color, label=label)
+            training.plot([], [], color=color, label=typeset(label))
             _draw(training, trained, [row["loss"] for row in trained], color, width)
             _draw(validation, evaluated, [row["loss"] for row in evaluated], color, width)
             _draw(error, evaluated, [100 - row["top1"] for row in evaluated], color, width)
@@ -57,7 +61,8 @@ def _draw(
     epochs = [row["epoch"] for row in rows]
     axes.plot(epochs, values, color=color, linewidth=width, zorder=1)
     fill = ["white" if row.get("shadow") else color for row in rows]
-    axes.scatter(epochs, values, 14, edgecolors=color, facecolors=fill, zorder=2)
+    size = (2.0 + 1.5 * width) ** 2  # nested as the lines are, so that none hides another
+    axes.scatter(epochs, values, size, edgecolors=color, facecolors=fill, zorder=2)
 
 
 def averages_figure(runs: Mapping[str, Run]) -> Figure:
@@ -67,13 +72,15 @@ def averages_figure(runs: Mapping[str, Run]) -> Figure:
         axes = figure.subplots()
         for color, (label, run) in zip(_colors(runs), runs.items(), strict=True):
             ends = [round_.end for round_ in run.plan.rounds()]
-            axes.step([0, *ends], range(len(ends) + 1), where="post", color=color, label=label)
+            axes.step(
+                [0, *ends], range(len(ends) + 1), where="post", color=color, label=typeset(label)
+            )
             counted = [(row["step"], row["averages"]) for row in run.metrics if "averages" in row]
             axes.plot(*zip(*counted, strict=True), "o", color=color, markerfacecolor="white")
         axes.plot([], [], "o", color="0.4", markerfacecolor="white", label="counted in the run")
         axes.set_xlabel("step")
         axes.set_ylabel("averages over the workers")
-        axes.legend()
+        legend_once(figure, ncols=2)
         return figure
 
 
@@ -101,12 +108,21 @@ def parts_figure(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
             axes.annotate(
                 f"{end:.1f}", (end, place), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(seconds)), list(seconds))
+        axes.set_yticks(range(len(seconds)), [_folded(typeset(label)) for label in seconds])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"time ({unit})")
         legend_once(figure, ncols=3)
         return figure
+
+
+def _folded(label: str) -> str:
+    """A label beside a bar, which must leave room for it."""
+    lines = [""]
+    for piece in label.split(", "):
+        together = ", ".join(filter(None, [lines[-1], piece]))
+        lines[-1:] = [together] if len(together) <= _LABEL_SIGNS else [f"{lines[-1]},", piece]
+    return "\n".join(line for line in lines if line != ",")
 
 
 def _seconds(run: Run) -> dict[str, float]:

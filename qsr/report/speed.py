@@ -189,6 +189,19 @@ def gpu_steps_markdown(record: Record) -> str:
     return markdown_table(pd.DataFrame(rows)) + when
 
 
+def gpu_loading_markdown(record: Record) -> str:
+    """One row per way to load: images per second."""
+    rows = [
+        {
+            "from JPEG files to normalised tensors": name,
+            "images/s": f"{about['images_per_second']['median']:,.0f}",
+        }
+        for name, about in record.items()
+        if isinstance(about, Mapping) and "images_per_second" in about
+    ]
+    return markdown_table(pd.DataFrame(rows))
+
+
 SPEED_TABLES: dict[str, Callable[[Record], str]] = {
     "slow_link": slow_link_markdown,
     "average": average_markdown,
@@ -198,5 +211,7 @@ SPEED_TABLES: dict[str, Callable[[Record], str]] = {
     "delay": delay_markdown,
     "scale": scale_markdown,
     "gpu_steps_nvidia-h100-80gb-hbm3": gpu_steps_markdown,
+    "gpu_graphs_nvidia-h100-80gb-hbm3": gpu_steps_markdown,
+    "gpu_loading_nvidia-h100-80gb-hbm3": gpu_loading_markdown,
 }
 """The benchmarks that have a table, and the functions that make it."""

@@ -1,11 +1,11 @@
 """Any set of runs, grouped by the settings in which they differ; a group's runs differ in nothing
 but their seeds."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -83,14 +83,16 @@ def read_study(
 
     `by`: the settings by which to group (`sync` stands for all of sync.*); without it, all in which
     the runs differ. `to`: the group for paired differences: its label, or settings that only it
-    has, as in "sync.rule=constant". Unfinished and unreadable runs are left out, and listed. Raises
-    ReportError if no run is left, if runs of one group differ in more than the seed, if a run is
-    there twice, or if `by` or `to` names nothing.
+    has, as in "sync.rule=constant". Unfinished and unreadable runs, and copies of others, are left
+    out, and listed. Raises ReportError if no run is left, if runs of one group differ in more than
+    the seed, or if `by` or `to` names nothing.
     """
     places = list(map(Path, paths))
     runs, left_out = _read(places)
     if not runs:
         raise ReportError(_no_runs(places, left_out))
+    runs, repeated = _each_once(runs)
+    left_out += repeated
     settings = [settings_of(run) for run in runs]
     names = differing(settings)
     keys = chosen(by, names, settings) if by else names
@@ -123,12 +125,36 @@ def _read(places: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return runs, left_out
 
 
+def _each_once(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs without those that compute the same from the same seed as one before, and a line for
+    each of these."""
+    first: dict[tuple[str, int], Run] = {}
+    repeated = []
+    for run in runs:
+        key = json.dumps(settings_of(run), sort_keys=True), run.config.seed
+        same = first.setdefault(key, run)
+        if same is not run:
+            repeated.append(f"{run.folder} is the same run as {same.folder}")
+    return list(first.values()), repeated
+
+
 def _no_runs(places: Sequence[Path], left_out: Sequence[str]) -> str:
     where = ", ".join(map(str, places))
     if not left_out:
         return f"no runs in {where}: name run folders, or folders above them"
     more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
     return f"no finished run in {where}: {'; '.join(left_out[:3])}{more}"
+
+
+def labelled_runs(study: Study) -> dict[str, Run]:
+    """Each run of a study by a label of its own: its group's, with the seed where groups have
+    several runs."""
+    several = any(len(group.runs) > 1 for group in study.groups)
+    return {
+        group.label + (f", seed {run.config.seed}" if several else ""): run
+        for group in study.groups
+        for run in group.runs
+    }
 
 
 _Part = list[tuple[Run, Settings]]
@@ -161,12 +187,6 @@ def _check_same(part: _Part, keys: Sequence[str]) -> None:
             f"{other.folder} do; group by these too, --by {','.join(shortest([*keys, *names]))}, "
             f"or name fewer runs"
         )
-    for (one, _), (other, _) in pairwise(part):
-        if one.config.seed == other.config.seed:
-            raise ReportError(
-                f"{one.folder} and {other.folder} are the same run, seed {one.config.seed}: name "
-                f"only one of them"
-            )
 
 
 def _labelled(parts: Sequence[_Part], keys: Sequence[str]) -> list[Group]:

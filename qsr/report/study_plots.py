@@ -85,7 +85,7 @@ def _draw_mean(axes: Axes, values: pd.DataFrame, look: dict[str, Any], *, band: 
 
 def schedule_figure(study: Study) -> Figure:
     """Learning rate and H of each group against steps, as planned."""
-    return plan_figure({typeset(group.label): group.runs[0].plan for group in study.groups})
+    return plan_figure({group.label: group.runs[0].plan for group in study.groups})
 
 
 def top1_figure(study: Study) -> Figure:
@@ -131,7 +131,7 @@ def _draw_interval(axes: Axes, place: int, mean: Estimate, color: str) -> None:
 def times_figure(study: Study) -> Figure:
     """A bar for each group, divided by where its time went, in the mean over its runs. What was not
     measured is part of computing."""
-    return parts_figure({typeset(group.label): _parts(group) for group in study.groups})
+    return parts_figure({group.label: _parts(group) for group in study.groups})
 
 
 def _parts(group: Group) -> dict[str, float]:

@@ -8,7 +8,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -39,8 +41,10 @@ PART_STYLES: dict[str, dict[str, Any]] = {
     "evaluations": {"color": COLORS[5]},
     "checkpoints": {"color": "0.3"},
 }
-NOTEBOOK_DPI = 200
-"""Dots per inch in notebooks, which show two dots as one pixel."""
+NOTEBOOK_DPI = 120
+"""Dots per inch in notebooks: their files stay small, and text sharp."""
+_TWO_LINES = 0.5
+"""Height of a legend of two lines, in inches."""
 
 
 def rule_colors(rules: Sequence[Rule]) -> list[str]:
@@ -95,9 +99,25 @@ def legend_once(figure: Figure, *, ncols: int, by_label: bool = False) -> None:
     found = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
     handles = {label: handle for pairs in found for handle, label in pairs}
     labels = sorted(handles) if by_label else list(handles)
-    figure.legend(
-        [handles[label] for label in labels], labels, loc="outside lower center", ncols=ncols
-    )
+    fit_legend(figure, [handles[label] for label in labels], labels, ncols)
+
+
+def fit_legend(
+    figure: Figure, handles: Sequence[Artist], labels: Sequence[str], ncols: int
+) -> None:
+    """A legend below the figure, in as many of `ncols` columns as its width allows; the figure
+    grows by what the legend is higher than two lines."""
+    renderer: Any = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    for columns in range(min(ncols, len(labels)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        extent = legend.get_window_extent(renderer)
+        if extent.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    else:
+        return
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + max(0.0, extent.height / figure.dpi - _TWO_LINES))
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -108,11 +128,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A small PNG for a notebook, at NOTEBOOK_DPI, because the notebook's file contains it."""
+    """A PNG for a notebook, at NOTEBOOK_DPI, because the notebook's file contains it."""
     drawn, small = io.BytesIO(), io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(drawn, format="png", dpi=NOTEBOOK_DPI)
-    # few colours are enough for lines and text, and take a third of the bytes
-    picture = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    picture.save(small, format="png", optimize=True)
+    # all colours are kept: with few, dots of one colour differ
+    Image.open(drawn).convert("RGB").save(small, format="png", optimize=True)
     return small.getvalue()

@@ -3,12 +3,14 @@
 Readers of damaged or foreign files raise a one-line error.
 """
 
+import contextlib
 import json
+import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qsr.errors import ConfigError
 from qsr.run.durable import replace_file
@@ -16,11 +18,18 @@ from qsr.run.durable import replace_file
 MODEL_NAME = "model.safetensors"
 """File name of the averaged model in a run folder."""
 
-NO_RUNS = {".snapshots", "checkpoints", "profile", "slurm", "wandb"}
+Row = Mapping[str, float | int | str | bool]
+"""One line of metrics: "kind" ("train" or "eval"), "step" (completed steps) and measured values."""
+
+NO_RUNS = {".arrays", ".snapshots", "checkpoints", "profile", "slurm", "tensorboard", "wandb"}
 """Folders below the folder of all runs in which there are no runs."""
 
 _ROW_START = re.compile(rb'(?<=.)(?=\{"kind")')
 """Separates rows where the newline between them is corrupted."""
+
+_LAST_BYTES = (2**16, 2**20)
+"""How much of the end of a metrics.jsonl is read, and how much where that holds no evaluation; a
+row has about 350 bytes."""
 
 _IN_A_SUMMARY = ("steps", "averages", "volume", "top1", "planned")
 
@@ -29,7 +38,7 @@ class RunFolder:
     """Paths of a run: config.yaml, data.json, environment.json, metrics.jsonl, summary.json,
     run.lock, checkpoints/ and model.safetensors (the final averaged model). Submitted runs also
     have job.json and slurm/ with the job files, failed ones failure.json, profiled ones profile/
-    with the ranks' traces."""
+    with the ranks' traces, mirrored ones tensorboard/ and wandb/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,6 +55,7 @@ class RunFolder:
         self.lock = path / "run.lock"
         self.profile = path / "profile"
         self.wandb_id = path / "wandb_id"
+        self.tensorboard = path / "tensorboard"
 
     def summary_if_finished(self) -> dict[str, Any] | None:
         """The summary if the run is finished, otherwise None. Raises ConfigError."""
@@ -116,6 +126,21 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return [row for _, row in rows], [number for number, _ in damaged]
 
 
+def read_last_rows(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
+    """The last rows of a metrics.jsonl, among which is an evaluation if possible; how many lines
+    between them are not rows; and whether these are all. Reads the file's end, so that a thousand
+    long runs are read in seconds. Raises ConfigError if the file cannot be read."""
+    for most in _LAST_BYTES:
+        try:
+            content, whole = _read_end(path, most)
+        except ValueError as error:
+            raise unreadable(path, error) from None
+        rows, damaged = split_rows(content)
+        if whole or any(row["kind"] == "eval" for _, row in rows):
+            break
+    return [row for _, row in rows], len(damaged) + (not rows and not whole), whole
+
+
 def split_rows(
     content: bytes,
 ) -> tuple[list[tuple[bytes, dict[str, Any]]], list[tuple[int, bytes]]]:
@@ -165,11 +190,27 @@ def read_small(path: Path) -> str:
 
 
 def _read(path: Path, most: int = -1) -> bytes:
+    with _opened(path) as file:
+        return file.read(most)
+
+
+def _read_end(path: Path, most: int) -> tuple[bytes, bool]:
+    """The whole lines in the last `most` bytes, and whether these are all."""
+    with _opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - most))
+        content = file.read(most)
+    return (content, True) if size <= most else (content.partition(b"\n")[2], False)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Raises ValueError if the file cannot be read."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block
             raise ValueError("not a regular file")
         with path.open("rb") as file:
-            return file.read(most)
+            yield file
     except OSError as error:
         raise ValueError(error.strerror) from None
 

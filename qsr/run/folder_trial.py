@@ -64,7 +64,7 @@ def refusing(folder: Path) -> Iterator[None]:
         fix = "choose another runs_dir"
         if error.errno == errno.ENAMETOOLONG:
             fix = "choose a shorter runs_dir, or change fewer settings on the command line"
-        raise ConfigError(f"{folder} cannot be written ({error}): {fix}") from None
+        raise ConfigError(f"{folder} cannot be written: {fix} ({error})") from None
 
 
 def _try_files(trial: Path) -> None:

@@ -19,6 +19,7 @@ def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
     """The run's folder, without changing it. Raises ConfigError if it holds a different run: other
     settings, or other `data` (facts about the data set and how it is read)."""
     folder = RunFolder(run_folder(config))
+    _check_disk(Path(config.runs_dir))
     _check_links(folder, Path(config.runs_dir))
     _check_files(folder)
     if folder.config.exists():
@@ -42,6 +43,16 @@ def check_run_folder(config: Config, data: Mapping[str, Any]) -> RunFolder:
                 f"choose another runs_dir"
             )
     return folder
+
+
+def _check_disk(runs_dir: Path) -> None:
+    """Raise ConfigError if runs_dir is on a disk that is not there: whoever may write to / would
+    otherwise fill the disk of the system."""
+    if runs_dir.is_absolute() and not Path(*runs_dir.parts[:2]).exists():
+        raise ConfigError(
+            f"runs_dir={runs_dir}: there is no {Path(*runs_dir.parts[:2])} here: choose a folder "
+            f"on a disk that is here, and that all nodes of a cluster see"
+        )
 
 
 def _check_links(folder: RunFolder, runs: Path) -> None:

@@ -17,6 +17,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qsr.cluster.slurm import own_job
 from qsr.errors import ConfigError, FolderInUseError
 from qsr.output import warn
 from qsr.run.folder import RunFolder, parse_object
@@ -89,7 +90,7 @@ def take(folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> RunLock:
     record = {
         "host": platform.node(),
         "process": os.getpid(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": own_job() or None,
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     os.ftruncate(descriptor, 0)

@@ -14,12 +14,16 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsr.config.places import INSTALLED
+from qsr.config.places import INSTALLED, OWN_COPIES
 from qsr.output import warn
+
+Files = Mapping[str, Path]
+"""Files by their paths in a copy."""
+_NOTHING: Files = {}
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ("qsr",)
@@ -46,11 +50,25 @@ def code_files(root: Path, folders: tuple[str, ...]) -> Iterator[Path]:
 
 def code_hash(root: Path, folders: tuple[str, ...] = PACKAGE) -> str:
     """16 hex digits of a hash of the files' names and contents."""
+    return _hash(_named(root, folders))
+
+
+def _named(root: Path, folders: tuple[str, ...]) -> dict[str, Path]:
+    return {path.relative_to(root).as_posix(): path for path in code_files(root, folders)}
+
+
+def _hash(files: Files) -> str:
     digest = hashlib.sha256()
-    for path in code_files(root, folders):
+    for name, path in files.items():
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
+
+
+def _all_files(own: Files) -> Files:
+    """The project's files and those of its user, by their paths in a copy, in the order in which
+    `code_files` finds them there."""
+    return _named(ROOT, EVERYTHING) | dict(sorted(own.items(), key=lambda item: Path(item[0])))
 
 
 @functools.cache
@@ -59,10 +77,10 @@ def running_code() -> str:
     return code_hash(ROOT)
 
 
-def snapshot_folder(runs_dir: Path) -> Path:
+def snapshot_folder(runs_dir: Path, own: Files = _NOTHING) -> Path:
     """Where `take_snapshot` puts the current code: a folder named by the hash of its contents, with
     a number appended if a copy with that name was edited or damaged."""
-    name = code_hash(ROOT, EVERYTHING)
+    name = _hash(_all_files(own))
     first = (runs_dir / ".snapshots" / name).absolute()
     others = (first.with_name(f"{name}-{number}") for number in itertools.count(2))
     copies = itertools.chain([first], others)
@@ -71,21 +89,21 @@ def snapshot_folder(runs_dir: Path) -> Path:
 
 def _is_whole(copy: Path, name: str) -> bool:
     try:
-        return code_hash(copy, EVERYTHING) == name
+        return code_hash(copy, (*EVERYTHING, OWN_COPIES.name)) == name
     except OSError:
         return False
 
 
-def take_snapshot(runs_dir: Path) -> Path:
-    """Copy the project's code to a folder below `runs_dir`, if no copy exists, and return that
-    folder.
+def take_snapshot(runs_dir: Path, own: Files = _NOTHING) -> Path:
+    """Copy the project's code, and the user's `own` files (of config/own.py), to a folder below
+    `runs_dir`, if no copy exists, and return that folder.
 
     Identical code is stored once. Copies are never removed or changed, because jobs may be running
     them: an edited or damaged copy is skipped, with a warning on stderr. Partial copies older than
     a day are removed. Raises OSError.
     """
-    target = snapshot_folder(runs_dir)
-    name = code_hash(ROOT, EVERYTHING)
+    files = _all_files(own)
+    target, name = snapshot_folder(runs_dir, own), _hash(files)
     if target.name != name:
         warn(
             f"warning: {target.with_name(name)} was edited or damaged; using {target.name} "
@@ -97,8 +115,8 @@ def take_snapshot(runs_dir: Path) -> Path:
     _remove_leftovers(target.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
     try:
-        for path in code_files(ROOT, EVERYTHING):
-            copy = partial / path.relative_to(ROOT)
+        for place, path in files.items():
+            copy = partial / place
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
             copy.chmod(0o444)

@@ -1,24 +1,16 @@
-"""Metrics reported during training: metrics.jsonl, the wandb mirror, the progress bar.
+"""Metrics reported during training: metrics.jsonl, its mirrors, the progress bar.
 
-metrics.jsonl is the authoritative record. The mirror can neither stop nor slow down the run: it
-runs in its own process, and any failure there becomes one warning at the end.
+metrics.jsonl is the authoritative record.
 """
 
 import contextlib
 import json
-import math
 import os
-import queue
-import re
 import secrets
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -27,14 +19,12 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qsr.cluster.slurm import STOP_SIGNALS
+from qsr.config.naming import run_label
 from qsr.config.schema import Config, TrackingConfig
 from qsr.output import warn
 from qsr.run.durable import replace_file, write_file
-from qsr.run.folder import RunFolder, split_rows
-
-Row = Mapping[str, float | int | str | bool]
-"""One line of metrics: "kind" ("train" or "eval"), "step" (completed steps) and measured values."""
+from qsr.run.folder import Row, RunFolder, split_rows
+from qsr.run.mirror import TensorBoardTracker, WandbTracker
 
 
 class Tracker(Protocol):
@@ -162,117 +152,6 @@ class JsonlTracker:
         warn(f"{self._path}: moved {lines} that could not be read to {aside.name}")
 
 
-class WandbTracker:
-    """Mirrors rows to Weights & Biases in a separate process, fed by a thread.
-
-    Without a network, wandb blocks for minutes (even when its process exits) and may raise. The run
-    never waits for it, except that `close` gives it `close_seconds` to finish before killing it.
-    """
-
-    def __init__(self, config: Config, folder: Path, close_seconds: float = 30.0) -> None:
-        self._rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._close_seconds = close_seconds
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (until close)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from qsr.run.tracking import mirror_rows; mirror_rows()"],
-            stdin=subprocess.PIPE,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # stop signals are for the run, which then closes the mirror
-        )
-        settings = {
-            "project": config.tracking.wandb_project,
-            "entity": config.tracking.wandb_entity,
-            "name": f"{config.experiment}/seed_{config.seed}",
-            "id": _wandb_id(RunFolder(folder).wandb_id),
-            "resume": "allow",
-            "dir": str(folder),
-            "mode": config.tracking.wandb,
-            "patience": math.ceil(close_seconds) + 1,
-        }
-        self._thread = threading.Thread(
-            target=self._feed, args=(settings,), name="wandb", daemon=True
-        )
-        self._thread.start()
-
-    def log(self, row: Row) -> None:
-        self._rows.put(row)
-
-    def sync(self) -> None:
-        """Does nothing: metrics.jsonl is the record."""
-
-    def rewind(self, step: int) -> None:
-        """Does nothing: wandb keeps the first row of each step."""
-
-    def close(self) -> None:
-        self._rows.put(None)
-        self._thread.join(self._close_seconds)
-        late = self._thread.is_alive()
-        if late:
-            self._process.kill()  # this also ends wandb's helper process
-            self._thread.join()
-        if late or self._process.returncode:
-            reason = f"still busy after {self._close_seconds:.0f} s" if late else self._last_words()
-            warnings.warn(
-                f"wandb: {reason}; the mirror is incomplete, but metrics.jsonl is complete",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._output.close()
-
-    def _feed(self, settings: Mapping[str, str | int | None]) -> None:
-        """Write rows to the process, which may read slowly, and wait until it exits."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(json.dumps(settings).encode() + b"\n")
-            while (row := self._rows.get()) is not None:
-                pipe.write(json.dumps(row).encode() + b"\n")
-                pipe.flush()
-        self._process.wait()
-
-    def _last_words(self) -> str:
-        self._output.seek(0)
-        lines = self._output.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line), "exited without a message")
-
-
-def _wandb_id(path: Path) -> str:
-    """The run's id on the wandb server, the same in every session of the run folder."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        stored = path.read_text().strip()
-        if re.fullmatch(r"[\w-]+", stored):
-            return stored
-    name = secrets.token_hex(8)
-    with contextlib.suppress(OSError):  # then the next session starts a new mirror
-        replace_file(path, [name.encode()])
-    return name
-
-
-def mirror_rows() -> None:
-    """Main function of the mirror process: pass standard input (settings, then rows) to wandb.
-
-    The input ends with the run, however it ends; the mirror outlives it by `patience` seconds. Stop
-    signals, which Slurm sends to all processes of a step, are ignored: they are meant for the run.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    settings = json.loads(sys.stdin.readline())
-    patience = settings.pop("patience")
-    try:
-        import wandb  # an optional dependency, slow to import
-
-        quiet = wandb.Settings(init_timeout=60, silent=True, console="off")
-        run = wandb.init(settings=quiet, **settings)
-        for line in sys.stdin:
-            row = json.loads(line)
-            values = {k: v for k, v in row.items() if k not in ("kind", "step")}
-            run.log({f"{row['kind']}/{k}": v for k, v in values.items()}, step=row["step"])
-        signal.alarm(patience)
-        run.finish()
-    except Exception as error:  # `close` reports this line
-        sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
-
-
 WORTH_SAYING_PERCENT = 5.0
 """A run that waits less for its data is not told so."""
 
@@ -357,15 +236,17 @@ def build_tracker(config: Config, folder: Path, total_steps: int) -> RunTracker:
     """The trackers of the main rank."""
     settings: TrackingConfig = config.tracking
     trackers: list[Tracker] = [JsonlTracker(RunFolder(folder).metrics)]
-    if settings.wandb != "none":
+    mirrors: dict[str, tuple[bool, Callable[[], Tracker]]] = {
+        "wandb": (settings.wandb != "none", lambda: WandbTracker(config, folder)),
+        "TensorBoard": (settings.tensorboard, lambda: TensorBoardTracker(folder)),
+    }
+    for name, (wanted, start) in mirrors.items():
         try:
-            trackers.append(WandbTracker(config, folder))
-        except OSError as error:
-            warn(f"warning: metrics are not mirrored to wandb: {error}")
+            if wanted:
+                trackers.append(start())
+        except (OSError, ImportError) as error:
+            warn(f"warning: metrics are not mirrored to {name}: {error}")
     if settings.progress:
-        # without the overrides, which would not leave room for the rest of the line
-        name = config.experiment
-        if "=" in name:
-            name = name.partition("=")[0].rpartition("/")[0] + "/..."
-        trackers.append(ProgressTracker(f"{name} seed {config.seed}", total_steps))
+        label = run_label(config.experiment, config.seed)
+        trackers.append(ProgressTracker(label, total_steps))
     return RunTracker(*trackers)

@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from qsr.data import EvalTransform
 from qsr.data.torchvision import validation_input
 from qsr.errors import ModelFileError
 from qsr.run.folder import MODEL_NAME
-from qsr.train.networks import build_network, evaluation_mode
+from qsr.train.networks import build_network, build_own_network, evaluation_mode
 from qsr.train.vit import SimpleViT, from_vit_pytorch, to_vit_pytorch
 
 _KEY = "qsr"
@@ -62,6 +62,10 @@ class Description:
     """Percent of the validation images."""
     top5: float | None
     """Percent; None if there are at most five classes."""
+    target: str | None = None
+    """The function that builds a network of the user's own; only for network "custom"."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Its keyword arguments."""
 
     @property
     def transform(self) -> EvalTransform:
@@ -70,7 +74,10 @@ class Description:
 
     def metadata(self) -> dict[str, str]:
         """The metadata of the safetensors file."""
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, ensure_ascii=False)
+        body = {"format": _FORMAT, **asdict(self)}
+        if self.target is None:  # as in files of earlier versions
+            del body["target"], body["options"]
+        text = json.dumps(body, ensure_ascii=False)
         # class names may not be valid UTF-8: such bytes become escapes, which JSON reads back
         return {_KEY: text.encode("utf-8", "backslashreplace").decode()}
 
@@ -90,17 +97,30 @@ class LoadedModel(NamedTuple):
     def export(self) -> dict[str, Tensor]:
         """The weights under the names of the library that the network comes from: vit-pytorch's
         SimpleViT for vit_b16 and small_vit, torchvision (and timm) for resnet152, timm for its own
-        networks. small_resnet exists only here."""
+        networks. small_resnet, and your own, keep their names."""
         state = self.module.state_dict()
         return to_vit_pytorch(state) if isinstance(self.module, SimpleViT) else state
 
 
-def load_model(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> LoadedModel:
-    """The model of a run folder, or of a single model.safetensors. Raises ModelFileError."""
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    build: Callable[..., nn.Module] | None = None,
+) -> LoadedModel:
+    """The model of a run folder, or of a single model.safetensors. `build`: the function that
+    builds a network of your own, and only of such a network. Raises ModelFileError."""
     file, about = read_description(path)
+    if build is None and about.target is not None:
+        raise ModelFileError(
+            f"{file} holds a network of your own: give what builds it, {about.target}: "
+            f"load_model(PATH, build=...)"
+        )
+    if build is not None and about.target is None:
+        raise ModelFileError(f"{file} holds {about.network}, which needs no code: leave out build")
     weights = read_weights(file)
     try:
-        module = _build(about)
+        module = _build(about, build)
     except ImportError as error:
         raise ModelFileError(f"{file} holds a timm network ({error}): pip install timm") from None
     except (ValueError, RuntimeError) as error:  # from another version of qsr or timm
@@ -118,8 +138,16 @@ def load_model(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     )
 
 
-def _build(about: Description) -> nn.Module:
+def _build(about: Description, build: Callable[..., nn.Module] | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator as it was
+        if build is not None:
+            return build_own_network(
+                build,
+                about.options,
+                len(about.classes),
+                about.image_size,
+                channels_last=about.channels_last,
+            )
         return build_network(
             about.network,
             about.timm_name,

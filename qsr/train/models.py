@@ -8,18 +8,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qsr.config.schema import Config, ModelConfig
+from qsr.config.schema import AnyModel, Config, OwnModelConfig
 from qsr.core.seeds import seed_for
 from qsr.errors import ConfigError
-from qsr.train.networks import build_network
+from qsr.train.networks import build_network, build_own_network
 
 _CLASSES = 10
 """Classes of the network in a trial; the result does not depend on their number."""
 
 
-def build_model(settings: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+def build_model(settings: AnyModel, num_classes: int, image_size: int) -> nn.Module:
     """The network for square images of `image_size` pixels; input [b, 3, size, size], output
     logits [b, num_classes]. The caller has seeded torch and called `check_model`."""
+    if isinstance(settings, OwnModelConfig):
+        return build_own_network(
+            settings.load("model"),
+            settings.options,
+            num_classes,
+            image_size,
+            channels_last=settings.channels_last,
+        )
     return build_network(
         settings.name,
         settings.timm_name,
@@ -35,7 +43,7 @@ def initial_model(config: Config, num_classes: int, device: torch.device) -> nn.
     return build_model(config.model, num_classes, config.data.image_size).to(device)
 
 
-def outline(settings: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+def outline(settings: AnyModel, num_classes: int, image_size: int) -> nn.Module:
     """The network on the meta device, without memory for its weights, or on the CPU where the meta
     device does not work (some networks of older timms). Raises ConfigError if it cannot be
     built."""
@@ -46,23 +54,23 @@ def outline(settings: ModelConfig, num_classes: int, image_size: int) -> nn.Modu
         return _build_on_cpu(settings, num_classes, image_size)
 
 
-def _build_on_cpu(settings: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+def _build_on_cpu(settings: AnyModel, num_classes: int, image_size: int) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             return build_model(settings, num_classes, image_size)
     except Exception as error:  # timm asserts, torch raises RuntimeError and others
         raise ConfigError(
             f"{_name(settings)} cannot be built for data.image_size={image_size} "
-            f"({_line(error)}): choose another network"
+            f"({_line(error)}): {_way(settings, 'choose another network')}"
         ) from None
 
 
-def count_parameters(settings: ModelConfig, num_classes: int, image_size: int) -> int:
+def count_parameters(settings: AnyModel, num_classes: int, image_size: int) -> int:
     """Number of parameters. Raises ConfigError if the network cannot be built."""
     return sum(p.numel() for p in outline(settings, num_classes, image_size).parameters())
 
 
-def check_model(settings: ModelConfig, image_size: int) -> None:
+def check_model(settings: AnyModel, image_size: int) -> None:
     """Raise ConfigError if there is no such network, or if it cannot take this image size."""
     patch = {"vit_b16": 16, "small_vit": 4}.get(settings.name, 1)
     if image_size % patch:
@@ -70,6 +78,9 @@ def check_model(settings: ModelConfig, image_size: int) -> None:
             f"data.image_size={image_size} is not a multiple of {settings.name}'s patch size "
             f"{patch}"
         )
+    if isinstance(settings, OwnModelConfig):
+        settings.load("model")
+        return
     if settings.timm_name is None:
         return
     import timm  # slow, and not needed by the others
@@ -109,7 +120,7 @@ class _Pass(NamedTuple):
 
 
 @cache  # a list of runs often has one network
-def _try_passes(settings: ModelConfig, size: int, micro_batch: int) -> None:
+def _try_passes(settings: AnyModel, size: int, micro_batch: int) -> None:
     network = outline(settings, _CLASSES, size)
     training = _Pass(True, min(micro_batch, 2), size)  # two stand for more
     evaluation = _Pass(False, 1, size)  # the last batch of a validation set may be one image
@@ -139,7 +150,7 @@ def _fault(network: nn.Module, tried: _Pass) -> str | None:
     return None
 
 
-def _refusal(settings: ModelConfig, network: nn.Module, tried: _Pass, reason: str) -> str:
+def _refusal(settings: AnyModel, network: nn.Module, tried: _Pass, reason: str) -> str:
     """One line: what is refused, why, and what to use instead, as far as trying can show."""
     name = _name(settings)
     if tried.images == 1 and _fault(network, tried._replace(images=2)) is None:
@@ -147,7 +158,7 @@ def _refusal(settings: ModelConfig, network: nn.Module, tried: _Pass, reason: st
         fix = (
             "set micro_batch, or global_batch / workers, to 2 or more"
             if tried.training
-            else "choose another network"
+            else _way(settings, "choose another network")
         )
         return (
             f"{name} cannot process a single image of data.image_size={tried.size} in {kind} "
@@ -159,13 +170,22 @@ def _refusal(settings: ModelConfig, network: nn.Module, tried: _Pass, reason: st
             f"data.image_size={tried.size}: {name} does not accept images of this size ({reason}): "
             f"use data.image_size={own}, its default, or another network"
         )
-    return f"{name} cannot be used with data.image_size={tried.size} ({reason}): choose another"
+    return (
+        f"{name} cannot be used with data.image_size={tried.size} ({reason}): "
+        f"{_way(settings, 'choose another')}"
+    )
 
 
-def _name(settings: ModelConfig) -> str:
+def _name(settings: AnyModel) -> str:
+    if isinstance(settings, OwnModelConfig):
+        return f"model.target={settings.target}"
     if settings.timm_name is None:
         return f"model.name={settings.name}"
     return f"model.timm_name={settings.timm_name}"
+
+
+def _way(settings: AnyModel, otherwise: str) -> str:
+    return "correct it" if isinstance(settings, OwnModelConfig) else otherwise
 
 
 def _line(error: Exception) -> str:

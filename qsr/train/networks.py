@@ -1,5 +1,8 @@
 """Name -> network, from plain values; imports timm only for timm's networks."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import nn
 from torchvision.models import resnet152
@@ -49,9 +52,29 @@ def build_network(
             model = timm.create_model(timm_name or "", num_classes=num_classes)
         case _:
             raise ValueError(f"unknown network {name!r}")
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    return model
+    return _in_format(model, channels_last)
+
+
+def build_own_network(
+    build: Callable[..., Any],
+    options: Mapping[str, Any],
+    num_classes: int,
+    image_size: int,
+    *,
+    channels_last: bool,
+) -> nn.Module:
+    """The same for a network that a function of the user builds. Raises ValueError if it returns
+    something else, and whatever it raises."""
+    model = build(num_classes=num_classes, image_size=image_size, **options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"it returns a {type(model).__name__}, not a torch.nn.Module")
+    if next(model.parameters(), None) is None:
+        raise ValueError("it returns a module without parameters")
+    return _in_format(model, channels_last)
+
+
+def _in_format(model: nn.Module, channels_last: bool) -> nn.Module:
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
 def evaluation_mode(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 from qsr.cluster.group import choose_device
 from qsr.cluster.place import find_place
 from qsr.config.evaluate import OF_NETWORK, EvaluateConfig, load_evaluate, settings_of_run
+from qsr.config.schema import OwnModelConfig
 from qsr.data import (
     EvalTransform,
     ImageFolder,
@@ -49,12 +50,12 @@ class Candidate(NamedTuple):
     """None if the weight file has no description."""
 
 
-def evaluate(source: str | None, overrides: Sequence[str]) -> int:
+def evaluate(source: str | None, config: EvaluateConfig) -> int:
     """Validate a run folder or a model file (`source`), or without one the weights that the
-    overrides name. Prints the result; returns the exit status: 0 done, 1 failed, 2 refused."""
+    settings name. Prints the result; returns the exit status: 0 done, 1 failed, 2 refused."""
     try:
-        candidate = _open(source, overrides)
-        config, data = candidate.config, candidate.config.data
+        candidate = _open(source, config)
+        data = config.data
         communicator = Communicator(Topology(0, 1, 0, 1), candidate.device, 0.0)
         loader = open_loader(
             data,
@@ -97,14 +98,26 @@ def _numbers(result: Evaluation) -> str:
     return f"top-1 {result.top1:.3f} %{top5}  loss {result.loss:.4f}"
 
 
-def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
-    """Raises ConfigError, DataError, ClusterError, ModelFileError."""
-    about = None
+def settings_of(
+    source: str | None, overrides: Sequence[str], more: Sequence[Path] = ()
+) -> EvaluateConfig:
+    """The settings of a validation. `more`: folders with further files of groups. Raises
+    ConfigError, ModelFileError."""
     if source is None:
-        config = load_evaluate(overrides)
-    else:
-        _, about = read_description(source)
-        config = load_evaluate(overrides, _known(Path(source), about))
+        return load_evaluate(overrides, more=more)
+    _, about = read_description(source)
+    known, own = _known(Path(source), about), about.target
+    config = load_evaluate(overrides, known, needs_code=own is not None, more=more)
+    if own is not None and config.model is None:
+        raise ConfigError(
+            f"{source} holds a network of your own: add model=custom model.target={own}"
+        )
+    return config
+
+
+def _open(source: str | None, config: EvaluateConfig) -> Candidate:
+    """Raises ConfigError, DataError, ClusterError, ModelFileError."""
+    about = None if source is None else read_description(source)[1]
     device = choose_device(config.cluster.device, 0)
     data = config.data
     val = open_validation_folder(
@@ -115,7 +128,10 @@ def _open(source: str | None, overrides: Sequence[str]) -> Candidate:
     else:
         assert source is not None
         _check_classes(source, about.classes, val)
-        module = load_model(source).module
+        code = config.model
+        if code is not None and not isinstance(code, OwnModelConfig):
+            raise ConfigError(f"{source} holds a network of your own: model={code.name} is not it")
+        module = load_model(source, build=None if code is None else code.load("model")).module
     _try(module, data.image_size)
     try_some(val)
     return Candidate(module.to(device).eval(), config, val, device, about)

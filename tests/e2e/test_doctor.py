@@ -23,7 +23,7 @@ from tests.support import run_ranks
 DOCTOR = [sys.executable, str(ROOT / "scripts" / "doctor.py")]
 CHECKS = [
     *("device", "data", "network", "plan", "run folder", "free space", "decoding", "training"),
-    *("loading", "wandb", "ranks"),
+    *("loading", "tensorboard", "wandb", "ranks"),
 ]
 
 
@@ -38,7 +38,7 @@ def settings(digits: Path, runs: Path, *more: str) -> list[str]:
 
 def lines(output: str) -> list[tuple[str, str, str]]:
     """Verdict, name and text of each check."""
-    return [(line[:4].strip(), line[6:16].strip(), line[18:]) for line in output.splitlines()]
+    return [(line[:4].strip(), line[6:17].strip(), line[19:]) for line in output.splitlines()]
 
 
 def ask(arguments: list[str]) -> tuple[int, str]:
@@ -77,7 +77,7 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
     assert texts["free space"].startswith("5.37 MB needed (2 + 1 checkpoints of 1.33 MB and the")
-    assert texts["wandb"] == "off"
+    assert texts["tensorboard"] == texts["wandb"] == "off"
     assert texts["ranks"] == "2 ranks, all-reduce with gloo"
     assert list(runs.iterdir()) == []  # nothing is left
 
@@ -114,8 +114,36 @@ def test_data_that_are_not_there(one: list[str], tmp_path: Path) -> None:
     for root in (tmp_path / "nowhere", tmp_path / "empty"):
         failed = failures(ask([*one, f"data.root={root}"]))
         assert list(failed) == ["data"]
-        assert str(root) in failed["data"]
-        assert failed["data"].endswith("the data root must contain train/CLASS/* and val/CLASS/*")
+        missing, make = (
+            (root, f", or make it: qsr prepare digits --root {root}")
+            if root.name == "nowhere"
+            else (root / "train", "")
+        )
+        assert failed["data"] == (
+            f"no folder {missing}: set data.root=PATH to a folder with train/CLASS/* and "
+            f"val/CLASS/*{make}"
+        )
+
+
+def test_data_whose_size_nobody_knows(one: list[str], tmp_path: Path) -> None:
+    photos = ["data=folder", f"data.root={tmp_path}"]
+    failed = failures(ask([*one, *photos]))
+    assert failed == {
+        "data": f"no folder {tmp_path}/train: set data.root=PATH to a folder with train/CLASS/* "
+        "and val/CLASS/*",
+        "plan": "unknown without the data: set data.train_images and data.classes, or fix "
+        "data.root",
+    }
+
+
+def test_a_batch_of_more_images_than_there_are(one: list[str], own_photos: Path) -> None:
+    """Said once, and what depends on the plan is not asked."""
+    photos = ["data=folder", f"data.root={own_photos}", "data.image_size=32", "micro_batch=8"]
+    photos += ["data.loader=torchvision"]  # which starts faster
+    assert failures(ask([*one, *photos, "global_batch=4096"])) == {
+        "plan": "global_batch=4096 exceeds the 12 training images: lower global_batch, or train on "
+        "more images"
+    }
 
 
 def test_an_image_that_cannot_be_decoded(digits: Path, one: list[str], tmp_path: Path) -> None:
@@ -134,9 +162,9 @@ def test_a_file_in_the_place_of_the_folder(where: str, one: list[str], tmp_path:
     path.write_text("a file")
     failed = failures(ask(one))
     assert list(failed) == ["run folder"]
-    assert "cannot be written ([Errno" in failed["run folder"]
+    start = f"{run_folder(load_config(one))} cannot be written: choose another runs_dir ([Errno "
+    assert failed["run folder"].startswith(start)
     assert f"'{path}" in failed["run folder"]
-    assert failed["run folder"].endswith("): choose another runs_dir")
     assert path.read_text() == "a file"
 
 
@@ -175,7 +203,7 @@ def ask_with_mounts(rank: int, ranks: int, runs: Path, size: int, arguments: lis
             ["free space"],
             "1.5 MB free, 5.37 MB needed for",
         ),
-        (0, ["run folder"], "cannot be written ([Errno 30] Read-only file system"),
+        (0, ["run folder"], "cannot be written: choose another runs_dir ([Errno 30] Read-only"),
     ],
 )
 def test_a_disk_that_is_too_small_or_read_only(
@@ -201,8 +229,8 @@ def test_wandb_without_a_key_or_a_network(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     failed = failures(ask([*one, "tracking=online"]))
     assert list(failed) == ["wandb"]
-    assert failed["wandb"].startswith("127.0.0.1 cannot be reached ([Errno 111] ")
-    assert failed["wandb"].endswith("): use tracking=offline")
+    text = "127.0.0.1 cannot be reached: use tracking=offline ([Errno 111] "
+    assert failed["wandb"].startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +241,7 @@ def test_wandb_without_a_key_or_a_network(
         (["cluster.rank=1"], "cluster.rank is not a setting of cluster.launcher=local; did you "
          "mean cluster.ranks?"),
         (["seed=1,2"], "these settings ask for 2 runs: ask for one"),
-        (["--verbose"], "'--verbose' is not of the form setting=value"),
+        (["--verbose"], "unknown option --verbose; choose from: --help, "),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_in_one_line(
@@ -265,10 +293,12 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     status, output = ask(settings(digits, tmp_path / "runs", *more))
     *checks, last = output.splitlines()
-    names = ["data", "network", "plan", "run folder", "free space", "wandb", "Slurm", "submitit"]
+    names = ["data", "network", "plan", "run folder", "free space"]
+    names += ["tensorboard", "wandb", "Slurm", "submitit"]
     assert [name for _, name, _ in lines("\n".join(checks))] == names
     assert status == 1
-    assert "FAIL  Slurm       sinfo is not installed here" in checks
+    text = "Slurm does not answer: ask on a login node (sinfo is not installed here)"
+    assert f"FAIL  Slurm        {text}" in checks
     assert last.startswith(
         "to check the nodes as well: srun --nodes=2 --ntasks-per-node=1 --cpus-per-task=4 "
         "--partition=gpu --account=lab python -m qsr doctor experiment=demo/quadratic "

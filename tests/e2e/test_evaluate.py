@@ -229,7 +229,10 @@ def test_what_is_wrong_is_said_in_one_line(
         ((tmp_path,), f"{tmp_path} has no model.safetensors"),
         ((no_config,), "config.yaml cannot be read (No such file"),
         ((file,), "data.root has no value: set it to the folder that holds val/CLASS/*"),
-        ((file, "data.root=/none"), "no folder /none/val: the data root must contain val/CLASS/*"),
+        (
+            (file, "data.root=/none"),
+            "no folder /none/val: set data.root=PATH to a folder with val/",
+        ),
         ((file, f"data.root={renamed}"), "class 3 is '3' in the model, '33' in the folder"),
         ((file, f"data.root={fewer}"), "classes (10 and 9): class 9 is '9' in the model, none in"),
         ((trained.folder, f"data.root={fewer}"), "has 9 classes, not 10"),

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as some
 
-from qsr.cli import doctor, plan, submit, train
+from qsr.cli import doctor, evaluate, plan, submit, train
 from qsr.config.load import load_config, load_configs, parse_config, run_folder, to_dict
 from qsr.config.overrides import parse_overrides, text_of
 from qsr.errors import ConfigError
@@ -40,7 +40,7 @@ def folders(printed: str) -> list[str]:
         ([DEMO, "sync.alpha=7", "sync.alpha=0.4375"], [BARE]),
         ([DEMO, 'data.name="digits"', "data.mean=[.5, 5e-1, 0.50]", "compile=none"], [BARE]),
         ([DEMO, "schedule.peak_lr=${oc.decode:'0.2'}"], [BARE]),
-        ([DEMO, "cluster=paper_2x8", "tracking=none", "checkpoint={keep:3}"], [BARE]),
+        ([DEMO, "speed=paper_2x8", "tracking=none", "checkpoint={keep:3}"], [BARE]),
         ([DEMO, "sync.alpha=2.50e-1"], ["runs/demo/quadratic/sync.alpha=0.25/seed_1"]),
         ([DEMO, "sync.alpha=1.0"], ["runs/demo/quadratic/sync.alpha=1/seed_1"]),
         ([DEMO, "loss={label_smoothing:0.2}"],
@@ -51,7 +51,7 @@ def folders(printed: str) -> list[str]:
             "runs/vit_b16_b4096/quadratic_h4/seed_1"]),
         ([DEMO, "--multirun", "seed=range(1,3)"], [BARE, "runs/demo/quadratic/seed_2"]),
         (["experiment=glob(demo/*quadratic)"], [BARE, "runs/demo/vit_quadratic/seed_1"]),
-        ([DEMO, "model=glob(*,exclude=[timm,*1*])"],
+        ([DEMO, "model=glob(*,exclude=[timm,custom,*1*])"],
          [BARE, "runs/demo/quadratic/model=small_vit/seed_1"]),
         ([DEMO, "--run"], [BARE]),
         (["--", DEMO, "--resolve"], [BARE]),
@@ -82,7 +82,7 @@ def test_it_works(words: list[str], runs: list[str], capsys: pytest.CaptureFixtu
         (["sync.alpha=glob(*)"], "list the values, as in seed=1,2,3"),
         (["sync.alpha=interval(0.01,0.1)"], "list the values, as in seed=1,2,3"),
         (["~schedule"], "~schedule: it cannot be left out: choose one with schedule=NAME: constant,"
-         " cosine, linear, power_of_two, step"),
+         " cosine, custom, linear, power_of_two, step"),
         (["tracking=null"], "tracking=null: it cannot be left out: choose one with tracking=NAME"),
         (["sync/alpha=1"], "a setting in it has a dot, as in sync.alpha=0.5"),
         (["simulation=diagonal"], "choose a file with GROUP=NAME, where GROUP is one of cluster,"),
@@ -98,6 +98,7 @@ def test_it_works(words: list[str], runs: list[str], capsys: pytest.CaptureFixtu
         (["-p", "sync"], "--package belongs to --cfg job: add that"),
         (["--info", "config"], "--info: --cfg job prints a run's settings; --help lists"),
         (["-i"], "-i: --cfg job prints a run's settings"),
+        (["-sc", "install=bash"], 'bash completes after: eval "$(qsr --completion bash)"'),
         (["--hydra-help"], "--hydra-help: --help lists experiments, groups and options"),
         (["--config-name=train"], "choose a file of settings with experiment=NAME"),
         (["-cp", "conf"], "give a folder of your own with --config-dir DIR"),
@@ -132,8 +133,10 @@ def test_help_lists_experiments_groups_and_options(
 ) -> None:
     assert command.main([DEMO, "--help"]) == 0  # type: ignore[attr-defined]
     lines = capsys.readouterr().out.splitlines()
-    sync = "constant, every_step, growing, parallel, post_local, power, quadratic, stagewise, swap"
-    assert f"  sync       {sync}" in lines
+    assert (
+        "  sync       constant, custom, every_step, growing, parallel, post_local, power, "
+        "quadratic, stagewise, swap"
+    ) in lines
     (vit,) = (line for line in lines if line.startswith("  vit_b16_b4096/quadratic_h4 "))
     assert vit.endswith("  ViT-B/16, B = 4096; Local AdamW with QSR.")
     options = {line.split()[0] for line in lines if line.startswith("  -")}
@@ -157,7 +160,15 @@ def own_folder(parent: Path) -> Path:
         "experiment/forgot.yaml": MINE.partition("\n")[2],
         "experiment/demo/quadratic.yaml": MINE,
         "sync/mine.yaml": "defaults: [quadratic]\nh_base: 3\nalpha: 0.3\n",
-        "cluster/site.yaml": "partition: gpu\n",
+        "sync/bare.yaml": "h_base: 3\n",
+        "cluster/site.yaml": "partition: gpu\nranks_per_node: 2\ngpus_per_node: 0\n"
+        "environment: {NCCL_IB_HCA: mlx5_0}\n",
+        "cluster/lab/two.yaml": "name: two\nlauncher: local\nranks: 2\n",
+        "cluster/mosix.yaml": "launcher: mosix\n",
+        "cluster/list.yaml": "- gpu\n",
+        "cluster/broken.yaml": "partition: [\n",
+        "cluster/typo.yaml": "partion: gpu\n",
+        "cluster/old.yaml": "launcher: local\nspeed: null\n",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -178,14 +189,70 @@ def test_experiments_and_groups_from_a_folder_of_ones_own(
     assert "The demo with a rule of my own." in capsys.readouterr().out
 
 
+def test_a_site_is_a_file_of_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--config-dir", str(own_folder(tmp_path)), "experiment=mine"]
+    given = ["cluster=site", "cluster.partition=fast", "--cfg", "job"]
+    assert train.main([*own, *given]) == 0
+    printed = capsys.readouterr().out
+    assert folders(printed) == ["runs/mine/seed_1"]
+    cluster = yaml.safe_load(printed)["cluster"]
+    assert (cluster["name"], cluster["launcher"]) == ("site", "slurm")
+    assert (cluster["partition"], cluster["ranks_per_node"]) == ("fast", 2)
+    assert cluster["environment"].keys() >= {"NCCL_IB_HCA", "NCCL_DEBUG"}
+    assert train.main([*own, "cluster=lab/two", "--cfg", "job"]) == 0
+    cluster = yaml.safe_load(capsys.readouterr().out)["cluster"]
+    assert (cluster["name"], cluster["launcher"], cluster["ranks"]) == ("two", "local", 2)
+    assert "partition" not in cluster
+
+
+def test_the_users_own_folder_is_searched_after_the_given_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_folder(tmp_path).rename(tmp_path / "qsr")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert plan.main(["experiment=mine", "cluster=site", "--cfg", "job"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["cluster"]["partition"] == "gpu"
+    given = tmp_path / "given"
+    (given / "cluster").mkdir(parents=True)
+    (given / "cluster" / "site.yaml").write_text("partition: mine\nranks_per_node: 1\n")
+    words = ["--config-dir", str(given), "experiment=mine", "cluster=site", "--cfg", "job"]
+    assert submit.main(words) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["cluster"]["partition"] == "mine"
+    assert train.main([DEMO]) == 2  # a file of the project's is never replaced
+    assert capsys.readouterr().err.rstrip().endswith("quadratic.yaml: rename yours")
+    assert doctor.main(["--config-dir", str(given), "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cluster=site", str(given / "cluster" / "site.yaml")] in lines
+    assert ["experiment=mine", str(tmp_path / "qsr" / "experiment" / "mine.yaml")] in lines
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / ".config").mkdir(parents=True)
+    (tmp_path / "qsr").rename(tmp_path / "home" / ".config" / "qsr")
+    assert train.main(["experiment=mine", "--cfg", "job", "-p", "sync.h_base"]) == 0
+    assert capsys.readouterr().out == "# runs/mine/seed_1\n3\n"
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ([DEMO], "rename yours"),
         (["experiment=forgot"], "forgot.yaml: it must begin with the line '# @package _global_'"),
         (["experiment=min"], "did you mean mine?"),
-        (["experiment=demo/constant", "cluster=site"], "cluster.launcher is missing: choose "
-         "cluster=NAME; a file of your own begins with defaults: [NAME, _self_]"),
+        (["experiment=demo/constant", "cluster=mosix"], "mosix.yaml: launcher='mosix': choose "
+         "from: local, slurm"),
+        (["experiment=demo/constant", "cluster=list"], "list.yaml holds no settings, as in"),
+        (["experiment=demo/constant", "cluster=broken"], "broken.yaml is not YAML (while parsing"),
+        (["experiment=demo/constant", "cluster=typo"], "cluster.partion is not a setting of "
+         "cluster.launcher=slurm; did you mean cluster.partition?"),
+        (["experiment=demo/constant", "cluster=old"], "cluster.speed is not a setting of "
+         "cluster.launcher=local; did you mean speed?"),
+        (["experiment=demo/constant", "sync=bare"], "sync.rule is missing: choose sync=NAME; a file"
+         " of your own begins with defaults: [NAME, _self_]"),
+        (["experiment=demo/constant", "cluster=paper_2x8"], "cluster=paper_2x8: write "
+         "speed=paper_2x8"),
+        (["experiment=demo/constant", "speed=site"], "speed=site: write cluster=site"),
     ],
     ids=str,
 )  # fmt: skip
@@ -254,3 +321,17 @@ def test_a_rehearsal_without_an_experiment_is_that_of_the_command_line() -> None
     assert load_config([*settings, "rehearsal=digits"]).epochs == 12
     with pytest.raises(ConfigError, match=r"rehearsal.epochs=0"):
         load_config([VIT, "rehearsal=digits", "epochs=0"])
+
+
+def test_evaluate_takes_these_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("defaults: [folder, _self_]\nname: mine\n")
+    words = ["-cd", str(tmp_path), "weights=w.pth", "model=small_vit", "data=mine", "data.root=x"]
+    assert evaluate.main([*words, "--cfg", "job"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["data"]["name"], shown["model"]["name"]) == ("mine", "small_vit")
+    assert evaluate.main(["--help", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  data   digits, few_digits, few_digits_tuning, folder, imagenet, mine" in lines
+    assert evaluate.main([*words, "--seed=2"]) == 2
+    assert "settings are written without dashes: seed=2" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from qsr.planner.profiles import MARK
 ROOT = CONFIG_DIR.parent
 SCRIPT = ROOT / "scripts" / "plan.py"
 DEMO = "experiment=demo/quadratic"
-SPEED = "cluster.speed.seconds_per_image={small_resnet@32/fp32:0.001}"
+SPEED = "speed.seconds_per_image={small_resnet@32/fp32:0.001}"
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def script() -> ModuleType:
         ([DEMO, "data=folder", "data.root=x"], "data=folder: a plan needs the number of training "
          "images; set data.train_images=N"),
         ([DEMO, "data=folder", "data.root=x", "data.train_images=5000"], "set data.classes=N"),
-        ([DEMO, "cluster=paper_2x8", "workers=64", "cluster.ranks=64", "global_batch=128"],
-         "cluster.ranks=64, but paper_2x8 has 2 x 8"),
+        ([DEMO, "cluster=paper_2x8"], "cluster=paper_2x8: write speed=paper_2x8"),
+        ([DEMO, SPEED], "speed.seconds_per_image: choose a profile first, with speed=NAME; --help"),
         ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; "
          "closest: resnet18"),
         (["what-if", DEMO], "what-if takes no settings: remove experiment=demo/quadratic"),
         (["calibrate", DEMO], "calibrate needs name=NAME"),
-        (["calibrate", DEMO, "name=local"], "local.yaml was not written by a calibration"),
+        (["calibrate", DEMO, "name=paper_8x8"], "paper_8x8.yaml: choose another name"),
         (["calibrate", DEMO, "name=a/b"], "name=a/b: use only letters, digits and underscores"),
         (["calibrate", DEMO, "name=x", "data.classes=null"], "set data.classes=N"),
     ],
@@ -82,8 +82,9 @@ def test_a_sweep_has_a_record_for_each_combination(
     ]
     alone = record(script, capsys, DEMO, "sync.alpha=0.6", "sync.h_base=2")
     assert sweep[2] == {"settings": {"sync.alpha": "0.6", "sync.h_base": "2"}} | alone
-    clusters = record(script, capsys, DEMO, "cluster=local,paper_2x8")
-    assert [run["cluster"] for run in clusters["sweep"]] == ["local", "paper_2x8"]
+    speeds = record(script, capsys, DEMO, "speed=null,paper_2x8")
+    assert [run["speed"] for run in speeds["sweep"]] == [None, "paper_2x8"]
+    assert {run["cluster"] for run in speeds["sweep"]} == {"local"}
 
 
 def test_a_network_of_timm_is_counted(
@@ -105,7 +106,7 @@ def test_pictures_are_written(
     assert "overlapped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[DEMO, "cluster=paper_2x8", SPEED], ["what-if"]])
+@pytest.mark.parametrize("arguments", [[DEMO, "speed=paper_2x8", SPEED], ["what-if"]])
 def test_a_plan_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -137,7 +138,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(project: Path, *command: str) -> str:
     """What a command prints. A calibration asks to be made again where the machine is busy."""
-    environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(project), "XDG_CONFIG_HOME": str(project)}
+    environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
     for _ in range(5):
         done = subprocess.run(
             [sys.executable, *command],
@@ -159,11 +161,12 @@ def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Pat
     text = call(project, plan, "calibrate", DEMO, "name=mine", "cluster.ranks=2")
     assert "small_resnet@32/fp32: " in text
     assert re.search(r"a step of 32 images per rank takes \S+ ms alone, \S+ ms with its", text)
-    path = project / "configs" / "cluster" / "mine.yaml"
+    path = project / "qsr" / "speed" / "mine.yaml"
     assert path.read_text().startswith(MARK)
-    first = yaml.safe_load(path.read_text())
-    speed = first["speed"]
-    assert (first["name"], first["ranks"]) == ("mine", 2)
+    use = f"{plan} {DEMO} cluster.ranks=2 speed=mine"
+    assert text.endswith(f"wrote {path}\nuse it with speed=mine: python {use}\n")
+    speed = yaml.safe_load(path.read_text())
+    assert speed["name"] == "mine"
     assert (speed["machines"], speed["ranks_per_machine"]) == (1, 2)
     # 78,042 float32, and quarters of them in whole numbers
     assert speed["allreduce"]["sizes_bytes"] == [4876, 19_508, 78_040, 312_168]
@@ -174,7 +177,7 @@ def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Pat
     )
     assert speed["sources"]["small_resnet@32/fp32"].startswith(command)
 
-    planned = json.loads(call(project, plan, DEMO, "cluster=mine", "--json"))
+    planned = json.loads(call(project, *use.split(), "--json"))
     own, blocking, *_ = planned["methods"]
     # two ranks of two workers with 16 images each, 330 steps; 38 averages of 312,168 bytes
     seconds = 330 * 32 * speed["seconds_per_image"]["small_resnet@32/fp32"]
@@ -196,7 +199,7 @@ def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Pat
     vit = "experiment=demo/vit_quadratic"
     text = call(project, *torchrun, plan, "calibrate", vit, "name=mine", "cluster.ranks=2")
     assert text.count("wrote ") == 1  # one rank speaks
-    second = yaml.safe_load(path.read_text())["speed"]
+    second = yaml.safe_load(path.read_text())
     assert second["seconds_per_image"].keys() == {"small_resnet@32/fp32", "small_vit@32/fp32"}
     assert second["sources"]["small_resnet@32/fp32"] == speed["sources"]["small_resnet@32/fp32"]
     assert second["allreduce"]["sizes_bytes"][-1] == 4 * 203_050
@@ -206,11 +209,13 @@ def test_a_calibration_on_two_ranks_writes_a_profile_that_plans_use(project: Pat
 @pytest.mark.slow
 def test_one_rank_has_no_link_to_measure(project: Path) -> None:
     one = ("cluster.ranks=1", "cluster.threads_per_rank=1")
-    text = call(project, "scripts/plan.py", "calibrate", DEMO, "name=one", *one)
+    given = ("--config-dir", str(project / "lab"))
+    (project / "lab").mkdir()
+    text = call(project, "scripts/plan.py", "calibrate", *given, DEMO, "name=one", *one)
     assert "one rank: no all-reduce to measure" in text
-    speed = yaml.safe_load((project / "configs" / "cluster" / "one.yaml").read_text())["speed"]
+    speed = yaml.safe_load((project / "lab" / "speed" / "one.yaml").read_text())
     assert speed["link_gbit_per_second"] is None
-    planned = call(project, "scripts/plan.py", DEMO, "cluster=one", "--json")
+    planned = call(project, "scripts/plan.py", *given, DEMO, "speed=one", "--json")
     own = json.loads(planned)["methods"][0]
     assert own["communication_hours"] == 0
     assert own["compute_hours"] > 0

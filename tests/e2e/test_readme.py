@@ -128,6 +128,6 @@ def test_every_command_with_an_experiment_is_accepted(page: str) -> None:
     assert len(found) >= 2
     for script, command in found:
         # a calibration writes this profile
-        configs = load_configs(command.replace("cluster=mine", "").split())
+        configs = load_configs(command.replace("speed=mine", "").split())
         if script == "plan":
             assert all(forecast(config).plan.num_rounds > 0 for config in configs)

@@ -43,3 +43,12 @@ def test_what_is_wrong_is_refused_in_a_line(arguments: list[str], message: str) 
     (line,) = done.stderr.splitlines()
     assert line.startswith("refused: ")
     assert message in line
+
+
+def test_the_options_of_hydras_users() -> None:
+    shown = simulate(*SMALL, "--cfg", "job", "-p", "seeds")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout == "# diagonal seeds=2 total_steps=40 workers=2\n2\n"
+    helped = simulate("--help").stdout.splitlines()
+    assert any(line.startswith("  digits_mlp_relu ") for line in helped)
+    assert any(line.startswith("  --config-dir DIR ") for line in helped)

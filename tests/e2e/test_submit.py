@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -13,11 +14,11 @@ import pytest
 
 from qsr import build
 from qsr.config.batch_script import check_batch_script
-from qsr.config.load import load_config, run_folder
+from qsr.config.load import load_config, load_configs, run_folder
 from qsr.config.schema import SlurmCluster
 from qsr.errors import ConfigError
 from qsr.run.snapshot import running_code, snapshot_folder
-from tests.cli import ROOT, RUN, call, folder_in
+from tests.cli import ROOT, RUN, call, folder_in, program
 
 SUBMIT = [sys.executable, str(ROOT / "scripts" / "submit.py")]
 SLURM = ("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=0", "cluster.ranks_per_node=1")
@@ -51,48 +52,74 @@ def settings(digits: Path, runs: Path) -> list[str]:
 
 
 def test_a_dry_run_prints_all_of_a_site(digits: Path, tmp_path: Path) -> None:
-    """For each seed: its folder, its plan, and the file that sbatch would get."""
+    """The run's folder, its plan, and the file that sbatch would get."""
     runs = tmp_path / "my runs"
     run = [*settings(digits, runs), *SLURM, *SITE]
-    status, output, errors = ask("--dry-run", *run, "seed=1,2")
+    status, output, errors = ask("--dry-run", *run)
     assert (status, errors) == (0, "")
     assert list(tmp_path.iterdir()) == []  # nothing is made
-    code = snapshot_folder(runs)
-    first, second = (run_folder(load_config([*run, f"seed={seed}"])) for seed in (1, 2))
-    middle = output.index(f"{second}\n  44 steps")
-    for folder, text in ((first, output[:middle]), (second, output[middle:])):
-        lines = text.splitlines()
-        assert lines[0] == str(folder)
-        assert lines[1].startswith("  44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
-        assert lines[2] == "#!/bin/bash"
-        options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
-        assert options == {
-            "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4", "--mem=64G", "--time=90",
-            "--partition=gpu", "--account=lab", "--qos=long", "--constraint=h100",
-            "--reservation=course", "--exclusive", "--mail-type=END", "--signal=USR1@120",
-            "--requeue", "--open-mode=append", f"--job-name={folder.relative_to(runs)}",
-            f"--output='{folder}/slurm/%j_0_log.out'",
-        }  # fmt: skip
-        setup = lines[lines.index("# setup") + 1 : lines.index("# command") - 1]
-        assert setup == [
-            "module load cuda/13.0",
-            "source ~/env/bin/activate",
-            "export NCCL_DEBUG=WARN",
-            "export PYTHONFAULTHANDLER=1",
-            "export TORCH_CPP_LOG_LEVEL=ERROR",
-            "export NCCL_IB_HCA=mlx5_0,mlx5_1",
-            "export NCCL_SOCKET_IFNAME=ib0",
-            "export GLOO_SOCKET_IFNAME=ib0",
-            "export QSR_JOB=$SLURM_JOB_ID",
-            f"export PYTHONPATH='{code}'${{PYTHONPATH:+:$PYTHONPATH}}",
-        ]
-        (srun,) = (shlex.split(line) for line in lines if line.startswith("srun"))
-        assert srun == [
-            *("srun", "--unbuffered", "--output", f"{folder}/slurm/%j_%t_log.out"),
-            *("--kill-on-bad-exit=1", "--cpus-per-task=4", "--cpu-bind=cores"),
-            *("apptainer", "exec", "--nv", "image.sif", "python3", "-P", "-u", "-m"),
-            *("submitit.core._submit", f"{folder}/slurm"),
-        ]
+    code, folder, lines = snapshot_folder(runs), run_folder(load_config(run)), output.splitlines()
+    assert lines[0] == str(folder)
+    assert lines[1].startswith("  44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
+    assert lines[2] == "#!/bin/bash"
+    options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")}
+    assert options == {
+        "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4", "--mem=64G", "--time=90",
+        "--partition=gpu", "--account=lab", "--qos=long", "--constraint=h100",
+        "--reservation=course", "--exclusive", "--mail-type=END", "--signal=USR1@120",
+        "--requeue", "--open-mode=append", f"--job-name={folder.relative_to(runs)}",
+        f"--output='{folder}/slurm/%j_0_log.out'",
+    }  # fmt: skip
+    setup = lines[lines.index("# setup") + 1 : lines.index("# command") - 1]
+    assert setup == [
+        "module load cuda/13.0",
+        "source ~/env/bin/activate",
+        "export NCCL_DEBUG=WARN",
+        "export PYTHONFAULTHANDLER=1",
+        "export TORCH_CPP_LOG_LEVEL=ERROR",
+        "export NCCL_IB_HCA=mlx5_0,mlx5_1",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export GLOO_SOCKET_IFNAME=ib0",
+        "export QSR_JOB=$SLURM_JOB_ID",
+        f"export PYTHONPATH='{code}'${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
+    (srun,) = (shlex.split(line) for line in lines if line.startswith("srun"))
+    assert srun == [
+        *("srun", "--unbuffered", "--output", f"{folder}/slurm/%j_%t_log.out"),
+        *("--kill-on-bad-exit=1", "--cpus-per-task=4", "--cpu-bind=cores"),
+        *("apptainer", "exec", "--nv", "image.sif", "python3", "-P", "-u", "-m"),
+        *("submitit.core._submit", f"{folder}/slurm"),
+    ]
+
+
+SIXTEEN_GPUS = (
+    *("experiment=vit_b16_b4096/quadratic_h4", "cluster=slurm", "cluster.nodes=2"),
+    *("cluster.partition=gpu", "cluster.parallel=4", "data.root=/nodes/only"),
+)
+ALPHAS = [f"{0.01 + 0.002 * number:.3f}" for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "elements"),
+    [
+        (["sync.alpha=0.01,0.0175,0.025,0.03", "seed=1,2,3"], ["0-2", "3-5", "6-8", "9-11"]),
+        # of more settings than fit, the first
+        ([f"sync.alpha={','.join(ALPHAS)}"], [str(number) for number in range(8)]),
+    ],
+)
+def test_the_dry_run_of_twelve_runs_fits_a_screen(
+    sweep: list[str], elements: list[str], tmp_path: Path
+) -> None:
+    status, output, errors = ask("--dry-run", *SIXTEEN_GPUS, *sweep, f"runs_dir={tmp_path}")
+    assert (status, errors) == (0, "")
+    lines = output.splitlines()
+    assert len(lines) <= 40
+    assert [line.split()[0] for line in lines if "  sync.alpha=0.0" in line] == elements
+    assert ("... 4 more settings, in the order of their lists" in lines) == (len(elements) == 8)
+    assert "an array of 12 elements, the runs above, at most 4 at once" in lines
+    assert lines.count("#!/bin/bash") == 1
+    assert lines.count("#SBATCH --array=0-11%4") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_site_leaves_out(digits: Path, tmp_path: Path) -> None:
@@ -174,25 +201,130 @@ def test_data_that_only_the_nodes_see(tmp_path: Path) -> None:
     run = [*RUN, "data.root=/nodes/only", f"runs_dir={tmp_path}", *SLURM]
     status, output, _ = ask("--dry-run", *run)
     assert status == 0
-    assert "\n  data.root=/nodes/only is not here: the nodes must see it\n  44 steps in" in output
+    text = "data.root=/nodes/only is not here: the nodes must see it, or set data.root=PATH"
+    assert f"\n  {text}\n  44 steps in" in output
     status, output, _ = ask("--dry-run", *run, "data.train_images=null")
     assert status == 0
     assert (
-        "  no plan, because the data is not here (the nodes must see it): no folder /nodes/o"
+        "  no plan here: the nodes must see the data; no folder /nodes/only: set data.root=PATH"
         in output
     )
 
 
+@pytest.mark.parametrize("seeds", ["seed=1", "seed=1,2"])
 def test_without_slurm_nothing_is_submitted(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seeds: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    status, output, errors = ask(*settings(digits, tmp_path), *SLURM)
+    status, output, errors = ask(*settings(digits, tmp_path), *SLURM, seeds)
     assert status == 1
-    assert "  44 steps in 2 epochs" in output
-    assert errors.startswith("not submitted: sbatch: ")
+    assert "44 steps" in output
+    assert errors.startswith("not submitted: sbatch")
     assert errors.count("\n") == 1
     assert list(tmp_path.rglob("job.json")) == []
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands, which print files of this folder; what sbatch gets is in jobs/."""
+    program(tmp_path, "scontrol", f"cat {tmp_path}/config")
+    program(tmp_path, "squeue", f"cat {tmp_path}/queue")
+    program(tmp_path, "sbatch", f"""
+        mkdir -p {tmp_path}/jobs; number=$(ls {tmp_path}/jobs | wc -l); script="${{@: -1}}"
+        if grep -q -- --array= "$script" && [ -e {tmp_path}/refusal ]; then
+            cat {tmp_path}/refusal >&2; exit 1
+        fi
+        cp "$script" {tmp_path}/jobs/$number
+        [ $# = 1 ] && echo "Submitted batch job $number" || echo "$number"
+    """)  # fmt: skip
+    (tmp_path / "config").write_text("MaxArraySize            = 1001\n")
+    (tmp_path / "queue").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_finished_runs_are_no_elements(digits: Path, slurm: Path) -> None:
+    run = [*settings(digits, slurm / "runs"), *SLURM, "sync.alpha=0.3,0.5"]
+    configs = load_configs([*run, "seed=1,2"])
+    for config in (configs[0], configs[3]):
+        folder = run_folder(config)
+        folder.mkdir(parents=True)
+        done = {"steps": 44, "averages": 9, "volume": 0.2, "top1": 99.0, "planned": {}}
+        (folder / "summary.json").write_text(json.dumps(done))
+    status, output, errors = ask(*run, "seed=1,2")
+    assert (status, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0] == "2 of 4 runs already finished"
+    assert [line.split()[:3] for line in lines[3:5]] == [
+        ["0", "sync.alpha=0.3", "2"], ["1", "sync.alpha=0.5", "1"],
+    ]  # fmt: skip
+    assert lines[-2:] == [
+        "job 0: an array of 2 elements, the runs above",
+        f"qsr status {slurm / 'runs'}",
+    ]
+    assert "#SBATCH --array=0-1\n" in (slurm / "jobs" / "0").read_text()
+    jobs = [run_folder(config) / "job.json" for config in configs]
+    assert [json.loads(path.read_text())["job"] for path in jobs if path.exists()] == ["0_0", "0_1"]
+    assert not jobs[0].exists()
+    (slurm / "queue").write_text("0_1|RUNNING|0|None|demo/quadratic sync.alpha=0.3,0.5 seed=2,1|\n")
+    status, output, errors = ask(*run, "seed=1,2")
+    assert (status, output) == (2, "")
+    assert errors == (
+        f"refused: {run_folder(configs[2])} already has job 0_1 (RUNNING), which will run by "
+        f"itself; to submit it again, run scancel 0_1 first\n"
+    )
+    (slurm / "queue").write_text("")
+    status, output, _ = ask(*run, "seed=2")
+    assert status == 0
+    assert output.splitlines()[0] == "1 of 2 runs already finished"
+    assert "--array" not in (slurm / "jobs" / "1").read_text()  # one run is left: a job of its own
+
+
+@pytest.mark.parametrize("size", ["0", "1", None])
+def test_where_slurm_has_no_arrays_each_run_is_a_job(
+    size: str | None, digits: Path, slurm: Path
+) -> None:
+    """As it says itself, or as sbatch does."""
+    (slurm / "config").write_text("" if size is None else f"MaxArraySize            = {size}\n")
+    (slurm / "refusal").write_text(
+        "sbatch: error: Batch job submission failed: Invalid job array specification"
+    )
+    run = [*settings(digits, slurm / "runs"), *SLURM, "seed=1,2", "cluster.parallel=1"]
+    status, output, errors = ask(*run)
+    assert (status, errors) == (0, "")
+    folders = [run_folder(config) for config in load_configs(run)]
+    assert output.splitlines()[-4:-1] == [
+        "this Slurm has no job arrays: a job for each run, and cluster.parallel has no effect",
+        f"  job 0: {folders[0]}",
+        f"  job 1: {folders[1]}",
+    ]
+    for number, folder in enumerate(folders):
+        assert json.loads((folder / "job.json").read_text())["job"] == str(number)
+        assert (
+            f"#SBATCH --job-name={folder.relative_to(slurm / 'runs')}\n"
+            in (slurm / "jobs" / str(number)).read_text()
+        )
+
+
+def test_more_runs_than_an_array_may_have(digits: Path, slurm: Path) -> None:
+    (slurm / "config").write_text("MaxArraySize            = 2\n")
+    for dry_run in ([], ["--dry-run"]):
+        status, _, errors = ask(*dry_run, *settings(digits, slurm / "runs"), *SLURM, "seed=1,2,3")
+        assert status == 2
+        assert errors == (
+            "refused: 3 runs are more than a job array of this Slurm may have (MaxArraySize is 2): "
+            "submit them in parts\n"
+        )
+    assert not (slurm / "runs").exists()
+
+
+def test_another_refusal_of_sbatch_is_told(digits: Path, slurm: Path) -> None:
+    (slurm / "refusal").write_text("sbatch: error: invalid partition specified: gpu")
+    status, _, errors = ask(*settings(digits, slurm / "runs"), *SLURM, "seed=1,2")
+    assert (status, errors) == (
+        1, "not submitted: sbatch: error: invalid partition specified: gpu\n"
+    )  # fmt: skip
+    assert list(slurm.rglob("job.json")) == []
 
 
 def test_with_cluster_local_the_run_is_carried_out_here_from_a_copy(
@@ -215,7 +347,7 @@ def test_with_cluster_local_the_run_is_carried_out_here_from_a_copy(
     assert environment["code"] == running_code()
     assert environment["git"] == json.loads((code / "revision.json").read_text())
     status, output, _ = ask(*settings(digits, tmp_path), *SLURM)  # there is nothing left to submit
-    assert (status, "  already finished" in output) == (0, True)
+    assert (status, output) == (0, "1 of 1 runs already finished\n")
 
 
 def test_another_run_in_the_folder_is_refused(digits: Path, tmp_path: Path) -> None:

@@ -77,10 +77,8 @@ def test_a_run_averages_and_sends_what_its_plan_said(
             *("cluster.ranks=1", "cluster.threads_per_rank=1"),
             *("tracking=none", "tracking.progress=false", f"runs_dir={tmp_path}"),
             f"data.root={digits}",
-            "+cluster.speed={machines: 1, ranks_per_machine: 1, link_gbit_per_second: null, "
-            "latency_seconds: 0, allreduce: null, seconds_per_image: "
-            "{small_resnet@32/fp32: 0.001}, data_parallel: {}, price_per_gpu_hour: null, "
-            "fitted_to: [], sources: {}}",
+            *("speed=paper_2x8", "speed.machines=1", "speed.ranks_per_machine=1"),
+            "speed.seconds_per_image={small_resnet@32/fp32: 0.001}",
         ]
     )
     summary = build.run(config)

@@ -83,8 +83,9 @@ def test_the_command_lists_its_commands_and_knows_what_was_meant() -> None:
         return done.returncode, done.stdout, done.stderr
 
     status, listed, _ = ask()
-    assert (status, len(listed.splitlines())) == (0, 10)
-    assert "\n  status    show the status of runs, one line each\n" in listed
+    assert (status, len(listed.splitlines())) == (0, 12)
+    assert 'eval "$(qsr --completion bash)"' in listed
+    assert "\n  status    show the status of runs, or watch them\n" in listed
     assert ask("--help") == (0, listed, "")
     assert ask("trian") == (2, "", "refused: trian is not a command of qsr; did you mean train?\n")
     assert ask("x")[2] == (

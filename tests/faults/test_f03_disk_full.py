@@ -21,8 +21,8 @@ from qsr.config.load import load_config, run_folder
 from qsr.core.outer import OuterOptions
 from qsr.errors import CheckpointError
 from qsr.run.durable import partial_name
-from qsr.run.folder import read_rows
-from qsr.run.tracking import JsonlTracker, Row
+from qsr.run.folder import Row, read_rows
+from qsr.run.tracking import JsonlTracker
 from qsr.sync.topology import Topology
 from qsr.train.state import checkpoint_bytes
 from tests.cli import RUN

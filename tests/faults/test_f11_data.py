@@ -107,7 +107,7 @@ def link_to_root(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (missing_root, "no folder .*/data: the data root must contain train/CLASS/"),
+        (missing_root, "no folder .*/data: set data.root=PATH to a folder with train/CLASS/"),
         (empty_root, "no folder .*/data/train: "),
         (missing_val, "no folder .*/val: "),
         (no_classes, "no class folders in .*/train"),
@@ -177,10 +177,11 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["data.root=/nowhere"], "refused: no folder /nowhere: the data root must contain train/"),
+        (["data.root=/nowhere"], "refused: no folder /nowhere: set data.root=PATH to a folder with "
+         "train/CLASS/* and val/CLASS/*, or make it: qsr prepare digits --root /nowhere"),
         (["data.train_images=1000"], "refused: DIGITS has 1,442 images, not 1,000: complete"),
     ],
-)
+)  # fmt: skip
 def test_the_command_refuses_it_in_one_line(
     digits: Path, tmp_path: Path, extra: list[str], message: str
 ) -> None:

@@ -31,8 +31,9 @@ def test_a_read_only_disk_is_refused(digits: Path, tmp_path: Path) -> None:
     """Root may write anywhere, but not here."""
     settings = a_run(digits, tmp_path)
     (message,) = run_ranks(prepare_read_only, 1, tmp_path, settings)
-    assert message.startswith(f"{run_folder(load_config(settings))} cannot be written ([Errno 30] ")
-    assert message.endswith(": choose another runs_dir")
+    folder = run_folder(load_config(settings))
+    start = f"{folder} cannot be written: choose another runs_dir ([Errno 30] "
+    assert message.startswith(start)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,7 +44,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(
     path = tmp_path / where
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("a file")
-    with pytest.raises(ConfigError, match=r"cannot be written \(.*\): choose another runs_dir"):
+    with pytest.raises(ConfigError, match=r"cannot be written: choose another runs_dir \("):
         build.prepare(load_config(a_run(digits, tmp_path / "runs")))
     assert path.read_text() == "a file"
 

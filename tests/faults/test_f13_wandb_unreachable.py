@@ -16,7 +16,7 @@ from qsr import build
 from qsr.config.load import load_config
 from qsr.run import tracking
 from qsr.run.folder import read_rows
-from qsr.run.tracking import WandbTracker
+from qsr.run.mirror import WandbTracker
 from tests.cli import ENVIRONMENT, command, folder_in, same_weights
 from tests.faults.inject import needs_own_network, no_network_here
 from tests.support import run_ranks, without_times
@@ -48,7 +48,7 @@ def run_without_network(rank: int, ranks: int, settings: list[str]) -> list[str]
     no_network_here()
     os.environ |= KEY
     patient = functools.partial(WandbTracker, close_seconds=2.0)
-    tracking.WandbTracker = patient  # type: ignore[misc,assignment]
+    tracking.WandbTracker = patient  # type: ignore[attr-defined,assignment]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         build.run(load_config(settings))
@@ -112,7 +112,7 @@ def test_wandb_without_a_server_does_not_hold_up_the_end_of_the_process(tmp_path
     """wandb waits for its uploads when its process exits: that must not be the run's process."""
     program = (
         "import sys, pathlib; from qsr.config.load import load_config\n"
-        "from qsr.run.tracking import WandbTracker\n"
+        "from qsr.run.mirror import WandbTracker\n"
         "config = load_config(['experiment=demo/quadratic', 'tracking=online'])\n"
         "tracker = WandbTracker(config, pathlib.Path(sys.argv[1]), close_seconds=1.0)\n"
         "tracker.log({'kind': 'train', 'step': 1, 'loss': 1.0})\n"

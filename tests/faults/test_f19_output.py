@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from qsr.config.load import load_config
-from qsr.run.folder import read_rows
-from qsr.run.tracking import Row, RunTracker, WandbTracker, build_tracker
+from qsr.run.folder import Row, read_rows
+from qsr.run.mirror import WandbTracker
+from qsr.run.tracking import RunTracker, build_tracker
 from tests.cli import ENVIRONMENT, ROOT, command, folder_in, same_weights, wait_for
 
 # 300 kB and 40 kB: more than a pipe holds, and than a terminal does

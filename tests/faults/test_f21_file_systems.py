@@ -113,8 +113,9 @@ def test_what_has_none_is_refused_at_the_start_and_by_the_doctor(
 
     for look in (begin, ask_the_doctor):
         message = in_a_child(look)
-        assert message.startswith(f"ConfigError: {folder} cannot be written ([Errno {number}] ")
-        assert message.endswith(f", while {operation}): choose another runs_dir")
+        start = f"{folder} cannot be written: choose another runs_dir ([Errno {number}] "
+        assert message.startswith(f"ConfigError: {start}")
+        assert message.endswith(f", while {operation})")
         assert "\n" not in message
         assert not folder.exists()
     make_run_folder(RunFolder(folder))
@@ -183,7 +184,7 @@ def test_a_name_that_is_too_long_is_told(bytes_: int, tmp_path: Path) -> None:
         assert use(folder.path) == "nothing lacks"
         return
     with pytest.raises(
-        ConfigError, match=r"too long: .*: choose a shorter runs_dir, or change fewe"
+        ConfigError, match=r"choose a shorter runs_dir, or change fewer settings .*too long"
     ):
         make_run_folder(folder)
 

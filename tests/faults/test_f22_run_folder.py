@@ -22,11 +22,12 @@ from qsr.errors import ConfigError, FolderMovedError, TrainingError
 from qsr.run.checkpoint import Checkpointer
 from qsr.run.durable import partial_name, replace_file, reserve
 from qsr.run.environment import other_code
-from qsr.run.folder import RunFolder, read_rows
+from qsr.run.folder import Row, RunFolder, read_rows
 from qsr.run.identity import check_run_folder
 from qsr.run.lock import take
+from qsr.run.mirror import _wandb_id
 from qsr.run.results import reserve_results, write_results
-from qsr.run.tracking import JsonlTracker, Row, _wandb_id
+from qsr.run.tracking import JsonlTracker
 from qsr.train.model_file import Description
 from tests.cli import RUN, command, folder_in, same_weights, start, wait_for
 from tests.faults.inject import (

@@ -15,7 +15,7 @@ from qsr.config.load import load_config, run_folder
 from qsr.errors import ConfigError
 from qsr.ops.jobs import check_submission, write_job
 from qsr.run.snapshot import snapshot_folder, take_snapshot
-from tests.cli import ROOT, RUN
+from tests.cli import ROOT, RUN, program
 
 TASK = {
     "SLURM_JOB_ID": "103",
@@ -32,12 +32,6 @@ OWN = TASK | {"QSR_JOB": "103"}
 ARRAY = {"SLURM_ARRAY_JOB_ID": "101", "SLURM_ARRAY_TASK_ID": "2"}
 LAST = {"SLURM_JOB_ID": "101", "SLURM_ARRAY_JOB_ID": "101", "SLURM_ARRAY_TASK_ID": "5"}
 """Slurm gives the last task of an array the number of the array itself."""
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-    (folder / name).chmod(0o755)
 
 
 @pytest.fixture

@@ -193,7 +193,7 @@ def test_it_is_refused_by_start_submission_and_doctor(
         assert not examine(config)
     lines = output.getvalue().splitlines()
     found = [line for line in lines if line.startswith("FAIL")]
-    assert found[0] == f"FAIL  network     {refused.value}"
+    assert found[0] == f"FAIL  network      {refused.value}"
     assert not any(line[6:].startswith("training") for line in lines)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "runs"])
     assert not list(tmp_path.glob("runs/*"))
@@ -244,7 +244,7 @@ def test_the_doctor_trains_a_pass(settings: Callable[..., Config]) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert not examine(settings("NotFinite"))
     (line,) = [line for line in output.getvalue().splitlines() if line.startswith("FAIL")]
-    assert line.startswith("FAIL  training    the loss with initial weights is nan in fp32: use an")
+    assert line.startswith("FAIL  training     the loss with initial weights is nan in fp32: use")
 
 
 def test_of_a_list_of_seeds_the_network_is_tried_once(

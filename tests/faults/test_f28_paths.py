@@ -11,7 +11,8 @@ from qsr.config.evaluate import load_evaluate
 from qsr.config.load import load_config, load_configs, run_folder
 from qsr.config.overrides import expand_sweeps, parse_overrides
 from qsr.errors import ConfigError
-from qsr.ops.status import read_status, status_table
+from qsr.ops.status import read_status
+from qsr.ops.status_table import status_table
 from qsr.report.collect import find_runs
 from tests.cli import TRAIN, call
 from tests.image_trees import write_tree

@@ -16,7 +16,8 @@ import yaml
 
 from qsr.config.load import settings_hash
 from qsr.errors import ReportError
-from qsr.ops.status import read_status, status_table
+from qsr.ops.status import read_status
+from qsr.ops.status_table import status_table
 from qsr.report.collect import find_runs, read_run
 from qsr.report.records import add_record, read_summaries
 from tests.cli import ENVIRONMENT, ROOT, call
@@ -110,7 +111,8 @@ def test_a_damaged_folder_says_so_and_hides_no_other(folder: Path, damage: str) 
 AS_ANOTHER_USER = """
 import sys
 from pathlib import Path
-from qsr.ops.status import read_status, status_table
+from qsr.ops.status import read_status
+from qsr.ops.status_table import status_table
 from qsr.report.collect import find_runs
 from tests.faults.inject import give_up_privileges_here
 give_up_privileges_here()

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from qsr.config.load import CONFIG_DIR, load_config, run_folder
+from qsr.config.load import CONFIG_DIR, load_config, load_configs, run_folder
 from tests.slurm.rig import Rig, missing_reason, wait_until
 
 ROOT = CONFIG_DIR.parent
@@ -48,7 +49,7 @@ class Jobs:
     def __init__(self, rig: Rig, digits: Path, runs: Path) -> None:
         self.rig = rig
         self.runs = runs
-        self._common = (*RUN, f"data.root={digits}", f"runs_dir={runs}")
+        self.common = (*RUN, f"data.root={digits}", f"runs_dir={runs}")
         python = Path(sys.executable).parent
         self.environment = rig.environment | {
             "PYTHONPATH": str(ROOT),
@@ -59,14 +60,16 @@ class Jobs:
         """Submit a run to both nodes with `ranks` ranks on each; return the job's number."""
         cluster = ("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=0")
         size = (f"cluster.ranks_per_node={ranks}", "cluster.cpus_per_task=1")
-        (job,) = self.submit_all(*cluster, *size, *settings, root=root)
+        command = (sys.executable, str(root / "scripts" / "submit.py"), *self.common)
+        lines = self.call(*command, *cluster, *size, *settings, root=root).splitlines()
+        (job,) = (line.split()[1].rstrip(",") for line in lines if line.startswith("  job "))
         return job
 
-    def submit_all(self, *settings: str, root: Path = ROOT) -> list[str]:
-        """The numbers of the jobs that scripts/submit.py says it has submitted."""
-        script = str(root / "scripts" / "submit.py")
-        lines = self.call(sys.executable, script, *self._common, *settings, root=root)
-        return [line.split()[1].rstrip(",") for line in lines.splitlines() if "  job " in line]
+    def submit_array(self, *settings: str, ranks: int = 1) -> str:
+        """Submit runs of so many ranks on one node as a job array; return its number."""
+        lines = self.qsr("submit", *self.common, *one_node(ranks), *settings).splitlines()
+        (array,) = (line.split()[1].rstrip(":") for line in lines if line.startswith("job "))
+        return array
 
     def sbatch(self, *settings: str, ranks: int = 2) -> str:
         """The same through slurm/train.sbatch."""
@@ -74,22 +77,34 @@ class Jobs:
         options = ("--nodes=2", f"--ntasks-per-node={ranks}", "--cpus-per-task=1")
         output = f"--output={self.runs}/%j.log"
         script = ("--parsable", *options, "--gpus-per-node=0", output, "slurm/train.sbatch")
-        return self.call("sbatch", *script, *self._common, *settings).strip()
+        return self.call("sbatch", *script, *self.common, *settings).strip()
 
     def call(self, *command: str, root: Path = ROOT) -> str:
-        environment = self.environment | {"PYTHONPATH": str(root)}
-        done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, check=False,
-            timeout=240,
-        )  # fmt: skip
+        done = self.try_to(*command, root=root)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def try_to(self, *command: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """A command's exit status and output."""
+        environment = self.environment | {"PYTHONPATH": str(root)}
+        return subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, check=False,
+            timeout=240,
+        )  # fmt: skip
+
+    def qsr(self, name: str, *arguments: str) -> str:
+        """What scripts/NAME.py prints."""
+        return self.call(sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments)
+
     def status(self) -> str:
-        return self.call(sys.executable, str(ROOT / "scripts" / "status.py"), str(self.runs))
+        return self.qsr("status", str(self.runs))
 
     def folder(self, *settings: str) -> Path:
-        return run_folder(load_config([*self._common, *settings]))
+        return run_folder(load_config([*self.common, *settings]))
+
+    def folders(self, *settings: str) -> list[Path]:
+        """Of a sweep."""
+        return [run_folder(config) for config in load_configs([*self.common, *settings])]
 
     def log(self, folder: Path) -> str:
         """What a run's jobs have printed: those of submitit rank by rank, those of sbatch."""
@@ -98,9 +113,12 @@ class Jobs:
 
     def here(self, *settings: str) -> Path:
         """The folder of the run, carried out by processes of this machine without Slurm."""
-        script = str(ROOT / "scripts" / "train.py")
-        self.call(sys.executable, script, *self._common, *settings)
-        return self.folder(*settings)
+        return self.all_here(*settings)[0]
+
+    def all_here(self, *settings: str) -> list[Path]:
+        """The same of a sweep."""
+        self.qsr("train", *self.common, *settings)
+        return self.folders(*settings)
 
 
 @pytest.fixture
@@ -118,6 +136,27 @@ def undisturbed(
     """Of settings, the folder of the run carried out without Slurm."""
     here = Jobs(rig, digits, tmp_path_factory.mktemp("undisturbed"))
     return functools.cache(here.here)
+
+
+def ranks(rig: Rig, job: str) -> list[int]:
+    """The processes of a job's ranks, in their order."""
+    found = {}
+    for pid in rig.processes(job):
+        environment = dict(
+            entry.split(b"=", 1)
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if b"=" in entry
+        )
+        name = psutil.Process(pid).name()
+        if b"SLURM_STEP_ID" in environment and name.startswith("python"):
+            found[int(environment[b"SLURM_PROCID"])] = pid
+    return [found[rank] for rank in sorted(found)]
+
+
+def one_node(ranks: int = 1) -> tuple[str, ...]:
+    """Settings of a job with so many ranks."""
+    size = ("cluster.nodes=1", "cluster.gpus_per_node=0", f"cluster.ranks_per_node={ranks}")
+    return ("cluster=slurm", *size, "cluster.cpus_per_task=1")
 
 
 def same_weights(one: Path, other: Path) -> bool:

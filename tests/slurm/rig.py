@@ -207,6 +207,10 @@ class Rig:
         """How often it was requeued."""
         return int(self._show(job, "Restarts"))
 
+    def number(self, job: str) -> str:
+        """The job's own number, which an element of an array has too."""
+        return self._show(job, "JobId")
+
     def minutes(self, job: str) -> int:
         """How long it has run, rounded up. Slurm writes [DAYS-]HOURS:MINUTES:SECONDS."""
         hours, minutes, _ = self._show(job, "RunTime").rpartition("-")[2].split(":")

@@ -8,28 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.slurm.conftest import LONG, Jobs, read_json, same_weights, steps
+from tests.slurm.conftest import LONG, Jobs, ranks, read_json, same_weights, steps
 from tests.slurm.rig import NODES, Rig, wait_until
 
 Undisturbed = Callable[..., Path]
-
-
-def ranks(rig: Rig, job: str) -> list[int]:
-    """The processes of a job's ranks, in their order."""
-    found = {}
-    for pid in rig.processes(job):
-        environment = dict(
-            entry.split(b"=", 1)
-            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if b"=" in entry
-        )
-        name = psutil.Process(pid).name()
-        if b"SLURM_STEP_ID" in environment and name.startswith("python"):
-            found[int(environment[b"SLURM_PROCID"])] = pid
-    return [found[rank] for rank in sorted(found)]
 
 
 def start(rig: Rig, jobs: Jobs, *settings: str) -> tuple[str, Path, list[int]]:

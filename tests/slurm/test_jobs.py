@@ -73,12 +73,10 @@ def test_requeued_by_hand(rig: Rig, jobs: Jobs, undisturbed: Undisturbed) -> Non
 
 
 @pytest.mark.slurm
-def test_seeds_are_jobs_of_their_own(rig: Rig, jobs: Jobs, undisturbed: Undisturbed) -> None:
-    cluster = ("cluster=slurm", "cluster.nodes=1", "cluster.gpus_per_node=0")
-    size = ("cluster.ranks_per_node=2", "cluster.cpus_per_task=1")
-    numbers = jobs.submit_all(*cluster, *size, *SMALL, "seed=1,2")
-    assert len(set(numbers)) == 2
-    for job, seed in zip(numbers, ("seed=1", "seed=2"), strict=True):
+def test_seeds_are_elements_of_an_array(rig: Rig, jobs: Jobs, undisturbed: Undisturbed) -> None:
+    """Of two ranks each."""
+    array = jobs.submit_array("seed=1,2", *SMALL, ranks=2)
+    for job, seed in ((f"{array}_0", "seed=1"), (f"{array}_1", "seed=2")):
         folder = jobs.folder(*SMALL, seed)
         assert read_json(folder / "job.json")["job"] == job
         rig.wait_for(job, "COMPLETED", "FAILED", seconds=240)

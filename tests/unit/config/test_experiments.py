@@ -119,14 +119,14 @@ def test_published_volumes_to_the_printed_digit(row: ReferenceRow) -> None:
 def test_the_header_gives_command_gpu_hours_and_volume(name: str) -> None:
     header = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0]
     assert f"#   python scripts/train.py experiment={name} seed=1,2,3\n" in header
-    cluster = "paper_8x8" if "_b16384/" in name else "paper_2x8"
-    found = forecast(load_config([f"experiment={name}", f"cluster={cluster}"]))
+    profile = "paper_8x8" if "_b16384/" in name else "paper_2x8"
+    found = forecast(load_config([f"experiment={name}", f"speed={profile}"]))
     assert found.planned.cost is not None
     assert found.model is not None
     hours = f"{found.planned.cost.gpu_hours:.0f} GPU hours a seed"
     if found.unverified(found.planned):
         hours += " (compute unverified)"
-    assert f"# Predicted on {cluster}: {hours}, volume {100 * found.plan.volume:.1f} %.\n" in header
+    assert f"# Predicted on {profile}: {hours}, volume {100 * found.plan.volume:.1f} %.\n" in header
     blocking = found.model.run(found.plan, overlapped=False).gpu_hours
     text = f"# {blocking:.0f} GPU hours if its gradients' all-reduces do not overlap, as in the"
     assert (text in header) == (found.plan.gradient_rounds > 0)

@@ -1,9 +1,6 @@
 """Settings of a Slurm cluster: what a job is asked for, and what is refused before."""
 
 import re
-import shutil
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,8 +47,11 @@ CPUS = [*SLURM, "cluster.gpus_per_node=0", "cluster.ranks_per_node=2"]
          "cluster.ranks_per_node"),
         ([*CPUS, "cluster.sbatch={exclusive: true, signal: KILL@5}"], "cluster.sbatch.signal: set "
          "cluster.signal and cluster.signal_lead_seconds"),
-        ([*CPUS, "cluster.sbatch={array: 1-3}"], "cluster.sbatch.array: list seeds, as in "
-         "seed=1,2,3"),
+        ([*CPUS, "cluster.sbatch={array: 1-3}"], "cluster.sbatch.array: list values, as in "
+         "seed=1,2,3, and set cluster.parallel"),
+        (["experiment=demo/quadratic", "cluster.parallel=2"], "cluster.parallel is not a setting "
+         "of cluster.launcher=local"),
+        ([*CPUS, "cluster.parallel=0"], "cluster.parallel=0: input should be greater than or"),
     ],
 )  # fmt: skip
 def test_wrong_settings_get_one_clear_line(overrides: list[str], message: str) -> None:
@@ -84,14 +84,15 @@ def test_the_shortest_time_limit() -> None:
 
 
 README = (CONFIG_DIR.parent / "slurm" / "README.md").read_text()
+PAGE = (CONFIG_DIR.parent / "docs" / "cluster.md").read_text()
 
 
 def settings() -> dict[str, Any]:
     return to_dict(load_config(CPUS))
 
 
-def test_the_readme_names_settings_that_exist() -> None:
-    names = set(re.findall(r"`(cluster|checkpoint|data)\.(\w+)`", README))
+def test_the_pages_name_settings_that_exist() -> None:
+    names = set(re.findall(r"`(cluster|checkpoint|data)\.(\w+)`", README + PAGE))
     assert len(names) > 10
     known = settings()
     assert [f"{group}.{name}" for group, name in sorted(names) if name not in known[group]] == []
@@ -103,15 +104,3 @@ def test_the_readme_tells_the_defaults() -> None:
     assert [(name, settings()["cluster"][name]) for _, name in rows] == [
         (name, float(value)) for value, name in rows
     ]
-
-
-def test_the_site_of_the_readme_is_one(tmp_path: Path) -> None:
-    block = README.partition("submit with `cluster=mine`:\n\n")[2].partition("\n\n")[0]
-    shutil.copytree(CONFIG_DIR, tmp_path / "configs")
-    (tmp_path / "configs/cluster/mine.yaml").write_text(textwrap.dedent(block))
-    choices = ["cluster=mine" if word == "cluster=slurm" else word for word in CPUS]
-    cluster = load_config(choices, tmp_path / "configs").cluster
-    assert isinstance(cluster, SlurmCluster)
-    assert (cluster.name, cluster.partition) == ("mine", "gpu")
-    assert cluster.network_interface == "ib0"
-    assert cluster.sbatch == {"exclusive": True}

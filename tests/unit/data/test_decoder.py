@@ -44,26 +44,34 @@ def test_other_formats_are_not_asked_about(tmp_path: Path) -> None:
 
 def test_a_decoder_that_fails_is_refused_before_the_run(tmp_path: Path) -> None:
     """There is no GPU here; with one, a driver may be missing or a decoder crash."""
-    with pytest.raises(DataError, match=r"data\.decode=gpu: DALI fails on 1 images .*decode=cpu$"):
+    with pytest.raises(
+        DataError, match=r"data\.decode=gpu: DALI fails on 1 images: use data.decode=cpu \("
+    ):
         decoders_at_work(folder(tmp_path, one="jpg"), "gpu", torch.device("cuda:0"))
 
 
 def test_an_image_counts_for_the_decoder_that_takes_it_last() -> None:
     log = "\x1b[0;32m[INFO] \x1b[0m[nvimgcodec] {}: {} process #{}"
     lines = [
-        log.format(0, "nvjpeg_hw_decoder", 0),
-        log.format(0, "nvjpeg_hw_decoder", 1),
-        log.format(0, "nvjpeg_hw_decoder", 2),
+        log.format(0, "nvjpeg_cuda_decoder", 0),
+        log.format(0, "nvjpeg_cuda_decoder", 1),
+        log.format(0, "nvjpeg_cuda_decoder", 2),
         "[WARNING] [nvjpeg_cuda_decoder] ROI decode with fancy upsampling may produce wrong ...",
-        log.format(1, "nvjpeg_cuda_decoder", 1),
-        log.format(1, "nvjpeg_cuda_decoder", 2),
         log.format(2, "libjpeg_turbo_decoder", 2),
     ]
-    assert summary_of("a log of another form") is None
-    assert summary_of("\n".join(lines[:3])) == "nvjpeg_hw_decoder"
-    assert summary_of("\n".join(lines)) == (
-        "nvjpeg_hw_decoder (1 of 3), nvjpeg_cuda_decoder (1 of 3), libjpeg_turbo_decoder (1 of 3)"
+    assert summary_of("a log of another form", 3) is None
+    assert summary_of("\n".join(lines[:3]), 3) == "nvjpeg_cuda_decoder"
+    assert summary_of("\n".join(lines), 3) == (
+        "nvjpeg_cuda_decoder (2 of 3), libjpeg_turbo_decoder (1 of 3)"
     )
+
+
+def test_images_that_the_log_does_not_name_were_decoded_by_the_hardware() -> None:
+    """It takes batches; seen on an H100, whose log names no image."""
+    created = "[INFO] [nvimgcodec] create nvjpeg_hw_decoder load_hint 1 load_hint_policy 3"
+    assert summary_of(created, 16) == "nvjpeg_hw_decoder"
+    given_up = f"{created}\n[INFO] [nvimgcodec] 0: libjpeg_turbo_decoder process #3"
+    assert summary_of(given_up, 4) == "nvjpeg_hw_decoder (3 of 4), libjpeg_turbo_decoder (1 of 4)"
 
 
 def test_a_fallback_to_the_cpu_is_one_line() -> None:

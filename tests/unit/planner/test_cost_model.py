@@ -1,4 +1,4 @@
-"""Profiles of clusters: the constants, redone from what they say they come from, and what they
+"""Speed profiles: the constants, redone from what they say they come from, and what they
 predict; what a profile does not know."""
 
 import pytest
@@ -7,7 +7,14 @@ import yaml
 
 from qsr.config import schema
 from qsr.config.compose import mark_given_speed
-from qsr.config.load import CONFIG_DIR, GIVEN, config_hash, load_config
+from qsr.config.load import (
+    CONFIG_DIR,
+    GIVEN,
+    config_hash,
+    differences,
+    load_config,
+    run_folder,
+)
 from qsr.config.overrides import parse_overrides
 from qsr.config.planning import make_plan, parameter_count
 from qsr.core.cost import Link, MeasuredAllReduce
@@ -41,7 +48,7 @@ IMAGES = 1_281_167
 
 
 def speed(name: str) -> schema.SpeedConfig:
-    found = load_config([*VIT_16, *QSR, f"cluster={name}"]).cluster.speed
+    found = load_config([*VIT_16, *QSR, f"speed={name}"]).speed
     assert found is not None
     return found
 
@@ -90,9 +97,9 @@ def test_the_larger_cluster_computes_as_the_smaller_one_and_has_a_link_fitted_as
     assert found.link_gbit_per_second == pytest.approx(gbit, rel=1e-7)
 
 
-@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "cluster").glob("paper_*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "speed").glob("paper_*.yaml")), ids=str)
 def test_every_constant_has_a_source(path: object) -> None:
-    values = yaml.safe_load(path.read_text())["speed"]  # type: ignore[attr-defined]
+    values = yaml.safe_load(path.read_text())  # type: ignore[attr-defined]
     needed = {"link_gbit_per_second", "latency_seconds", *values["seconds_per_image"]}
     assert values["sources"].keys() == needed
 
@@ -107,30 +114,30 @@ def hours(*overrides: str, overlapped: bool = False) -> tuple[float, float, floa
 
 
 def test_what_the_profiles_were_fitted_to_comes_back() -> None:
-    assert hours(*VIT_16, *QSR, "cluster=paper_2x8") == (19.45, 0.75, 20.2)
-    assert hours(*VIT_16, "sync=parallel", "cluster=paper_2x8") == (19.45, 7.25, 26.7)
-    assert hours(*VIT_64, "sync=parallel", "cluster=paper_8x8") == (4.86, 3.74, 8.6)
+    assert hours(*VIT_16, *QSR, "speed=paper_2x8") == (19.45, 0.75, 20.2)
+    assert hours(*VIT_16, "sync=parallel", "speed=paper_2x8") == (19.45, 7.25, 26.7)
+    assert hours(*VIT_64, "sync=parallel", "speed=paper_8x8") == (4.86, 3.74, 8.6)
 
 
 def test_predictions_of_the_profiles() -> None:
     # published: 5.5 h
-    assert hours(*VIT_64, *QSR, "cluster=paper_8x8") == (4.86, 0.6, 5.46)
-    constant = (*VIT_16, "sync=constant", "sync.h=4", "cluster=paper_2x8")
+    assert hours(*VIT_64, *QSR, "speed=paper_8x8") == (4.86, 0.6, 5.46)
+    constant = (*VIT_16, "sync=constant", "sync.h=4", "speed=paper_2x8")
     assert hours(*constant) == (19.45, 1.81, 21.26)
     # 60,192,808 instead of 86,381,800 parameters and 62,400 instead of 93,600 steps:
     # 7.2524 h x 0.69655 x 0.66667
-    _, communication, _ = hours(*RESNET_16, "sync=parallel", "cluster=paper_2x8")
+    _, communication, _ = hours(*RESNET_16, "sync=parallel", "speed=paper_2x8")
     assert communication == 3.37
 
 
 def test_overlap_is_predicted_to_hide_most_of_the_communication_on_the_smaller_cluster() -> None:
     # 0.7480 s of computing a step: two thirds of its half are 0.2493 s, of 0.2789 s of all-reduce
-    parallel = (*VIT_16, "sync=parallel", "cluster=paper_2x8")
+    parallel = (*VIT_16, "sync=parallel", "speed=paper_2x8")
     assert hours(*parallel, overlapped=True) == (19.45, 0.77, 20.22)
     # without accumulation all but the last of 26.2 of 345.7 MB
-    one = ("micro_batch=256", "cluster=paper_2x8")
+    one = ("micro_batch=256", "speed=paper_2x8")
     assert hours(*VIT_16, "sync=parallel", *one, overlapped=True) == (19.45, 0.55, 20.0)
-    larger = ("sync=parallel", "micro_batch=256", "cluster=paper_8x8")
+    larger = ("sync=parallel", "micro_batch=256", "speed=paper_8x8")
     assert hours(*VIT_64, *larger, overlapped=True) == (4.86, 0.5, 5.36)  # README, planning.md
 
 
@@ -165,7 +172,7 @@ def test_what_a_run_takes_of_two_machines_of_eight(
 
 
 def test_a_rank_computes_for_all_its_workers() -> None:
-    cluster = "cluster=paper_2x8"
+    cluster = "speed=paper_2x8"
     one = make_cost_model(load_config([*VIT_16, *QSR, cluster]), 1)
     four = make_cost_model(load_config([*VIT_16, *QSR, cluster, "cluster.ranks=4"]), 1)
     assert four.compute_seconds == pytest.approx(4 * one.compute_seconds)
@@ -187,13 +194,20 @@ def test_moments_are_counted_where_they_are_averaged() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["cluster=local"], "no hours: the speed of cluster=local is not known; measure it: "
-         "qsr plan calibrate"),
-        (["cluster=paper_2x8", "precision=bf16"], "cluster=paper_2x8 has no speed for "
+        ([], "no hours: no speeds are given; choose a profile with speed=NAME, or measure one: qsr "
+         "plan calibrate"),
+        (["cluster=slurm", "cluster.nodes=1", "speed=paper_2x8"], "no hours: the job has 1 x 8 "
+         "ranks, but speed=paper_2x8 is about 2 x 8 ranks: measure yours with qsr plan calibrate, "
+         "or set speed.machines and speed.ranks_per_machine, if the link is as fast there"),
+        (["cluster=slurm", "cluster.nodes=4", "cluster.gpus_per_node=4", "speed=paper_2x8"],
+         "no hours: the job has 4 x 4 ranks"),
+        (["cluster.ranks=16", "speed=paper_2x8", "speed.machines=1"], "no hours: cluster.ranks=16, "
+         "but speed=paper_2x8 is about 1 x 8 ranks: use fewer, or set speed.machines"),
+        (["speed=paper_2x8", "precision=bf16"], "speed=paper_2x8 has no speed for "
          "vit_b16@224/bf16; measure it: qsr plan calibrate, or set "
-         "cluster.speed.seconds_per_image={vit_b16@224/bf16:SECONDS}"),
-        (["cluster=paper_2x8", "cluster.speed.link_gbit_per_second=null"], "has no speed of the "
-         "link between ranks; set cluster.speed.link_gbit_per_second"),
+         "speed.seconds_per_image={vit_b16@224/bf16:SECONDS}"),
+        (["speed=paper_2x8", "speed.link_gbit_per_second=null"], "has no speed of the "
+         "link between ranks; set speed.link_gbit_per_second"),
     ],
 )  # fmt: skip
 def test_what_a_profile_does_not_know(overrides: list[str], message: str) -> None:
@@ -203,44 +217,48 @@ def test_what_a_profile_does_not_know(overrides: list[str], message: str) -> Non
 
 
 def test_one_rank_needs_no_link() -> None:
-    one = ("cluster=paper_2x8", "cluster.speed.link_gbit_per_second=null", "cluster.ranks=1")
+    one = ("speed=paper_2x8", "speed.link_gbit_per_second=null", "cluster.ranks=1")
     model = make_cost_model(load_config([*VIT_16, *QSR, *one]), 1000)
     assert model.gradient_seconds == model.exposed_gradient_seconds == 0.0
 
 
-def test_more_ranks_than_the_cluster_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.ranks=32, but paper_2x8 has 2 x 8"):
-        make_cost_model(load_config([*VIT_64, *QSR, "cluster=paper_2x8", "cluster.ranks=32"]), 1)
+def test_any_site_goes_with_a_profile_of_as_many_ranks() -> None:
+    """The same hours as on the cluster of the profile."""
+    job = ("cluster=slurm", "cluster.nodes=2", "cluster.partition=gpu", "speed=paper_2x8")
+    assert hours(*VIT_16, *QSR, *job) == hours(*VIT_16, *QSR, "speed=paper_2x8")
+    larger = ("cluster=slurm", "cluster.nodes=1", "speed=paper_2x8", "speed.machines=1")
+    compute, _, _ = hours(*VIT_16, *QSR, *larger)
+    assert compute == 38.9  # twice as many images on each rank
 
 
-MEASURED = "cluster.speed.allreduce={ranks:16,sizes_bytes:[1000,2000],seconds:[1.0,1.5]}"
+MEASURED = "speed.allreduce={ranks:16,sizes_bytes:[1000,2000],seconds:[1.0,1.5]}"
 
 
 def test_measured_times_hold_for_as_many_ranks_and_until_a_link_is_given() -> None:
-    base = [*VIT_16, *QSR, "cluster=paper_2x8", MEASURED]
+    base = [*VIT_16, *QSR, "speed=paper_2x8", MEASURED]
     assert make_cost_model(load_config(base), 1).allreduce == MeasuredAllReduce(
         16, 2, (1000, 2000), (1.0, 1.5)
     )
     fewer = make_cost_model(load_config([*base, "cluster.ranks=8"]), 1)
     assert isinstance(fewer.allreduce, Link)
-    link = make_cost_model(load_config([*base, "cluster.speed.link_gbit_per_second=80"]), 1)
+    link = make_cost_model(load_config([*base, "speed.link_gbit_per_second=80"]), 1)
     assert link.allreduce == Link(16, 2, 1e10, 0.0)
     wrong = MEASURED.replace("1.0,", "")
-    with pytest.raises(ConfigError, match=r"cluster\.speed\.allreduce: measured all-reduces need"):
+    with pytest.raises(ConfigError, match=r"speed\.allreduce: measured all-reduces need"):
         make_cost_model(load_config([*base, wrong]), 1)
 
 
 STEPS = (
-    "cluster.speed.data_parallel={vit_b16@224/fp16:{ranks:16,images:256,micro_batches:2,"
+    "speed.data_parallel={vit_b16@224/fp16:{ranks:16,images:256,micro_batches:2,"
     "blocking_seconds:2.0,overlapped_seconds:1.9,bucket_mib:25}}"
 )
-IMAGE = "cluster.speed.seconds_per_image={vit_b16@224/fp16:0.005}"
+IMAGE = "speed.seconds_per_image={vit_b16@224/fp16:0.005}"
 
 
 def test_measured_steps_hold_for_the_same_steps_on_as_many_ranks() -> None:
     # 16 workers of 256 images, 1.28 s; an all-reduce of 1 s was not waited for otherwise
-    allreduce = "cluster.speed.allreduce={ranks:16,sizes_bytes:[4],seconds:[0.5]}"
-    base = [*VIT_16, *QSR, "cluster=paper_2x8", allreduce, STEPS, IMAGE]
+    allreduce = "speed.allreduce={ranks:16,sizes_bytes:[4],seconds:[0.5]}"
+    base = [*VIT_16, *QSR, "speed=paper_2x8", allreduce, STEPS, IMAGE]
     model = make_cost_model(load_config(base), 1)
     assert model.compute_seconds == pytest.approx(1.28)
     assert model.waiting_seconds == pytest.approx(2.0 - 1.28 - 0.5)
@@ -258,10 +276,10 @@ def test_measured_steps_hold_for_the_same_steps_on_as_many_ranks() -> None:
         assert (other.waiting_seconds, other.overlapped_step_seconds) == (0.0, None), setting
     # measured with what a profile says, they do not hold for constants of the command line
     known: dict[str, object] = {"sources": {}, "data_parallel": {"a": 1}}
-    price = "cluster.speed.price_per_gpu_hour=1"
-    mark_given_speed({"cluster": {"speed": known}}, parse_overrides([price]))
+    price = "speed.price_per_gpu_hour=1"
+    mark_given_speed({"speed": known}, parse_overrides([price]))
     assert known["data_parallel"] == {"a": 1}
-    mark_given_speed({"cluster": {"speed": known}}, parse_overrides([IMAGE]))
+    mark_given_speed({"speed": known}, parse_overrides([IMAGE]))
     assert known["data_parallel"] == {}
     # steps that took less time than their parts did, measured one by one: no waiting
     faster = STEPS.replace("2.0", "1.5")
@@ -269,23 +287,26 @@ def test_measured_steps_hold_for_the_same_steps_on_as_many_ranks() -> None:
 
 
 def test_a_constant_of_the_command_line_loses_the_profiles_source() -> None:
-    image = "cluster.speed.seconds_per_image={vit_b16@224/fp16:0.001}"
-    given = ["cluster=paper_2x8", "cluster.speed.link_gbit_per_second=100", image]
+    image = "speed.seconds_per_image={vit_b16@224/fp16:0.001}"
+    given = ["speed=paper_2x8", "speed.link_gbit_per_second=100", image]
     found = load_config([*VIT_16, *QSR, *given])
-    assert found.cluster.speed is not None
-    sources = found.cluster.speed.sources
+    assert found.speed is not None
+    sources = found.speed.sources
     assert sources["link_gbit_per_second"] == sources["vit_b16@224/fp16"] == GIVEN
     assert sources["resnet152@224/fp16"] == speed("paper_2x8").sources["resnet152@224/fp16"]
     assert sources["latency_seconds"] == speed("paper_2x8").sources["latency_seconds"]
 
 
-def test_a_clusters_speed_is_no_part_of_a_runs_identity() -> None:
-    local, paper = (load_config([*VIT_16, *QSR, f"cluster={c}"]) for c in ("local", "paper_2x8"))
-    assert config_hash(local) == config_hash(paper)
-    assert local.experiment == paper.experiment
+def test_a_speed_profile_is_no_part_of_a_runs_identity() -> None:
+    given = ("speed=paper_2x8", "speed.link_gbit_per_second=7")
+    without, paper = (load_config([*VIT_16, *QSR, *words]) for words in ((), given))
+    assert (without.speed, paper.speed is not None) == (None, True)
+    assert config_hash(without) == config_hash(paper)
+    assert run_folder(without) == run_folder(paper)
+    assert differences(without, paper) == []
 
 
-INSIDE = "cluster.speed.inside_gbit_per_second=160"
+INSIDE = "speed.inside_gbit_per_second=160"
 
 
 @pytest.mark.parametrize(
@@ -306,7 +327,7 @@ def test_links_of_workers_of_several_ranks(
     between: tuple[int, int],
     share: float,
 ) -> None:
-    settings = (f"workers={workers}", f"ranks_per_worker={each}", "cluster=paper_2x8", INSIDE)
+    settings = (f"workers={workers}", f"ranks_per_worker={each}", "speed=paper_2x8", INSIDE)
     config = load_config([*VIT_16, *QSR, *settings])
     model = make_cost_model(config, 86_381_800)
     assert (model.allreduce.ranks, model.allreduce.machines) == (
@@ -324,14 +345,14 @@ def test_links_of_workers_of_several_ranks(
 
 
 def test_the_speed_within_a_machine_must_be_known() -> None:
-    settings = ("workers=2", "ranks_per_worker=8", "cluster=paper_2x8")
-    with pytest.raises(UnknownSpeedError, match=r"set cluster\.speed\.inside_gbit_per_second"):
+    settings = ("workers=2", "ranks_per_worker=8", "speed=paper_2x8")
+    with pytest.raises(UnknownSpeedError, match=r"set speed\.inside_gbit_per_second"):
         make_cost_model(load_config([*VIT_16, *QSR, *settings]), 86_381_800)
 
 
 def test_a_cluster_that_is_too_small_for_the_ranks_of_the_workers() -> None:
-    settings = ("workers=4", "ranks_per_worker=8", "cluster=paper_2x8", INSIDE)
+    settings = ("workers=4", "ranks_per_worker=8", "speed=paper_2x8", INSIDE)
     with pytest.raises(
-        ConfigError, match="workers=4 x ranks_per_worker=8 = 32 ranks, but paper_2x8 has 2 x 8"
+        UnknownSpeedError, match="workers=4 x ranks_per_worker=8 = 32 ranks, but speed=paper_2x8 is"
     ):
         make_cost_model(load_config([*VIT_16, *QSR, *settings]), 86_381_800)

@@ -22,7 +22,7 @@ from qsr.train.models import count_parameters
 VIT = (
     *("model=vit_b16", "data=imagenet", "optimizer=adamw", "epochs=300", "micro_batch=128"),
     *("precision=fp16", "global_batch=4096", "workers=16", "schedule.peak_lr=0.008"),
-    *("schedule.warmup_steps=10000", "cluster=paper_2x8"),
+    *("schedule.warmup_steps=10000", "speed=paper_2x8"),
 )
 QSR = ("sync.h_base=4", "sync.alpha=0.0175")
 
@@ -107,12 +107,12 @@ def fitted(found: Forecast) -> dict[str, float]:
 def test_what_the_profile_was_fitted_to_is_marked() -> None:
     both = {"QSR, H_base = 4, alpha = 0.0175": 20.2, "data parallel, blocking": 26.7}
     assert fitted(of(*VIT, *QSR)) == both
-    assert fitted(of(*VIT, *QSR, "cluster.speed.price_per_gpu_hour=1")) == both
+    assert fitted(of(*VIT, *QSR, "speed.price_per_gpu_hour=1")) == both
     for change in (
-        ("cluster.speed.link_gbit_per_second=18.6",),
-        ("cluster.speed.latency_seconds=1e-5",),
-        ("cluster.speed.seconds_per_image={vit_b16@224/fp16:0.003}",),
-        ("cluster=paper_8x8",),
+        ("speed.link_gbit_per_second=18.6",),
+        ("speed.latency_seconds=1e-5",),
+        ("speed.seconds_per_image={vit_b16@224/fp16:0.003}",),
+        ("speed=paper_8x8",),
         ("cluster.ranks=8",),
         ("epochs=301",),
     ):
@@ -132,7 +132,7 @@ def test_what_rests_on_an_unverified_value_is_marked() -> None:
     # what overlaps depends on the time of the backward pass
     assert marks["data parallel, overlapped"] == {"compute", "communication", "total"}
     assert any(note.startswith("?:") for note in found.notes())
-    given = "cluster.speed.seconds_per_image={resnet152@224/fp16:0.004}"
+    given = "speed.seconds_per_image={resnet152@224/fp16:0.004}"
     for verified in (of(*VIT, *QSR), of(*VIT, *QSR, "model=resnet152", given)):
         assert not any(verified.unverified(method) for method in verified.methods)
 
@@ -144,7 +144,8 @@ def test_a_run_on_one_of_two_machines_is_an_upper_bound() -> None:
 
 
 RECORD = {
-    *("experiment", "cluster", "rule", "model", "parameters", "precision", "workers", "ranks"),
+    *("experiment", "cluster", "speed", "rule", "model", "parameters", "precision"),
+    *("workers", "ranks"),
     "ranks_per_worker",
     *("machines", "global_batch", "local_batch", "micro_batch", "epochs", "steps_per_epoch"),
     *("steps", "rounds", "volume", "h_first_steps", "h_last_steps", "longest_round_steps"),
@@ -159,7 +160,7 @@ METHOD = {
 
 
 def test_the_record_of_a_forecast() -> None:
-    record = forecast_record(of(*VIT, *QSR, "cluster.speed.price_per_gpu_hour=0.5"))
+    record = forecast_record(of(*VIT, *QSR, "speed.price_per_gpu_hour=0.5"))
     assert record.keys() == RECORD
     assert (record["steps"], record["steps_per_epoch"], record["rounds"]) == (93_600, 312, 9711)
     assert (record["volume"], record["parameters"]) == (0.10375, 86_381_800)
@@ -182,7 +183,7 @@ def test_the_record_of_a_forecast() -> None:
 
 
 def test_without_speeds_there_are_rounds_and_bytes_and_the_mend() -> None:
-    found = of(*VIT, *QSR, "cluster=local")
+    found = of(*VIT, *QSR, "speed=null")
     record = forecast_record(found)
     assert record.keys() == RECORD
     assert [m["method"] for m in record["methods"]] == [
@@ -222,7 +223,7 @@ def test_the_documented_table_is_what_is_printed(capsys: pytest.CaptureFixture[s
     print_forecast(of(*VIT, *QSR))
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     document = (CONFIG_DIR.parent / "docs" / "planning.md").read_text()
-    block = document.partition("cluster=paper_2x8\n")[2].partition("It takes the settings")[0]
+    block = document.partition("speed=paper_2x8\n")[2].partition("It takes the settings")[0]
     documented = [line.strip() for line in block.splitlines() if line.strip()]
     assert len(documented) == 9
     assert documented == [line for line in printed if line in documented]
@@ -329,6 +330,15 @@ def test_where_qsr_pays_is_drawn() -> None:
     middle = len(links) // 2
     expected = case(vit, next(iter(GPUS)), 16, links[middle]).saved_of_overlapped
     assert saved[middle] == pytest.approx(100 * expected)
-    legend = panels[0].get_legend()
-    assert legend is not None
-    assert "ResNet-152 (speed unverified)" in [text.get_text() for text in legend.get_texts()]
+    assert [text.get_text() for text in panels[0].texts] == [
+        "ViT-B/16 and ViT-L/16", "ViT-H/14", "ResNet-152\n(speed unverified)",
+    ]  # fmt: skip
+
+
+def test_networks_that_share_a_line_are_alike() -> None:
+    """ViT-L's would cover ViT-B's."""
+    base, large, *_ = networks()
+    assert (base.name, large.name) == ("ViT-B/16", "ViT-L/16")
+    for gpu, link in itertools.product(GPUS, LINKS_GBIT_PER_SECOND):
+        one, other = (case(each, gpu, 16, link).saved_of_overlapped for each in (base, large))
+        assert one == pytest.approx(other, abs=0.03)

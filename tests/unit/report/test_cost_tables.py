@@ -17,8 +17,8 @@ def of(*settings: str) -> Forecast:
     return forecast(load_config(settings))
 
 
-VIT = ("experiment=vit_b16_b16384/quadratic_h4", "cluster=paper_8x8")
-RESNET = ("experiment=resnet152_b4096/quadratic_h4", "cluster=paper_2x8")
+VIT = ("experiment=vit_b16_b16384/quadratic_h4", "speed=paper_8x8")
+RESNET = ("experiment=resnet152_b4096/quadratic_h4", "speed=paper_2x8")
 
 
 def test_published_hours_are_of_the_same_run() -> None:
@@ -34,7 +34,7 @@ def cells(markdown: str) -> list[list[str]]:
 
 def test_hours_and_money_of_each_way_to_train() -> None:
     runs = {
-        "ViT": of(*VIT, "cluster.speed.price_per_gpu_hour=2"),
+        "ViT": of(*VIT, "speed.price_per_gpu_hour=2"),
         "ResNet": of(*RESNET),
     }
     head, _, *rows = cells(cost_table_markdown(runs, PUBLISHED))
@@ -59,9 +59,9 @@ def test_hours_and_money_of_each_way_to_train() -> None:
 
 
 def test_each_constant_is_listed_once_with_its_source() -> None:
-    priced = of(*RESNET, "cluster.speed.price_per_gpu_hour=2")
+    priced = of(*RESNET, "speed.price_per_gpu_hour=2")
     head, _, *rows = cells(sources_markdown([priced, of(*RESNET), of(*VIT)]))
-    assert head == ["cluster", "constant", "value", "where it comes from"]
+    assert head == ["profile", "constant", "value", "where it comes from"]
     assert [(row[0], row[1]) for row in rows] == [
         ("paper_2x8", "`link_gbit_per_second`"),
         ("paper_2x8", "`latency_seconds`"),

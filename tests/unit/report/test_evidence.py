@@ -17,6 +17,7 @@ from qsr.report.evidence_plots import (
     draw,
     multiplier_figure,
     paper_plans,
+    sensitivity_figure,
     simulation_figure,
 )
 
@@ -110,7 +111,19 @@ def test_pictures_are_drawn_beside_the_records(tmp_path: Path) -> None:
 def test_the_rules_of_a_simulation_are_in_its_picture() -> None:
     figure = simulation_figure(read_simulations(RESULTS)["digits_mlp"])
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["QSR", "data parallel", "constant H", "beta/eta", "cubic"]
+    assert labels == ["data parallel", "constant $H$", r"$\beta/\eta$", "QSR", "cubic"]
+    note = figure.axes[1].get_title(loc="right")
+    assert note == "squares: means with 95 % CI, dots: 16 seeds"
+
+
+def test_what_diverged_is_said_with_its_rules() -> None:
+    left, right = sensitivity_figure(read_simulations(RESULTS)).axes
+    assert [text.get_text() for text in left.texts if text.get_text()] == [
+        "10 of 16 diverged with\nconstant $H$, $\\beta/\\eta$, QSR, cubic"
+    ]
+    assert [text.get_text() for text in right.texts if text.get_text()] == [
+        "3 of 16\ndiverged", "16 of 16\ndiverged",
+    ]  # fmt: skip
 
 
 def values(line: Line2D) -> np.ndarray:
@@ -126,9 +139,9 @@ def test_what_the_rules_make_of_the_multiplier() -> None:
     gains = {str(line.get_label()): float(values(line)[late]) for line in multiplier.lines}
     along = dict(zip(gains, (float(values(line)[late]) for line in moved.lines), strict=True))
     assert gains["data parallel"] == 1.0
-    assert gains["constant H"] < 1.6
-    assert gains["beta/eta"] == pytest.approx(1 + 15 * psi(AT_PEAK), rel=0.03)
+    assert gains["constant $H$"] < 1.6
+    assert gains[r"$\beta/\eta$"] == pytest.approx(1 + 15 * psi(AT_PEAK), rel=0.03)
     assert gains["QSR"] > 14
     assert 0.7 < along["QSR"] <= 1.0  # within a round the rate falls
-    assert along["beta/eta"] < 0.1
+    assert along[r"$\beta/\eta$"] < 0.1
     assert along["cubic"] > 4

@@ -33,7 +33,7 @@ def test_the_plan_is_drawn_round_by_round() -> None:
     assert edges.tolist() == [0, 3, 6, 9, 10]
     assert points(bottom.lines[1]) == {3: 30, 6: 30, 9: 30, 10: 10}  # averages
     (legend,) = figure.legends
-    assert legend.get_texts()[1].get_text() == "H = 30: 4 rounds, volume 4.0 %"
+    assert legend.get_texts()[1].get_text() == "$H$ = 30: 4 rounds, volume 4.0 %"
 
 
 def test_powers_of_the_rate_over_the_rate() -> None:

@@ -56,7 +56,7 @@ def test_losses_over_epochs_with_hollow_marks_within_rounds(make_run: Any) -> No
     assert scattered(validation) == [([[3.0, 0.4], [5.0, 0.3]], ["#ffffff", color])]
     assert scattered(error) == [([[3.0, 10.0], [5.0, 5.0]], ["#ffffff", color])]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "constant H = 4",
+        "constant $H$ = 4",
         "in the middle of a round",
     ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qsr.errors import ReportError
-from qsr.report.study import Study, read_study
+from qsr.report.study import Study, labelled_runs, read_study
 from qsr.report.study_sheets import summary_lines
 from tests.unit.report.conftest import WriteRun
 
@@ -55,6 +55,16 @@ def test_a_label_has_only_what_it_needs(tmp_path: Path, write_run: WriteRun) -> 
     study = read_study([tmp_path])
     assert list(seeds(study)) == ["model.name=small_resnet", "model.name=small_vit"]
     assert {"global_batch", "model.name"} <= set(study.by)
+
+
+def test_each_run_has_a_label_of_its_own(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(CONSTANT, "seed=2")
+    write_run(QUADRATIC, "seed=2")
+    assert list(labelled_runs(read_study([tmp_path]))) == ["constant H = 4", QSR]
+    write_run(QUADRATIC, "seed=1")
+    labelled = labelled_runs(read_study([tmp_path]))
+    assert list(labelled) == ["constant H = 4, seed 2", f"{QSR}, seed 1", f"{QSR}, seed 2"]
+    assert [run.config.seed for run in labelled.values()] == [2, 1, 2]
 
 
 def test_unfinished_and_unreadable_runs_are_named_and_left_out(
@@ -132,11 +142,10 @@ def test_a_run_counts_once(tmp_path: Path, write_run: WriteRun) -> None:
     assert len(read_study([tmp_path, folder, tmp_path / "link"]).runs) == 1
     (tmp_path / "link").unlink()
     copy = shutil.copytree(folder, tmp_path / "copy")
-    with pytest.raises(ReportError) as refused:
-        read_study([tmp_path])
-    assert str(refused.value) == (
-        f"{copy} and {folder} are the same run, seed 1: name only one of them"
-    )
+    study = read_study([tmp_path])
+    assert study.left_out == [f"{folder} is the same run as {copy}"]
+    assert [run.folder for run in study.runs].count(copy) == 1
+    assert folder not in [run.folder for run in study.runs]
 
 
 @pytest.mark.parametrize("to", [QSR, "sync.rule=quadratic", "sync.alpha=4.375e-1,sync.h_base=4"])

@@ -1,15 +1,17 @@
 """What is reported: the file, the terminal, and a mirror that cannot hold up the run."""
 
 import importlib
+import importlib.util
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,15 @@ from rich.console import Console
 
 from qsr.config.load import load_config
 from qsr.config.schema import Config
-from qsr.run.folder import read_rows
+from qsr.run.folder import Row, RunFolder, read_rows
+from qsr.run.mirror import TensorBoardTracker, WandbTracker
 from qsr.run.tracking import (
     JsonlTracker,
     ProgressTracker,
-    Row,
     RunTracker,
-    WandbTracker,
     build_tracker,
 )
+from tests.cli import call, command, folder_in, start, wait_for
 
 
 def train_row(step: int, **changes: float | int) -> Row:
@@ -253,7 +255,7 @@ def test_wandb_that_fails_is_one_warning_with_its_reason(
 def test_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     program = (
         "import os, pathlib, sys; from qsr.config.load import load_config\n"
-        "from qsr.run.tracking import WandbTracker\n"
+        "from qsr.run.mirror import TensorBoardTracker, WandbTracker\n"
         "config = load_config(['experiment=demo/quadratic', 'tracking=offline'])\n"
         "tracker = WandbTracker(config, pathlib.Path(sys.argv[1]))\n"
         "tracker.log({'kind': 'train', 'step': 7, 'loss': 1.0})\n"
@@ -289,6 +291,105 @@ def is_running(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+# TensorBoard
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: (step, value) by name."""
+    pytest.importorskip("tensorboard")
+    reader: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    found = reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    found.Reload()
+    return {
+        name: [(event.step, event.value) for event in found.Scalars(name)]
+        for name in found.Tags()["scalars"]
+    }
+
+
+def as_scalars(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """The same from rows, in single precision, as in event files."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("kind", "step"):
+                single = struct.unpack("f", struct.pack("f", float(value)))[0]
+                found.setdefault(f"{row['kind']}/{name}", []).append((int(row["step"]), single))
+    return found
+
+
+def test_tensorboard_beside_wandb() -> None:
+    """One, the other, both."""
+    for words, expected in (
+        (["tracking=tensorboard"], ("none", True)),
+        (["tracking=offline"], ("offline", False)),
+        (["tracking=offline", "tracking.tensorboard=true"], ("offline", True)),
+    ):
+        settings = load_config(["experiment=demo/quadratic", *words]).tracking
+        assert (settings.wandb, settings.tensorboard) == expected
+
+
+def test_tensorboard_holds_each_row_once_after_a_kill(digits: Path, tmp_path: Path) -> None:
+    """A run is killed after a checkpoint, with rows after it; it resumes."""
+    pytest.importorskip("tensorboard")
+    logged = ["tracking=tensorboard", "tracking.log_every_steps=1", "checkpoint.every_steps=5"]
+    one = ["cluster.ranks=1", "cluster.threads_per_rank=1", "data.loader=torchvision"]
+    words = [*command(digits, tmp_path), *logged, *one]
+    run = start(words)
+    wait_for(tmp_path, "step_000000010", run)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert call(words).returncode == 0
+    folder = folder_in(tmp_path)
+    rows = read_rows(folder / "metrics.jsonl")[0]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 45))
+    assert scalars(folder) == as_scalars(rows)
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_shows_also_what_a_killed_session_did_not_pass_on(tmp_path: Path) -> None:
+    """And an evaluation of the step from which the run resumed stands there once."""
+    pytest.importorskip("tensorboard")
+    for _ in range(2):
+        with RunTracker(JsonlTracker(tmp_path / "metrics.jsonl")) as tracker:
+            tracker.rewind(0)
+            for step in (2, 4, 6):
+                tracker.log(train_row(step))
+        with build_tracker(config("tensorboard", "tracking.progress=false"), tmp_path, 8) as both:
+            both.rewind(4)
+            both.log(eval_row(4))
+            both.log(train_row(5))
+        rows = read_rows(tmp_path / "metrics.jsonl")[0]
+        assert [row["step"] for row in rows] == [2, 4, 4, 5]
+        assert scalars(tmp_path) == as_scalars(rows)
+
+
+def test_tensorboard_that_fails_is_one_warning_with_its_reason(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    RunFolder(tmp_path).tensorboard.write_text("somebody else's")
+    tracker = TensorBoardTracker(tmp_path)
+    tracker.log(train_row(1))
+    reason = r"tensorboard: \w+Error: .*; the mirror is incomplete, but metrics.jsonl is complete"
+    with pytest.warns(RuntimeWarning, match=reason) as w:
+        tracker.close()
+    assert len(w) == 1
+
+
+def test_without_tensorboard_a_run_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
+    with build_tracker(config("tensorboard", "tracking.progress=false"), tmp_path, 10) as tracker:
+        tracker.log(train_row(1))
+    assert read_rows(tmp_path / "metrics.jsonl")[0] == [train_row(1)]
+    assert capsys.readouterr().err == (
+        "warning: metrics are not mirrored to TensorBoard: it is not installed: pip install "
+        "tensorboard\n"
+    )
 
 
 # All of them

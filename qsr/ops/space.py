@@ -1,0 +1,26 @@
+"""Disk space of a run."""
+
+from collections.abc import Sequence
+
+from qsr.build import describe
+from qsr.config.load import run_folder
+from qsr.config.schema import Config
+from qsr.core.plan import Plan
+from qsr.run.folder import RunFolder
+from qsr.run.results import missing_room
+from qsr.train.models import outline
+from qsr.train.state import checkpoint_bytes
+
+
+def run_sizes(config: Config, plan: Plan, classes: Sequence[str]) -> tuple[int, int]:
+    """Bytes of a checkpoint at most, and bytes of the results for which earlier sessions have
+    reserved no space. `classes`: their names."""
+    model = outline(config.model, len(classes), config.data.image_size)
+    each = checkpoint_bytes(model, config.optimizer, plan, config.workers, config.sync)
+    about = describe(config, classes, plan.total_steps).metadata()
+    return each, missing_room(RunFolder(run_folder(config)), model.state_dict(), about)
+
+
+def unnamed(classes: int) -> tuple[str, ...]:
+    """Names as long as ImageNet's, for classes that are not here."""
+    return ("n00000000",) * classes
