@@ -24,6 +24,7 @@ from qsr.data import (
     resolve_decode,
     try_some,
     uses_dali,
+    with_label_noise,
 )
 from qsr.errors import CheckpointError, ClusterError, ConfigError, DataError
 from qsr.output import warn
@@ -78,6 +79,7 @@ def prepare(config: Config) -> Prepared:
         expected_classes=data.classes,
     )
     check_plan(config, len(train))
+    train = with_label_noise(train, data.label_noise, config.seed)
     record = {
         "train_images": len(train),
         "val_images": len(val),

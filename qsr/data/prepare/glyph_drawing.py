@@ -1,5 +1,6 @@
 """Drawing the characters of one font as small grey pictures."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,7 @@ def draw_font(path: Path) -> Glyphs:
 
 def drawn(glyphs: Glyphs) -> NDArray[np.bool_]:
     """[...]: which pictures of [..., side, side] show something."""
-    shown: NDArray[np.bool_] = glyphs.any(axis=(-2, -1))
+    shown: NDArray[np.bool_] = glyphs.max(axis=(-2, -1)) > 0
     return shown
 
 
@@ -85,6 +86,7 @@ def _open(path: Path) -> "TTFont":
         from fontTools.ttLib import TTFont  # an optional dependency
     except ImportError as error:
         raise DataError("reading fonts needs fontTools: pip install fonttools") from error
+    logging.getLogger("fontTools").setLevel(logging.CRITICAL)  # it comments on odd tables
     return TTFont(path, lazy=True)
 
 

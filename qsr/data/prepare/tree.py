@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def build_tree(root: Path, write: Callable[[Path], None], check: Callable[[Path], None]) -> None:
+def build_tree(root: Path, write: Callable[[Path], None], check: Callable[[Path], object]) -> None:
     """Let `write` fill a folder next to `root`, which is renamed to `root` at the end.
 
     If `root` exists, only `check` is called, which raises DataError if it is something else.
