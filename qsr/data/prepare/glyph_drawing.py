@@ -134,9 +134,14 @@ def _drop_repeated(glyphs: Glyphs) -> None:
 
 
 def _drop_small_capitals(glyphs: Glyphs) -> None:
-    for number, character in enumerate(CHARACTERS):
-        if character.islower():
-            capital = CHARACTERS.index(character.upper())
-            apart = np.abs(glyphs[number].astype(np.int16) - glyphs[capital]).mean()
-            if apart < ALIKE:
-                glyphs[number] = 0
+    """i and j, in thin fonts like I and J but for the dot, go with most of the others."""
+    small = [character for character in CHARACTERS if character.islower()]
+    others = [character for character in small if character not in "ij"]
+    alike = [character for character in others if _is_small_capital(glyphs, character)]
+    dropped = small if 2 * len(alike) > len(others) else alike
+    glyphs[[CHARACTERS.index(character) for character in dropped]] = 0
+
+
+def _is_small_capital(glyphs: Glyphs, character: str) -> bool:
+    small, capital = (glyphs[CHARACTERS.index(c)] for c in (character, character.upper()))
+    return bool(np.abs(small.astype(np.int16) - capital).mean() < ALIKE)
