@@ -8,9 +8,10 @@
 A small residual network and a small vision transformer learn the letters and digits of fonts with 8
 workers in one process, under six rules, with and without wrong training labels, and are validated
 on other fonts. Each finished run is written at once as a line of the file of records; runs that
-are in it are not repeated. What is most worth having comes first: all rules with one seed, then the
-next seed. Extra settings, for example epochs=5, apply to every run. Exit status: 0 done, also if
-the time did not suffice for all runs; 1 a run failed, 2 refused, 130 interrupted.
+are in it are not repeated. With several seeds, tables are printed and a picture is drawn. What is
+most worth having comes first: all rules with one seed, then the next seed. Extra settings, for
+example epochs=5, apply to every run. Exit status: 0 done, also if the time did not suffice for all
+runs; 1 a run failed, 2 refused, 130 interrupted.
 """
 
 import argparse
@@ -22,6 +23,13 @@ from pathlib import Path
 from qsr.errors import showing_errors
 from qsr.evidence.glyph_study import GlyphStudy, Record, config_of, missing, trials, within
 from qsr.output import program
+from qsr.report.evidence_glyphs import (
+    glyphs_figure,
+    glyphs_report,
+    has_comparison,
+    read_records,
+)
+from qsr.report.style import save
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +63,10 @@ def main(arguments: list[str]) -> int:
             done, failed = done + 1, failed + ("failed" in record)
             print(f"{time.monotonic() - started:6.1f} s: {_line(record)}", flush=True)
     print(f"{done} runs, {failed} of them failed: {results}")
+    records = read_records(results)
+    if has_comparison(records):
+        print(f"\n{glyphs_report(records)}")
+        save(glyphs_figure(records), results.with_suffix(""))
     return 1 if failed else 0
 
 

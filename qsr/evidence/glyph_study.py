@@ -77,7 +77,7 @@ def measure_run(trial: Trial, settings: Sequence[str]) -> Record:
     that fails, for example because it diverges, has `failed` instead of results."""
     started = time.perf_counter()
     config = config_of(trial, settings)
-    about: Record = {**trial._asdict(), "settings": list(settings)}
+    about: Record = {**trial._asdict(), "settings": _recorded(settings)}
     try:
         (outcome,) = execute([config])
         if isinstance(outcome, Stopped):
@@ -106,6 +106,11 @@ def measure_run(trial: Trial, settings: Sequence[str]) -> Record:
     }
 
 
+def _recorded(settings: Sequence[str]) -> list[str]:
+    """Without the places of files, which differ from machine to machine."""
+    return [text for text in settings if not text.startswith(("data.root=", "runs_dir="))]
+
+
 @functools.cache
 def _environment(wanted: str) -> Record:
     about = environment(Topology(0, 1, 0, 1), str(choose_device(wanted, 0)))
@@ -118,7 +123,7 @@ def missing(study: GlyphStudy, records: Iterable[Record]) -> list[Trial]:
     known = {
         Trial(*(record[key] for key in Trial._fields))
         for record in records
-        if record["settings"] == list(study.settings)
+        if record["settings"] == _recorded(study.settings)
     }
     return [trial for trial in trials(study) if trial not in known]
 
