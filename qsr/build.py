@@ -24,6 +24,7 @@ from qsr.data import (
     resolve_decode,
     try_some,
     uses_dali,
+    with_label_noise,
 )
 from qsr.errors import CheckpointError, ClusterError, ConfigError, DataError
 from qsr.output import warn
@@ -73,6 +74,7 @@ def prepare(config: Config) -> Prepared:
     loader = "dali" if uses_dali(data.loader) else "torchvision"
     train, val = open_data(data)
     check_plan(config, len(train))
+    train = with_label_noise(train, data.label_noise, config.seed)
     record = {
         "train_images": len(train),
         "val_images": len(val),

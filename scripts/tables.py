@@ -19,6 +19,7 @@ from qsr.errors import showing_errors
 from qsr.output import printer, program, warn
 from qsr.report.evidence import read_simulations
 from qsr.report.evidence_deep import read_deep
+from qsr.report.evidence_glyphs import read_glyphs
 from qsr.report.generated import generate, stale, write
 from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
@@ -54,9 +55,9 @@ def _tables(*, check: bool) -> int:
     faults = json.loads((ROOT / "results" / "faults.json").read_text())
     benchmarks = read_benchmarks(ROOT / "results" / "bench")
     simulations = read_simulations(ROOT / "results" / "evidence" / "simulations")
-    deep = read_deep(ROOT / "results")
+    deep, glyphs = read_deep(ROOT / "results"), read_glyphs(ROOT / "results")
     summaries = read_summaries(RECORDS)
-    files = generate(ROOT, rows, summaries, plan_of, faults, benchmarks, simulations, deep)
+    files = generate(ROOT, rows, summaries, plan_of, faults, benchmarks, simulations, deep, glyphs)
     paths = stale(files)
     if not check:
         write(files, paths)

@@ -2,6 +2,7 @@
 
 qsr prepare digits                        write the small digits data set
 qsr prepare few_digits                    write two with few training images
+qsr prepare glyphs                        write letters and digits of many fonts (Debian)
 qsr prepare imagenet --root PATH ...      unpack ImageNet's archives
 qsr prepare check --root PATH             decode every image, write a manifest
 qsr prepare check --root PATH --imagenet    also expect ImageNet's counts
@@ -20,6 +21,8 @@ from qsr.data import open_image_folders
 from qsr.data.datasets import IMAGENET, Counts
 from qsr.data.prepare.check import check_images
 from qsr.data.prepare.digits import DIGITS, FEW_DIGITS, HeldOut, prepare_digits, prepare_few_digits
+from qsr.data.prepare.fonts import installed_fonts
+from qsr.data.prepare.glyphs import prepare_glyphs
 from qsr.data.prepare.ground_truth import read_devkit, read_labels
 from qsr.data.prepare.imagenet import prepare_imagenet
 from qsr.data.prepare.subset import choose_classes, link_subset, read_classes
@@ -62,6 +65,12 @@ def parser(data: Path) -> argparse.ArgumentParser:
     )
     few.add_argument("--to", type=Path, default=data, help="the folder for both data sets")
     few.set_defaults(run=_few_digits)
+
+    glyphs = commands.add_parser(
+        "glyphs", help="write letters and digits of the fonts in Debian's packages"
+    )
+    glyphs.add_argument("--root", type=Path, default=data / "glyphs")
+    glyphs.set_defaults(run=_glyphs)
 
     imagenet = commands.add_parser("imagenet", help="unpack ImageNet's archives")
     imagenet.add_argument("--root", type=Path, required=True, help="where train/ and val/ go")
@@ -117,6 +126,13 @@ def _few_digits(arguments: argparse.Namespace) -> int:
         root = arguments.to / FEW_DIGITS_FOLDERS[val]
         prepare_few_digits(root, val)
         print(f"{root}: {train_images} training, {val_images} {val} images")
+    return 0
+
+
+def _glyphs(arguments: argparse.Namespace) -> int:
+    root = arguments.root
+    train, val = prepare_glyphs(root, [] if root.exists() else installed_fonts())
+    print(f"{root}: {train:,} training, {val:,} validation images")
     return 0
 
 

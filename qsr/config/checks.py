@@ -133,8 +133,27 @@ def check_reading(data: DataConfig, device: str) -> None:
         raise ConfigError(f"data.std must be positive, got {list(data.std)}")
     if data.decode == "gpu" and device == "cpu":
         raise ConfigError("data.decode=gpu needs a GPU: use data.decode=auto")
-    if data.decode == "gpu" and data.loader == "torchvision":
+    if data.decode == "gpu" and data.loader in ("torchvision", "memory"):
         raise ConfigError("data.decode=gpu needs DALI: use data.loader=dali")
+    if data.loader == "memory" and data.augmentation != _NO_AUGMENTATION:
+        raise ConfigError(
+            "data.loader=memory keeps every image as it is, without data.augmentation: use "
+            "data.loader=auto, or set min_area, max_area, min_aspect and max_aspect to 1, "
+            "flip_probability to 0 and randaugment to none, as in configs/data/glyphs.yaml"
+        )
+
+
+_NO_AUGMENTATION = AugmentationConfig(
+    min_area=1.0,
+    max_area=1.0,
+    min_aspect=1.0,
+    max_aspect=1.0,
+    flip_probability=0.0,
+    randaugment="none",
+    randaugment_depth=None,
+    randaugment_severity=None,
+)
+"""Every image as it is, if it is square."""
 
 
 _RANDAUGMENT_SEVERITY = {"composer": 10, "torchvision": 30, "timm": 10}

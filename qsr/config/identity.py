@@ -39,6 +39,7 @@ LATER = {
     "ranks_per_worker": 1,
     "compile": "none",
     "cuda_graphs": False,
+    "data.label_noise": 0.0,
 }
 """Settings added after the first runs, each with the value that matches what those runs did. With
 that value a setting is not part of a run's identity, so that older runs keep their identity."""

@@ -599,8 +599,11 @@ class DataConfig:
     """Standard deviation of the channels, on the scale 0-1."""
     augmentation: AugmentationConfig
     """Random changes of the training images."""
-    loader: Literal["auto", "dali", "torchvision"]
-    """auto: DALI where it is installed, torchvision elsewhere."""
+    label_noise: Fraction
+    """Share of the training images that get another class as label, drawn from the seed."""
+    loader: Literal["auto", "dali", "torchvision", "memory"]
+    """auto: DALI where it is installed, torchvision elsewhere. memory: all images are read once, by
+    torchvision's, and stay in the device's memory; for small images without augmentation."""
     decode: Literal["auto", "cpu", "gpu"]
     """Where DALI decodes JPEGs; auto: on the GPU where the run has one."""
     loader_threads: Annotated[int, Field(ge=0, le=4096)] | None

@@ -14,6 +14,8 @@ from qsr.data.datasets import (
     try_some,
 )
 from qsr.data.decoder import decoders_at_work, fallback_note, resolve_decode
+from qsr.data.label_noise import with_label_noise
+from qsr.data.memory import MemoryLoader
 from qsr.data.sizing import loader_size
 from qsr.data.torchvision import TorchvisionLoader
 from qsr.data.transforms import EvalTransform, TrainTransform
@@ -21,6 +23,8 @@ from qsr.errors import DataError
 
 if TYPE_CHECKING:  # reading a model file does not need the settings' libraries
     from qsr.config.schema import DataConfig
+
+LoaderKind = Literal["auto", "dali", "torchvision", "memory"]
 
 __all__ = [
     "Batch",
@@ -40,6 +44,7 @@ __all__ = [
     "resolve_decode",
     "try_some",
     "uses_dali",
+    "with_label_noise",
 ]
 
 
@@ -97,7 +102,7 @@ def open_loader(
 
 
 def make_loader(
-    kind: Literal["auto", "dali", "torchvision"],
+    kind: LoaderKind,
     dataset: ImageFolder,
     transform: TrainTransform | EvalTransform,
     *,
@@ -114,7 +119,7 @@ def make_loader(
         device: the device that batches are put on.
         threads: decoding threads of this process.
         prefetch: batches in flight while the caller uses the last one.
-        decode: where DALI decodes; "auto" is `device`. torchvision always decodes on the CPU.
+        decode: where DALI decodes; "auto" is `device`. The others always decode on the CPU.
 
     Raises:
         DataError: DALI is requested but not installed, or decode="gpu" is not possible.
@@ -133,6 +138,10 @@ def make_loader(
         )
     if decode == "gpu":
         raise DataError("decode=gpu needs loader=dali with NVIDIA DALI installed: use decode=cpu")
+    if kind == "memory":
+        return MemoryLoader(
+            dataset, transform, batch_size=batch_size, device=device, threads=threads
+        )
     return TorchvisionLoader(
         dataset,
         transform,
@@ -143,10 +152,10 @@ def make_loader(
     )
 
 
-def uses_dali(kind: Literal["auto", "dali", "torchvision"]) -> bool:
+def uses_dali(kind: LoaderKind) -> bool:
     """Whether `make_loader` will use DALI. Raises DataError if it is requested and cannot be
     imported."""
-    if kind == "torchvision":
+    if kind in ("torchvision", "memory"):
         return False
     try:
         import nvidia.dali  # noqa: F401  (an optional dependency)

@@ -2,6 +2,7 @@
 results/evidence/deep.json, and their measurements."""
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -84,7 +85,8 @@ def tuning_runs(study: DeepStudy) -> dict[Trial, Config]:
         )
         for model in study.models
         for rule in study.rules
-        for rate in _rates(study, model, rule)
+        for factor in study.rate_factors
+        for rate in [factor * peak_rate(model, rule)]
         for seed in study.tuning_seeds
     }
 
@@ -103,9 +105,10 @@ def reported_runs(study: DeepStudy, rates: Rates) -> dict[Trial, Config]:
 Measurements = Mapping[Trial, Measured]
 
 
-def _rates(study: DeepStudy, model: str, rule: str) -> list[float]:
-    peak = load_config([f"experiment=evidence/{model}_{rule}"]).schedule.peak_lr
-    return [factor * peak for factor in study.rate_factors]
+@functools.cache
+def peak_rate(model: str, rule: str) -> float:
+    """The experiment's own peak rate."""
+    return load_config([f"experiment=evidence/{model}_{rule}"]).schedule.peak_lr
 
 
 def at_rate(model: str, rule: str, rate: float, settings: Sequence[str]) -> Config:

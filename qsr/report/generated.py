@@ -18,6 +18,7 @@ from qsr.errors import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
 from qsr.report.evidence import record_markdown
 from qsr.report.evidence_deep import deep_report
+from qsr.report.evidence_glyphs import glyphs_report
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
 from qsr.report.speed import Record, speed_markdown
@@ -46,6 +47,7 @@ def generate(
     benchmarks: Mapping[str, Record],
     simulations: Mapping[str, Record],
     deep: Record,
+    glyphs: Sequence[Record],
 ) -> dict[Path, str]:
     """All generated files of the repository in `root` with their contents: each table of the paper
     as results/tables/table_NAME.md and .csv, their index, and README.md and docs/*.md with filled
@@ -68,6 +70,7 @@ def generate(
     blocks |= {f"bench_{name}": speed_markdown(name, of) for name, of in benchmarks.items()}
     blocks |= {f"evidence_{name}": record_markdown(name, of) for name, of in simulations.items()}
     blocks["evidence_deep"] = deep_report(deep)
+    blocks["evidence_glyphs"] = glyphs_report(glyphs)
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

@@ -5,8 +5,6 @@ needs no download: the images come with scikit-learn.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from qsr.data.datasets import Counts, open_image_folders
+from qsr.data.prepare.tree import build_tree
 from qsr.errors import DataError
 
 DIGITS = Counts(classes=10, train=1442, val=355)
@@ -87,21 +86,7 @@ def check_digits(root: Path, counts: Counts = DIGITS) -> None:
 
 
 def _prepare(root: Path, counts: Counts, folder_of: Callable[[int], str | None]) -> None:
-    if root.exists():
-        check_digits(root, counts)
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    try:
-        _write(scratch, folder_of)
-        scratch.chmod(0o755)  # mkdtemp creates it with mode 700
-        scratch.rename(root)
-    except OSError:
-        if not root.exists():
-            raise
-        check_digits(root, counts)  # another process was faster
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    build_tree(root, lambda folder: _write(folder, folder_of), lambda it: check_digits(it, counts))
 
 
 def _folder(position: int) -> str:

@@ -1,0 +1,161 @@
+"""The records of scripts/glyph_evidence.py -> Markdown tables and a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from qsr.report.evidence import estimate_text, p_text
+from qsr.report.statistics import compare, estimate, needed_pairs
+from qsr.report.style import COLORS, STYLE
+from qsr.report.tables import markdown_table
+
+GlyphRecord = Mapping[str, Any]
+"""A run: a line of results/evidence/glyphs.jsonl."""
+
+LABELS = {
+    "parallel": "data parallel",
+    "constant": "constant H = 4",
+    "linear": "H ~ 1 / lr",
+    "matched": "constant H = 9",
+    "quadratic": "QSR",
+    "cubic": "cubic",
+}
+MODELS = {"resnet": "small ResNet", "vit": "small ViT"}
+# as in all other figures (rule_colors); only one of two constant rules can have its colour
+_COLORS = dict(
+    zip(("parallel", "constant", "quadratic", "linear", "cubic", "matched"), COLORS, strict=True)
+)
+_LABELLED_LEFT = ("parallel", "cubic")
+REFERENCE = "parallel"
+PAPERS_GAIN = 1.12
+"""Points of top-1 by which QSR gains over data parallel training, ViT-B on 16 GPUs (abstract)."""
+
+
+def read_glyphs(results: Path) -> list[GlyphRecord]:
+    """The finished runs in the folder results/."""
+    return read_records(results / "evidence" / "glyphs.jsonl")
+
+
+def read_records(path: Path) -> list[GlyphRecord]:
+    """The finished runs in a file of records."""
+    text = path.read_text()
+    records: list[GlyphRecord] = [json.loads(line) for line in text.splitlines()]
+    return [record for record in records if "failed" not in record]
+
+
+def glyphs_report(records: Sequence[GlyphRecord]) -> str:
+    """Both tables, the second with a line that explains it."""
+    return f"""\
+{glyphs_markdown(records)}
+The runs that chose the peak rates, one seed, error %:
+
+{rates_markdown(records)}"""
+
+
+def glyphs_markdown(records: Sequence[GlyphRecord]) -> str:
+    """One row per rule: means over seeds with 95 % intervals, the paired difference to data
+    parallel training with p of a t-test, and the number of seeds with which such a test finds, with
+    a probability of 80 %, a difference of the paper's size."""
+    runs = _compared(records)
+    return markdown_table(pd.DataFrame([_row(rule, runs) for rule in LABELS if rule in runs]))
+
+
+def has_comparison(records: Sequence[GlyphRecord]) -> bool:
+    """Whether there are several seeds of data parallel training, to which rules are compared."""
+    return REFERENCE in _compared(records)
+
+
+def _compared(records: Sequence[GlyphRecord]) -> dict[str, list[GlyphRecord]]:
+    """By rule, in order of the seeds: the runs of the network, noise and rate that have several
+    seeds."""
+    found: dict[str, list[GlyphRecord]] = {}
+    several = {_setting(record) for record in records if record["seed"] > 1}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        if _setting(record) in several:
+            found.setdefault(record["rule"], []).append(record)
+    return found
+
+
+def _setting(record: GlyphRecord) -> tuple[Any, ...]:
+    return record["model"], record["noise"], record["rate_factor"]
+
+
+def _row(rule: str, runs: Mapping[str, Sequence[GlyphRecord]]) -> dict[str, str]:
+    errors, reference = _errors(runs[rule]), _errors(runs[REFERENCE])
+    change = compare(errors, reference)
+    seeds = needed_pairs(PAPERS_GAIN, change.deviation)
+    first = runs[rule][0]
+    return {
+        "rule": LABELS[rule],
+        "volume %": f"{100 * first['volume']:.1f}",
+        "error %": estimate_text(estimate(errors)),
+        "at the best step": estimate_text(
+            estimate([100 - record["best_top1"] for record in runs[rule]])
+        ),
+        "minus data parallel": "" if rule == REFERENCE else estimate_text(change.difference),
+        "p": "" if rule == REFERENCE else p_text(change.p),
+        f"seeds for {PAPERS_GAIN} points": "" if seeds is None or rule == REFERENCE else f"{seeds}",
+    }
+
+
+def _errors(runs: Sequence[GlyphRecord]) -> list[float]:
+    return [100 - record["top1"] for record in runs]
+
+
+def rates_markdown(records: Sequence[GlyphRecord]) -> str:
+    """One row per network and peak rate, with the first seed of the rules that were tried at all
+    rates."""
+    first = [record for record in records if record["seed"] == 1]
+    rates = {(record["model"], record["rate"]) for record in first}
+    tried = [
+        rule
+        for rule in LABELS
+        if {(r["model"], r["rate"]) for r in first if r["rule"] == rule} == rates
+    ]
+    lines = []
+    for model, rate in sorted(rates):
+        errors = {
+            LABELS[record["rule"]]: f"{100 - record['top1']:.2f}"
+            for record in first
+            if (record["model"], record["rate"]) == (model, rate)
+        }
+        cells = {LABELS[rule]: errors[LABELS[rule]] for rule in tried}
+        lines.append({"network": MODELS[model], "peak rate": f"{rate:g}", **cells})
+    return markdown_table(pd.DataFrame(lines))
+
+
+def glyphs_figure(records: Sequence[GlyphRecord]) -> Figure:
+    """Error on the unseen fonts during training and at its end, over the rules' communication.
+    Lines and dots are means over the seeds, bars 95 % intervals by Student's t."""
+    runs = _compared(records)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        during, after = figure.subplots(1, 2)
+        for rule, of_rule in runs.items():
+            steps = [row["step"] for row in of_rule[0]["evaluations"]]
+            curves = [[100 - row["top1"] for row in run["evaluations"]] for run in of_rule]
+            during.plot(steps, np.mean(curves, axis=0), color=_COLORS[rule])
+            final = estimate(_errors(of_rule))
+            volume = 100 * of_rule[0]["volume"]
+            after.errorbar(volume, final.mean, final.half_width, fmt="o", color=_COLORS[rule])
+            after.annotate(
+                LABELS[rule],
+                (volume, final.mean),
+                (-7, 0) if rule in _LABELLED_LEFT else (7, 0),
+                textcoords="offset points",
+                va="center",
+                ha="right" if rule in _LABELLED_LEFT else "left",
+                color=_COLORS[rule],
+            )
+        highest = max(_errors(runs[REFERENCE])) + 1.5
+        during.set(xlabel="step", ylabel="error on unseen fonts (%)", ylim=(10.5, highest))
+        after.set(xlabel="volume (%)", xscale="log", xlim=(6, 130), ylim=(10.5, highest))
+        after.set_xticks([10, 20, 50, 100], ["10", "20", "50", "100"])
+        after.minorticks_off()
+    return figure
