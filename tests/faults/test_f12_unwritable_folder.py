@@ -78,5 +78,5 @@ def test_a_rank_that_does_not_see_the_folder_is_noticed_at_the_start(
 def test_a_disk_that_is_not_there_is_not_made() -> None:
     """Root could make the folder, on the disk of the system."""
     config = load_config(["experiment=demo/quadratic", "runs_dir=/no-such-disk/runs"])
-    with pytest.raises(ConfigError, match="^runs_dir=/no-such-disk/runs: there is no /no-such-di"):
+    with pytest.raises(ConfigError, match=r"^runs_dir=/no-such-disk/runs: there is no /no-such-di"):
         check_run_folder(config, {})
