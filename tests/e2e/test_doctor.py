@@ -240,7 +240,6 @@ def test_wandb_without_a_key_or_a_network(
          "the same number of workers; try cluster.ranks=1 or 2"),
         (["cluster.rank=1"], "cluster.rank is not a setting of cluster.launcher=local; did you "
          "mean cluster.ranks?"),
-        (["seed=1,2"], "these settings ask for 2 runs: ask for one"),
         (["--verbose"], "unknown option --verbose; choose from: --help, "),
     ],
 )  # fmt: skip
@@ -305,3 +304,14 @@ def test_on_a_login_node(digits: Path, tmp_path: Path, monkeypatch: pytest.Monke
         "workers=2 "
     )
     assert last.endswith("'cluster.setup=[module load cuda]'")
+
+
+def test_data_that_only_the_nodes_see_and_several_runs(tmp_path: Path) -> None:
+    """On a login node: no failure, and the first of the runs."""
+    only = ("data.root=/nodes/only", "seed=1,2", "cluster=slurm", "cluster.gpus_per_node=0")
+    runs = f"runs_dir={tmp_path / 'runs'}"
+    _, output = ask([*RUN, *only, "cluster.ranks_per_node=1", runs])
+    first, data, *_ = output.splitlines()
+    assert first.startswith("for the first of 2 runs, demo/quadratic/")
+    assert first.endswith(" seed 1:")
+    assert data == "ok    data         /nodes/only is not here: the nodes must see it"

@@ -258,7 +258,7 @@ def test_what_is_wrong_is_said_in_one_line(
             f"{foreign} holds a different network: it lacks 0.0",
         ),
         ((weights, "model=vit_b16", root, "data.image_size=30"), "is not a multiple of vit_b16's"),
-        ((foreign,), "pass other files to qsr evaluate as weights=FILE model=NAME"),
+        ((foreign,), "pass other files to python scripts/evaluate.py as weights=FILE model=NAME"),
     ]
     for arguments, message in cases:
         status, out, err = evaluate(*arguments)

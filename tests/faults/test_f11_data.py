@@ -178,7 +178,8 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
     ("extra", "message"),
     [
         (["data.root=/nowhere"], "refused: no folder /nowhere: set data.root=PATH to a folder with "
-         "train/CLASS/* and val/CLASS/*, or make it: qsr prepare digits --root /nowhere"),
+         "train/CLASS/* and val/CLASS/*, or make it: python scripts/prepare.py digits --root "
+         "/nowhere"),
         (["data.train_images=1000"], "refused: DIGITS has 1,442 images, not 1,000: complete"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from qsr import build
 from qsr.config.load import load_config, run_folder
 from qsr.errors import ConfigError
+from qsr.run.identity import check_run_folder
 from tests.cli import RUN
 from tests.faults.inject import mount_here, needs_mounts
 from tests.support import run_ranks
@@ -72,3 +73,10 @@ def test_a_rank_that_does_not_see_the_folder_is_noticed_at_the_start(
         f"all machines share"
     )
     assert results == [(message, ["run.lock"]), (message, [])]
+
+
+def test_a_disk_that_is_not_there_is_not_made() -> None:
+    """Root could make the folder, on the disk of the system."""
+    config = load_config(["experiment=demo/quadratic", "runs_dir=/no-such-disk/runs"])
+    with pytest.raises(ConfigError, match=r"^runs_dir=/no-such-disk/runs: there is no /no-such-di"):
+        check_run_folder(config, {})

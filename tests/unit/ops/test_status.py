@@ -414,10 +414,28 @@ def test_a_real_run_while_it_runs_and_after_it_was_killed(digits: Path, tmp_path
     assert "/1,100 " in killed.stdout
 
 
+def test_watching_waits_for_the_first_run(tmp_path: Path, folder: Path) -> None:
+    runs = tmp_path / "later"
+    watching = subprocess.Popen(
+        [*STATUS, "--watch", str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=ENVIRONMENT, text=True,
+    )  # fmt: skip
+    assert watching.stdout is not None
+    assert watching.stderr is not None
+    assert watching.stderr.readline() == f"no runs in {runs} yet: waiting for them\n"
+    shutil.copytree(folder, runs / "one")
+    assert watching.stdout.readline().startswith("state")
+    assert str(runs / "one") in watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(30) == 130
+
+
 def test_where_there_are_no_runs(tmp_path: Path) -> None:
     done = call([*STATUS, str(tmp_path), "elsewhere"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"refused: no runs in {tmp_path}, elsewhere\n"
+    assert done.stderr == "refused: no folder elsewhere\n"
+    done = call([*STATUS, str(tmp_path)])
+    assert (done.returncode, done.stderr) == (2, f"refused: no runs in {tmp_path}\n")
     done = call([*STATUS, str(tmp_path), "--wach"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "refused: status has no --wach; --help says what it takes\n"

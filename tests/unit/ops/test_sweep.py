@@ -51,6 +51,9 @@ def test_a_line_for_each_setting_and_the_totals() -> None:
         "6 runs of 93,600 steps, up to 300.8 GB on disk; 122.3 hours in total (fitted, "
         "predicted), 1,956.5 GPU hours",
     ]
+    configs, swept = asked(*PAPER, "sync.alpha=0.01,0.0175", "seed=1,2,4", "cluster.parallel=4")
+    text = read_sweep([with_speed(config) for config in configs], swept).text()
+    assert text.endswith("predicted), about 30.57 with 4 at once, 1,956.5 GPU hours")
 
 
 def test_without_a_speed_and_without_the_data() -> None:
