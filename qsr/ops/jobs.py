@@ -16,11 +16,6 @@ from qsr.run.identity import check_run_folder
 from qsr.train.models import check_network
 
 
-def check_submission(config: Config) -> RunFolder:
-    """`check_submissions` of one run."""
-    return check_submissions([config])[0]
-
-
 def check_submissions(configs: Sequence[Config]) -> list[RunFolder]:
     """The runs' folders, without changing them. Raises ConfigError for errors that the jobs would
     hit (except those that need the data, which may be visible only on the nodes), and if the last

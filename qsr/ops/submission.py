@@ -88,10 +88,8 @@ def submit_array(configs: Sequence[Config], title: str, steps: Sequence[int | No
 
     Raises OSError if the code cannot be copied, SlurmError if Slurm refuses.
     """
-    snapshot, folder = (
-        take_snapshot(Path(configs[0].runs_dir), own_files(configs)),
-        _array_folder(configs),
-    )
+    snapshot = take_snapshot(Path(configs[0].runs_dir), own_files(configs))
+    folder = _array_folder(configs)
     folder.mkdir(parents=True, exist_ok=True)
     for element, config in enumerate(configs):
         logs, link = RunFolder(run_folder(config)).jobs, folder / str(element)

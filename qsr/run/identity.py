@@ -50,8 +50,8 @@ def _check_disk(runs_dir: Path) -> None:
     otherwise fill the disk of the system."""
     if runs_dir.is_absolute() and not Path(*runs_dir.parts[:2]).exists():
         raise ConfigError(
-            f"runs_dir={runs_dir}: there is no {Path(*runs_dir.parts[:2])} here: choose a folder "
-            f"on a disk that is here, and that all nodes of a cluster see"
+            f"runs_dir={runs_dir}: there is no {Path(*runs_dir.parts[:2])} here: mount or make "
+            f"it, or choose another folder; all nodes of a cluster must see it"
         )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,16 +22,22 @@ class StepProfiler:
         self._running: profile | None = None
 
     @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Context for step `number`, counted from 1. After the last one the trace is written."""
+    def step(self, number: int, settle: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Context for step `number`, counted from 1. After the last one the trace is written.
+
+        `settle` waits for all collectives that this rank has begun. torch's recording must not
+        start or stop while a thread of gloo's is recorded: that loses steps, or corrupts memory.
+        """
         if number not in self._steps:
             yield
             return
         if self._running is None:
+            settle()
             self._running = self._start()
         with record_function(f"step {number}"):
             yield
         if number == self._steps[-1]:
+            settle()
             self.close()
 
     def close(self) -> None:

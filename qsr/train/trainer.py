@@ -160,7 +160,9 @@ class Trainer:
         return range(max(round_.start, first), min(round_.end, stop))
 
     def _recorded(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext() if self._profiler is None else self._profiler.step(step + 1)
+        if self._profiler is None:
+            return nullcontext()
+        return self._profiler.step(step + 1, lambda: self._synchronizer.stop_agreed(wait=True))
 
     def _train_step(self, round_: Round, step: int, batches: Iterator[Batch]) -> None:
         """Forward and backward passes and the update of each worker; in a data parallel round the

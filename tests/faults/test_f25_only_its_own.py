@@ -13,7 +13,7 @@ import pytest
 
 from qsr.config.load import load_config, run_folder
 from qsr.errors import ConfigError
-from qsr.ops.jobs import check_submission, write_job
+from qsr.ops.jobs import check_submissions, write_job
 from qsr.run.snapshot import snapshot_folder, take_snapshot
 from tests.cli import ROOT, RUN, program
 
@@ -147,9 +147,9 @@ def test_a_job_of_the_same_number_is_not_taken_for_the_runs_own(
     if refused:
         told = rf"already has job {number} \(RUNNING\), .*scancel {number} first$"
         with pytest.raises(ConfigError, match=told):
-            check_submission(config)
+            check_submissions([config])
     else:
-        assert check_submission(config).path == folder
+        assert check_submissions([config])[0].path == folder
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"a', '{"job": 7}', '{"job": "7,8"}', "[" * 100_000])
@@ -161,7 +161,7 @@ def test_a_record_of_another_shape_is_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"job.json .*: make sure that no job of the run is queued, then"
     ):
-        check_submission(config)
+        check_submissions([config])
     assert record.read_text() == text
 
 

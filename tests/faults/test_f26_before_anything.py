@@ -18,7 +18,7 @@ from qsr.config.load import load_config
 from qsr.config.schema import Config
 from qsr.errors import ConfigError
 from qsr.ops.doctor import examine
-from qsr.ops.jobs import check_submission
+from qsr.ops.jobs import check_submissions
 from qsr.train import models
 from qsr.train.networks import build_network
 from tests.cli import call, command, refusal
@@ -185,7 +185,7 @@ def test_it_is_refused_by_start_submission_and_doctor(
 ) -> None:
     quoted = f"'{name}'" if ":" in name else name
     config = settings(quoted, *more)
-    for check in (build.prepare, check_submission):
+    for check in (build.prepare, lambda run: check_submissions([run])):
         with pytest.raises(ConfigError, match=message) as refused:
             check(config)
         assert "\n" not in str(refused.value)
@@ -204,7 +204,7 @@ def test_what_works_is_not_refused(name: str, settings: Callable[..., Config]) -
     """Where shapes alone do not do, numbers decide."""
     config = settings(name, *(("data.image_size=160",) if name == "test_vit" else ()))
     build.prepare(config)
-    check_submission(config)
+    check_submissions([config])
     count = models.count_parameters(config.model, 2, config.data.image_size)
     if name != "test_vit":
         assert count == 8 * 3 * 9 + 8 + 8 * 2 + 2
