@@ -6,6 +6,7 @@ Importing this package imports nothing but the standard library; torch comes wit
 
 from typing import TYPE_CHECKING, Any
 
+from qsr.core.adaptive import AdaptiveRule, ReplayRule
 from qsr.core.outer import OuterOptions
 from qsr.core.plan import Plan, Round
 from qsr.core.rules import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveRule",
     "CappedRule",
     "ConstantRule",
     "ConstantSchedule",
@@ -49,6 +51,7 @@ __all__ = [
     "PowerOfTwoSchedule",
     "PowerRule",
     "QuadraticRule",
+    "ReplayRule",
     "Round",
     "Rule",
     "StagewiseRule",

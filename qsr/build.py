@@ -8,10 +8,10 @@ from qsr.cluster.group import choose_device, join
 from qsr.cluster.place import find_place
 from qsr.cluster.signals import StopFlag
 from qsr.config.load import check_plan, config_hash
-from qsr.config.planning import make_plan, make_sampler
+from qsr.config.planning import make_sampler, plan_to_follow
 from qsr.config.schema import Config, OwnModelConfig
 from qsr.core.cost import averaged_bytes, ring_bytes
-from qsr.core.plan import Plan
+from qsr.core.open_plan import AnyPlan, OpenPlan
 from qsr.data import (
     EvalTransform,
     ImageFolder,
@@ -114,7 +114,7 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
     train, val, data, folder, finished = prepare(config)
     if finished is not None:
         return finished
-    plan = make_plan(config, len(train))
+    plan = plan_to_follow(config, len(train))
     decoder = _gpu_decoder(config, train)
     communicator = join(config, f"{config.experiment}/seed_{config.seed}")
     place = communicator.topology
@@ -242,7 +242,7 @@ def _build(
     config: Config,
     train: ImageFolder,
     val: ImageFolder,
-    plan: Plan,
+    plan: AnyPlan,
     communicator: Communicator,
     tracker: Tracker,
     checkpointer: Checkpointer,
@@ -361,7 +361,7 @@ def describe(
 
 
 def _summary(
-    config: Config, plan: Plan, trainer: Trainer, place: Topology, train_images: int
+    config: Config, plan: AnyPlan, trainer: Trainer, place: Topology, train_images: int
 ) -> dict[str, Any]:
     """The contents of summary.json; values that were not measured are absent."""
     progress, result = trainer.progress, trainer.evaluation
@@ -403,8 +403,11 @@ def _summary(
     return summary
 
 
-def _planned(config: Config, plan: Plan, parameters: int, ranks: int) -> dict[str, Any]:
-    """The planned values of what the summary measures; seconds only if a speed profile fits."""
+def _planned(config: Config, plan: AnyPlan, parameters: int, ranks: int) -> dict[str, Any]:
+    """The planned values of what the summary measures, as far as there is a plan; seconds only if a
+    speed profile fits."""
+    if isinstance(plan, OpenPlan):
+        return {}
     given = averaged_bytes(plan, parameter_bytes(parameters), moment_bytes(config.sync, parameters))
     planned: dict[str, Any] = {
         "averages": plan.num_rounds,

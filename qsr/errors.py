@@ -33,6 +33,10 @@ class UnknownSpeedError(ConfigError):
     """There is no speed profile that fits this run."""
 
 
+class UnknownPlanError(ConfigError):
+    """The rounds of a run are not known before it."""
+
+
 class FolderInUseError(ConfigError):
     """Another session is using the run folder."""
 

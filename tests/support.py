@@ -18,7 +18,7 @@ from qsr.cluster.group import join_process_group, leave_process_group
 from qsr.cluster.signals import StopFlag
 from qsr.config import schema
 from qsr.core.outer import OuterOptions
-from qsr.core.plan import Plan
+from qsr.core.open_plan import AnyPlan
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.run.checkpoint import Checkpointer
@@ -167,7 +167,7 @@ SYNC: dict[str, Any] = {
 class Setup:
     """A small run. Everything but `plan` has a default."""
 
-    plan: Plan
+    plan: AnyPlan
     workers: int = 2
     keep: int = 2
     global_batch: int = 8

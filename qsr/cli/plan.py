@@ -25,7 +25,7 @@ from qsr.cluster.place import find_place
 from qsr.config.load import load_config
 from qsr.config.places import user_folder
 from qsr.config.schema import Config
-from qsr.errors import ConfigError, showing_errors
+from qsr.errors import ConfigError, UnknownPlanError, showing_errors
 from qsr.output import in_words_of_caller, printer, program, warn
 from qsr.planner import as_json as planner_json
 from qsr.planner import profiles
@@ -50,7 +50,13 @@ def plan(line: CommandLine) -> int:
     options = _options(line)
     swept = line.swept()
     configs = line.configs()
-    forecasts = [forecast(config, _parameters(config)) for config in configs]
+    try:
+        forecasts = [forecast(config, _parameters(config)) for config in configs]
+    except UnknownPlanError as error:
+        if swept[0] or options.figure:
+            raise
+        _print_not_known(configs[0], error, as_json=options.json)
+        return 0
     if options.json:
         records = [planner_json.forecast_record(found) for found in forecasts]
         rows = [{"settings": s, **record} for s, record in zip(swept, records, strict=True)]
@@ -69,6 +75,14 @@ def plan(line: CommandLine) -> int:
         epochs = {found.steps_per_epoch for found in forecasts}
         _save(plan_figure(plans, epochs.pop() if len(epochs) == 1 else None), options.figure)
     return 0
+
+
+def _print_not_known(config: Config, reason: UnknownPlanError, *, as_json: bool) -> None:
+    if as_json:
+        values = dict.fromkeys(("rounds", "volume", "methods"))
+        _print_json({"experiment": config.experiment, **values, "notes": [str(reason)]})
+    else:
+        print(f"{config.experiment}\n{reason}")
 
 
 def what_if(line: CommandLine) -> int:

@@ -203,12 +203,15 @@ def _refuse_equal(configs: list[Config]) -> None:
 
 def _print_plan(config: Config) -> int | None:
     """Print the run's folder and plan; return the number of steps, if it is known here."""
-    from qsr.errors import DataError
+    from qsr.errors import DataError, UnknownPlanError
     from qsr.ops.sweep import forecast_here
 
     print(run_folder(config))
     try:
         found = forecast_here(config)
+    except UnknownPlanError as error:
+        print(f"  {error}")
+        return None
     except DataError as error:
         print(f"  no plan here: the nodes must see the data; {error}")
         return None

@@ -3,7 +3,7 @@ one line that names the settings and says how to fix them."""
 
 from qsr.config.batch_script import check_batch_script
 from qsr.config.identity import run_folder
-from qsr.config.planning import make_plan
+from qsr.config.planning import plan_to_follow
 from qsr.config.schema import (
     AnyModel,
     AugmentationConfig,
@@ -12,9 +12,11 @@ from qsr.config.schema import (
     ModelConfig,
     OwnPart,
     OwnSync,
+    ReplaySync,
     SlurmCluster,
     SyncConfig,
 )
+from qsr.core.plan import Plan
 from qsr.errors import ConfigError
 
 _SBATCH_ELSEWHERE = {
@@ -276,11 +278,13 @@ def _shards(config: Config) -> str:
 def check_plan(config: Config, train_images: int) -> None:
     """Check the plan, which depends on the size of the training set. Raises ConfigError."""
     try:
-        plan = make_plan(config, train_images)
+        plan = plan_to_follow(config, train_images)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if isinstance(config.sync, OwnSync):
+    if isinstance(config.sync, OwnSync) and isinstance(plan, Plan):
         list(plan.rounds())  # asks the rule for every H
+    if isinstance(config.sync, ReplaySync):
+        _check_replay(config.sync, plan.total_steps)
     switch_epoch = getattr(config.sync, "switch_epoch", 0)
     if switch_epoch > config.epochs:
         raise ConfigError(
@@ -295,6 +299,15 @@ def check_plan(config: Config, train_images: int) -> None:
         raise ConfigError(
             f"profile.steps=[{profiled[0]},{profiled[1]}] exceeds the run's {plan.total_steps} "
             f"steps: choose earlier ones"
+        )
+
+
+def _check_replay(sync: ReplaySync, total_steps: int) -> None:
+    given = sum(sync.lengths)
+    if given < total_steps:
+        raise ConfigError(
+            f"sync.file={sync.file}: its rounds have {given:,} steps, but the run has "
+            f"{total_steps:,}: add rounds, or shorten the run"
         )
 
 

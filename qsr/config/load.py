@@ -34,6 +34,7 @@ from qsr.config.own import copies, source_hashes
 from qsr.config.parsing import KINDS, drop_settings_of_others, parse
 from qsr.config.places import CONFIG_DIR
 from qsr.config.rehearsal import Rehearsal, for_rehearsal, rehearse, take_evaluation
+from qsr.config.replay import rounds_of
 from qsr.config.schema import Config, DataConfig, OwnPart
 from qsr.errors import ConfigError
 
@@ -118,7 +119,14 @@ def _load(overrides: Sequence[str], folders: Sequence[Path], names: RunNames) ->
 
 
 def add_sources(settings: dict[str, Any]) -> None:
-    """Fill in the hashes of the parts that the user wrote. Raises ConfigError."""
+    """Fill in the hashes of the parts that the user wrote, and the rounds in a file of theirs.
+    Raises ConfigError."""
+    sync = settings.get("sync")
+    if isinstance(sync, dict) and sync.get("rule") == "replay":
+        if "rounds" in sync:
+            raise ConfigError("sync.rounds is filled in by qsr from sync.file: leave it out")
+        file = sync.get("file")  # the schema refuses it if it is no text
+        sync["rounds"] = rounds_of(file) if isinstance(file, str) else ""
     for group, kind in (("model", "name"), ("schedule", "name"), ("sync", "rule")):
         part = settings.get(group)
         if not isinstance(part, dict) or part.get(kind) != "custom":

@@ -93,3 +93,10 @@ class _OwnRule(Rule):
 
     def after(self, lr: float) -> Rule:
         return _OwnRule(self.target, call_own("sync", self.target, self.rule.after, lr))
+
+    @property
+    def needs_loss(self) -> bool:
+        return bool(call_own("sync", self.target, lambda: self.rule.needs_loss))
+
+    def observe(self, loss: float) -> Rule:
+        return _OwnRule(self.target, call_own("sync", self.target, self.rule.observe, loss))

@@ -4,6 +4,7 @@ from typing import assert_never
 
 from qsr.config import schema
 from qsr.config.own_rules import own_schedule
+from qsr.core.open_plan import AnyPlan, OpenPlan
 from qsr.core.plan import Plan
 from qsr.core.sampling import Sampler
 from qsr.core.schedules import (
@@ -14,6 +15,7 @@ from qsr.core.schedules import (
     Schedule,
     StepSchedule,
 )
+from qsr.errors import UnknownPlanError
 
 MOST_STEPS = 10_000_000
 """Most steps of a run. Its rounds are computed before it starts, which takes about a microsecond
@@ -26,7 +28,20 @@ def make_sampler(config: schema.Config, train_images: int) -> Sampler:
 
 
 def make_plan(config: schema.Config, train_images: int) -> Plan:
-    """The run's plan for `train_images` samples. Raises ValueError, which names the setting."""
+    """The run's plan for `train_images` samples. Raises ValueError, which names the setting, and
+    UnknownPlanError if the rule needs the loss."""
+    plan = plan_to_follow(config, train_images)
+    if isinstance(plan, OpenPlan):
+        raise UnknownPlanError(
+            f"sync={config.sync.rule}: rounds, volume and hours are not known before the run, "
+            f"because H follows the training loss"
+        )
+    return plan
+
+
+def plan_to_follow(config: schema.Config, train_images: int) -> AnyPlan:
+    """What the trainer follows: the plan, or, if the rule needs the loss, one that is made on the
+    way. Raises ValueError, which names the setting."""
     if config.global_batch > train_images:
         raise ValueError(
             f"global_batch={config.global_batch} exceeds the {train_images:,} training images: "
@@ -39,7 +54,8 @@ def make_plan(config: schema.Config, train_images: int) -> Plan:
             f"steps: use fewer epochs, or a larger global_batch"
         )
     schedule = make_schedule(config.schedule, config.epochs, steps_per_epoch)
-    return Plan(schedule, config.sync.rule_for(steps_per_epoch))
+    rule = config.sync.rule_for(steps_per_epoch)
+    return OpenPlan(schedule, rule) if rule.needs_loss else Plan(schedule, rule)
 
 
 def make_schedule(settings: schema.ScheduleConfig, epochs: int, steps_per_epoch: int) -> Schedule:

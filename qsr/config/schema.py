@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from qsr.config.own import load_own
 from qsr.config.own_rules import own_rule
+from qsr.core.adaptive import AdaptiveRule, ReplayRule, read_rounds
 from qsr.core.outer import OuterOptions
 from qsr.core.rules import (
     CappedRule,
@@ -504,6 +505,56 @@ class SwapSync(RuleConfig):
 
 
 @dataclass(frozen=True, config=STRICT)
+class AdaptiveSync(RuleConfig):
+    """AdaComm: H falls with the training loss. Its rounds are not known before the run."""
+
+    rule: Literal["adaptive"]
+    """Kind of rule."""
+    h: PositiveInt
+    """Local steps of the first round."""
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return AdaptiveRule(self.h)
+
+    @property
+    def rule_label(self) -> str:
+        return f"adaptive from H = {self.h}"
+
+    @property
+    def smallest_h(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, config=STRICT)
+class ReplaySync(RuleConfig):
+    """Rounds from a file: those of an adaptive run, or any others."""
+
+    rule: Literal["replay"]
+    """Kind of rule."""
+    file: str
+    """The folder of an adaptive run, or a text file with the H of every round; 100x4 stands for a
+    hundred rounds of 4 steps."""
+    rounds: str
+    """The rounds in it, which qsr fills in: a run resumes with the same rounds only."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """H of every round."""
+        return read_rounds(self.rounds)
+
+    def make_rule(self, steps_per_epoch: int) -> Rule:
+        return ReplayRule(self.lengths)
+
+    @property
+    def rule_label(self) -> str:
+        return f"rounds of {self.file}"
+
+    @property
+    def smallest_h(self) -> int:
+        return min(self.lengths)
+
+
+@dataclass(frozen=True, config=STRICT)
 class OwnSync(OwnPart, RuleConfig):
     """A rule of your own: target(**options) returns a qsr.Rule. A rehearsal does not scale its
     options."""
@@ -534,6 +585,8 @@ SyncConfig = Annotated[
     | GrowingSync
     | PostLocalSync
     | SwapSync
+    | AdaptiveSync
+    | ReplaySync
     | OwnSync,
     Field(discriminator="rule"),
 ]

@@ -76,6 +76,16 @@ class Plan:
         return max(self._rounds, key=lambda r: r.length)
 
     @property
+    def averages_gradients(self) -> bool:
+        """Whether some rounds do."""
+        return self.gradient_rounds > 0
+
+    @property
+    def averages_parameters(self) -> bool:
+        """Whether some rounds do."""
+        return self.gradient_rounds < self.num_rounds
+
+    @property
     def gradient_rounds(self) -> int:
         """Rounds that average gradients: the data parallel part of the run, in steps."""
         return sum(r.averages == "gradients" for r in self._rounds)

@@ -36,8 +36,19 @@ class Rule:
         """The rule of the next round, after one whose length `lr` decided."""
         return self
 
+    @property
+    def needs_loss(self) -> bool:
+        """Whether `observe` must be called after every round, so that no round is known before the
+        one before it has ended (see open_plan.py)."""
+        return False
 
-def _check_h(name: str, h: int) -> None:
+    def observe(self, loss: float) -> "Rule":
+        """The rule of the next round, given the mean training loss of the one that has ended."""
+        return self
+
+
+def check_h(name: str, h: int) -> None:
+    """Raise ValueError unless h is at least 1."""
     if h < 1:
         raise ValueError(f"{name} must be at least 1 step, got {h}")
 
@@ -66,7 +77,7 @@ class ConstantRule(Rule):
     h: int
 
     def __post_init__(self) -> None:
-        _check_h("h", self.h)
+        check_h("h", self.h)
 
     def length(self, start: int, lr: float) -> int:
         return self.h
@@ -86,7 +97,7 @@ class PowerRule(Rule):
     exponent: float
 
     def __post_init__(self) -> None:
-        _check_h("h_base", self.h_base)
+        check_h("h_base", self.h_base)
         for name, value in (("coefficient", self.coefficient), ("exponent", self.exponent)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
@@ -106,7 +117,7 @@ class QuadraticRule(Rule):
     alpha: float
 
     def __post_init__(self) -> None:
-        _check_h("h_base", self.h_base)
+        check_h("h_base", self.h_base)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be a positive number, got {self.alpha}")
 
@@ -131,7 +142,7 @@ class CappedRule(Rule):
     h_max: int
 
     def __post_init__(self) -> None:
-        _check_h("h_max", self.h_max)
+        check_h("h_max", self.h_max)
 
     def length(self, start: int, lr: float) -> int:
         length = self.rule.length(start, lr)
@@ -142,6 +153,13 @@ class CappedRule(Rule):
 
     def after(self, lr: float) -> "CappedRule":
         return CappedRule(self.rule.after(lr), self.h_max)
+
+    @property
+    def needs_loss(self) -> bool:
+        return self.rule.needs_loss
+
+    def observe(self, loss: float) -> "CappedRule":
+        return CappedRule(self.rule.observe(loss), self.h_max)
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,7 @@ class StagewiseRule(Rule):
     """The rate at the last change; None: that of the first round."""
 
     def __post_init__(self) -> None:
-        _check_h("h", self.h)
+        check_h("h", self.h)
 
     def length(self, start: int, lr: float) -> int | None:
         return self.after(lr).h if lr > 0.0 else UNTIL_THE_END
@@ -169,15 +187,15 @@ class StagewiseRule(Rule):
 
 @dataclass(frozen=True)
 class GrowingRule(Rule):
-    """H grows linearly with the round's number, whatever the learning rate: H = h_base +
-    floor(growth * round), counted from round 0."""
+    """H grows linearly with the round's number, whatever the learning rate (Spiridonoff et al.
+    2021): H = h_base + floor(growth * round), counted from round 0."""
 
     h_base: int
     growth: float
     round: int = 0
 
     def __post_init__(self) -> None:
-        _check_h("h_base", self.h_base)
+        check_h("h_base", self.h_base)
         if not (math.isfinite(self.growth) and self.growth > 0):
             raise ValueError(f"growth must be a positive number, got {self.growth}")
 
@@ -196,7 +214,7 @@ class PostLocalRule(Rule):
     h: int
 
     def __post_init__(self) -> None:
-        _check_h("h", self.h)
+        check_h("h", self.h)
         _check_switch(self.switch_step)
 
     def length(self, start: int, lr: float) -> int:

@@ -17,7 +17,7 @@ import torch
 from qsr.cluster.place import find_place
 from qsr.cluster.slurm import partitions
 from qsr.config.load import check_plan, run_folder
-from qsr.config.planning import make_plan
+from qsr.config.planning import plan_to_follow
 from qsr.config.schema import Config, SlurmCluster
 from qsr.data import (
     ImageFolder,
@@ -30,7 +30,7 @@ from qsr.data import (
     try_some,
     uses_dali,
 )
-from qsr.errors import CheckError, SlurmError
+from qsr.errors import CheckError, SlurmError, UnknownPlanError
 from qsr.ops.loading import LoadingTrial, measure_step, trial_pass
 from qsr.ops.shortage import shortage, speeds
 from qsr.ops.space import run_sizes, unnamed
@@ -73,14 +73,17 @@ class DataChecks:
         config, images, classes = self._counted()
         check_plan(config, images)
         parameters = count_parameters(config.model, classes, config.data.image_size)
-        return plan_line(forecast(config, parameters))
+        try:
+            return plan_line(forecast(config, parameters))
+        except UnknownPlanError as error:
+            return str(error)
 
     def space(self) -> str:
         """Disk space for the kept checkpoints, the next one, and the results."""
         config, images, classes = self._counted()
         folder, keep = RunFolder(run_folder(config)), config.checkpoint.keep
         names = self.train.classes if self.train is not None else unnamed(classes)
-        each, results = run_sizes(config, make_plan(config, images), names)
+        each, results = run_sizes(config, plan_to_follow(config, images), names)
         wanted, free = room_for_checkpoints(folder.checkpoints, keep, each, results)
         there = f"{readable(free)} free" if math.isfinite(free) else "free space unknown"
         return (

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from qsr.build import describe
 from qsr.config.load import run_folder
 from qsr.config.schema import Config
-from qsr.core.plan import Plan
+from qsr.core.open_plan import AnyPlan
 from qsr.run.folder import RunFolder
 from qsr.run.results import missing_room
 from qsr.train.models import outline
 from qsr.train.state import checkpoint_bytes
 
 
-def run_sizes(config: Config, plan: Plan, classes: Sequence[str]) -> tuple[int, int]:
+def run_sizes(config: Config, plan: AnyPlan, classes: Sequence[str]) -> tuple[int, int]:
     """Bytes of a checkpoint at most, and bytes of the results for which earlier sessions have
     reserved no space. `classes`: their names."""
     model = outline(config.model, len(classes), config.data.image_size)

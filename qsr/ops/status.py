@@ -143,7 +143,7 @@ def _measured(path: Path, version: tuple[int, int]) -> _Measured:
     rows, damaged, whole = read_last_rows(path)
     trained = _rows_with(rows, "train", "epoch", "h", "train_seconds")
     evaluated = _rows_with(rows, "eval", "epoch", "top1", "seconds")
-    damaged += len(rows) - len(trained) - len(evaluated)
+    damaged += sum(row["kind"] != "round" for row in rows) - len(trained) - len(evaluated)
     good = sorted([*trained, *evaluated], key=lambda row: int(row["step"]))
     return _Measured(
         step=max((row["step"] for row in good), default=0),

@@ -9,7 +9,7 @@ from qsr.config.naming import parts_of
 from qsr.config.parsing import flatten
 from qsr.config.schema import Config, DataConfig
 from qsr.data import open_data
-from qsr.errors import ConfigError, DataError
+from qsr.errors import ConfigError, DataError, UnknownPlanError
 from qsr.ops.space import run_sizes, unnamed
 from qsr.output import printable
 from qsr.planner.forecast import Forecast, forecast, known_classes
@@ -156,6 +156,8 @@ def read_sweep(configs: Sequence[Config], swept: Sequence[Mapping[str, str]]) ->
                 found.config, found.plan, unnamed(known_classes(found.config))
             )
             size = (config.checkpoint.keep + 1) * each + results
+        except UnknownPlanError as error:
+            problem = str(error)
         except DataError as error:
             problem = f"no plan here: the nodes must see the data; {error}"
         seeds = tuple(configs[run].seed for run in runs)

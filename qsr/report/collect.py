@@ -8,7 +8,8 @@ from typing import Any
 
 from qsr.config import schema
 from qsr.config.load import differences, parse_identity
-from qsr.config.planning import make_plan
+from qsr.config.planning import plan_to_follow
+from qsr.core.adaptive import ReplayRule
 from qsr.core.plan import Plan
 from qsr.errors import ConfigError, ReportError
 from qsr.run.folder import NO_RUNS, RunFolder, read_json, read_rows
@@ -32,8 +33,13 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run."""
-        return make_plan(self.config, self.summary["train_images"])
+        """The rounds of the run."""
+        images = self.summary["train_images"]
+        plan = plan_to_follow(self.config, images)
+        if isinstance(plan, Plan):
+            return plan
+        lengths = [int(row["h"]) for row in self.metrics if row["kind"] == "round"]
+        return Plan(plan.schedule, ReplayRule(tuple(lengths)))
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The metrics rows of its evaluations."""

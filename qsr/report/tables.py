@@ -59,14 +59,17 @@ def averages_table_markdown(runs: Mapping[str, Run]) -> str:
     rows = []
     for label, run in runs.items():
         planned = run.summary["planned"]
+        known = bool(planned)  # not if the rounds followed the loss
         rows.append(
             {
                 "run": label,
                 "steps": f"{run.plan.total_steps:,}",
-                "averages planned": f"{planned['averages']:,}",
+                "averages planned": f"{planned['averages']:,}" if known else "-",
                 "averages made": f"{run.summary['averages']:,}",
                 "volume %": f"{100 * run.summary['volume']:.1f}",
-                "MB per worker, planned": f"{planned['bytes_sent_per_worker'] / 1e6:,.3f}",
+                "MB per worker, planned": f"{planned['bytes_sent_per_worker'] / 1e6:,.3f}"
+                if known
+                else "-",
                 "MB per worker, sent": f"{run.summary['bytes_sent_per_worker'] / 1e6:,.3f}",
             }
         )

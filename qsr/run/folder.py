@@ -19,7 +19,8 @@ MODEL_NAME = "model.safetensors"
 """File name of the averaged model in a run folder."""
 
 Row = Mapping[str, float | int | str | bool]
-"""One line of metrics: "kind" ("train" or "eval"), "step" (completed steps) and measured values."""
+"""One line of metrics: "kind" ("train", "eval" or "round"), "step" (completed steps) and measured
+values."""
 
 NO_RUNS = {".arrays", ".snapshots", "checkpoints", "profile", "slurm", "tensorboard", "wandb"}
 """Folders below the folder of all runs in which there are no runs."""
@@ -165,7 +166,7 @@ def split_rows(
 
 
 def _is_row(row: Mapping[str, Any]) -> bool:
-    if row.get("kind") not in ("train", "eval"):
+    if row.get("kind") not in ("train", "eval", "round"):
         return False
     step, values = row.get("step"), (value for name, value in row.items() if name != "kind")
     return (

@@ -209,6 +209,7 @@ class ProgressTracker:
                 f"{self._waiting}"
             )
             self._bar.update(self._task, completed=int(row["step"]), text=text)
+        if row["kind"] != "eval":
             return
         now, last = time.monotonic(), row["step"] == self._total_steps
         if not (self._console.is_terminal or last or now >= self._quiet_until):

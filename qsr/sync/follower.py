@@ -204,6 +204,11 @@ def _check(
 ) -> None:
     if (rule is None) == (plan is None):
         raise ValueError("give LocalSGD either a rule or a plan")
+    if rule is not None and rule.needs_loss:
+        raise ValueError(
+            f"{type(rule).__name__} needs the training loss, which LocalSGD does not see: only qsr's "
+            f"own trainer follows it"
+        )
     if plan is not None and (total_steps is not None or warmup_steps or peak_lr is not None):
         raise ValueError("a plan has its own total_steps, warmup_steps and rates: leave them out")
     if plan is None and (total_steps is None or total_steps < 1):

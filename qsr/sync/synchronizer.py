@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qsr.core.open_plan import AnyPlan, OpenPlan
 from qsr.core.outer import OuterOptions
-from qsr.core.plan import Plan, Round
+from qsr.core.plan import Round
 from qsr.core.sampling import Sampler
 from qsr.sync.agreement import MAX_PENDING, Agreement
 from qsr.sync.averaging import Averager, MomentBuffers
@@ -29,6 +30,7 @@ from qsr.sync.flat import FlatModule
 from qsr.sync.gradients import GradientAverager
 from qsr.sync.outer import PREFIX as OUTER_PREFIX
 from qsr.sync.outer import make_outer
+from qsr.sync.round_loss import RoundLoss
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Synchronizer:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: AnyPlan,
         replicas: Sequence[FlatModule],
         optimizers: Sequence[torch.optim.Optimizer],
         communicator: Communicator,
@@ -92,6 +94,7 @@ class Synchronizer:
         self._now: GradientAverager | None = None  # what averages in this step
         self._delayed = DelayedAverage(self._averager, replicas) if options.delay_steps else None
         self._outer = make_outer([replica.parameters() for replica in replicas], options.outer)
+        self._round_loss = RoundLoss(plan, communicator) if isinstance(plan, OpenPlan) else None
 
     # A step, in the order of the calls
 
@@ -120,6 +123,11 @@ class Synchronizer:
         self._now.finish()
         return self._replicas[0].flat.bytes if self._now is self._everywhere else 0
 
+    def count_loss(self, loss: Tensor) -> None:
+        """Count the loss of a micro-batch of this step, if the plan needs it."""
+        if self._round_loss is not None:
+            self._round_loss.count(loss)
+
     def end_step(self, step: int) -> None:
         """Collective: call after the update of the 0-based `step`; applies a delayed average."""
         if self._delayed is not None and self._delayed.due == step + 1:
@@ -130,7 +138,8 @@ class Synchronizer:
         by their mean, or by what the outer optimizer makes of it. Returns the bytes that each
         worker contributed.
 
-        Raises DisagreementError if the ranks do not do the same.
+        Raises DisagreementError if the ranks do not do the same, and TrainingError if the plan
+        needs the round's loss and it is not finite.
         """
         self._agreement.settle()  # otherwise ranks that disagree would mix parameters, or deadlock
         flat = [replica.flat for replica in self._replicas]
@@ -145,6 +154,8 @@ class Synchronizer:
         moments = self._moments.buffers()
         if moments:
             self._averager.average_(moments, None)
+        if self._round_loss is not None:
+            self._round_loss.end_round(round_)
         return flat[0].bytes + (moments[0].bytes if moments else 0)
 
     # Agreement
@@ -204,12 +215,16 @@ class Synchronizer:
             self._gradients.settle(images)
 
     def state(self) -> SyncState:
-        """Collective: what a checkpoint must hold of a delayed average and an outer optimizer."""
+        """Collective: what a checkpoint must hold of a delayed average, an outer optimizer, and
+        rounds that follow the loss."""
         shared = {} if self._outer is None else self._outer.state()
+        values: dict[str, Any] = {"correction_due": None}
+        if self._round_loss is not None:
+            values["round_loss"] = self._round_loss.state()
         if self._delayed is None:
-            return SyncState([{} for _ in self._replicas], shared, {"correction_due": None})
-        due = {"correction_due": self._delayed.due}
-        return SyncState(self._delayed.corrections(), shared, due)
+            return SyncState([{} for _ in self._replicas], shared, values)
+        values["correction_due"] = self._delayed.due
+        return SyncState(self._delayed.corrections(), shared, values)
 
     def load_state(
         self, tensors: Sequence[Mapping[str, Tensor]], values: Mapping[str, Any]
@@ -219,6 +234,8 @@ class Synchronizer:
             self._delayed.load(tensors, values["correction_due"])
         if self._outer is not None:
             self._outer.load(tensors[0])
+        if self._round_loss is not None:
+            self._round_loss.load(values["round_loss"])
 
     @staticmethod
     def is_state(name: str) -> bool:
@@ -232,16 +249,19 @@ class Synchronizer:
 
 
 def _gradient_averagers(
-    plan: Plan, replicas: Sequence[FlatModule], communicator: Communicator, bucket_mib: float | None
+    plan: AnyPlan,
+    replicas: Sequence[FlatModule],
+    communicator: Communicator,
+    bucket_mib: float | None,
 ) -> tuple[GradientAverager | None, GradientAverager | None]:
     """For data parallel rounds, and for the local steps of workers of several ranks; None: there
     are no such steps. A plan with both kinds does not overlap: DDP holds the gradients of a module,
     so that a module can have only one."""
-    local = communicator.topology.ranks_per_worker > 1 and plan.gradient_rounds < plan.num_rounds
-    bucket_mib = None if local and plan.gradient_rounds else bucket_mib
+    local = communicator.topology.ranks_per_worker > 1 and plan.averages_parameters
+    bucket_mib = None if local and plan.averages_gradients else bucket_mib
     return (
         GradientAverager(replicas, communicator.among_shards(), bucket_mib)
-        if plan.gradient_rounds
+        if plan.averages_gradients
         else None,
         GradientAverager(replicas, communicator.within_worker(), bucket_mib) if local else None,
     )

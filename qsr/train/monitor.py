@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsr.core.plan import Plan, Round
+from qsr.core.open_plan import AnyPlan
+from qsr.core.plan import Round
 from qsr.core.sampling import Sampler
 from qsr.data import Batch
 from qsr.errors import TrainingError
@@ -61,7 +62,7 @@ class Monitor:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: AnyPlan,
         sampler: Sampler,
         communicator: Communicator,
         precision: Precision,

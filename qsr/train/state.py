@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from qsr.config.schema import OptimizerConfig, SyncConfig
-from qsr.core.plan import Plan, Round
+from qsr.core.open_plan import AnyPlan
+from qsr.core.plan import Round
 from qsr.errors import TrainingError
 from qsr.run.checkpoint import Checkpointer, WorkerState
 from qsr.sync.synchronizer import Synchronizer
@@ -20,7 +21,7 @@ from qsr.train.worker import Worker
 def checkpoint_bytes(
     model: nn.Module,
     optimizer: OptimizerConfig,
-    plan: Plan,
+    plan: AnyPlan,
     num_workers: int,
     sync: SyncConfig,
 ) -> int:
@@ -34,7 +35,7 @@ def checkpoint_bytes(
     learned, buffers = size(model.named_parameters(), copies), size(model.named_buffers(), 1)
     outer = 0 if sync.outer.ends_at_mean else size(model.named_parameters(), 2)
     small_files = (2 + num_workers) * 4096  # JSON: one disk block each
-    if plan.gradient_rounds == plan.num_rounds:  # workers share all but their buffers
+    if not plan.averages_parameters:  # workers share all but their buffers
         return learned + num_workers * buffers + small_files
     return num_workers * (learned + buffers) + outer + small_files
 

@@ -79,6 +79,7 @@ class Stepper:
             batches, kept = iter(kept), []
         for loss in losses:
             self.monitor.count_loss(loss)
+            self._synchronizer.count_loss(loss)
         if self._compile_clock is not None:
             seconds = self._compile_clock.stop()
             self._compile_clock = None

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from qsr.core.open_plan import OpenPlan
 from qsr.core.plan import Round
 from qsr.core.sampling import Sampler
 from qsr.core.seeds import seed_for
@@ -181,10 +182,21 @@ class Trainer:
         self._synchronizer.end_step(step)
 
     def _end_round(self, round_: Round) -> None:
-        """Average the parameters of the workers."""
+        """Average the parameters of the workers; log the round if its length was not planned."""
         if round_.averages == "parameters":
             self.progress.averaged_bytes += self._synchronizer.end_round(round_)
             self.progress.averages += 1
+        if isinstance(self._plan, OpenPlan):  # the only record of its rounds
+            self._tracker.log(
+                {
+                    "kind": "round",
+                    "step": round_.end,
+                    "round": round_.index,
+                    "h": round_.length,
+                    "lr": round_.lr,
+                    "loss": self._plan.losses[-1],
+                }
+            )
 
     def _do_what_is_due(self, round_: Round, stop: int) -> None:
         """Log, evaluate and save what is due, in this order, and notice an agreed stop."""

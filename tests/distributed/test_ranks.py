@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qsr import (
+    AdaptiveRule,
     ConstantRule,
     CosineSchedule,
     EveryStepRule,
@@ -18,6 +19,7 @@ from qsr import (
     QuadraticRule,
 )
 from qsr.cluster.group import join_process_group
+from qsr.core.open_plan import OpenPlan
 from qsr.core.outer import OuterOptions
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
@@ -149,6 +151,23 @@ def test_two_virtual_workers_are_two_processes_bit_for_bit(changes: dict[str, An
     for ours, theirs in zip(process_rows, rows, strict=True):
         # not to the bit: the ranks' statistics of BatchNorm are pooled in another order
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def adaptive_rounds(rank: int, ranks: int) -> Any:
+    """Rounds and losses of four workers, and the sum and number of losses of a round begun."""
+    plan = OpenPlan(COSINE, AdaptiveRule(5))
+    setup = replace(SETUP, plan=plan, workers=4, folder=None, stop_after=22, micro_batch=1)
+    train(setup, Topology(rank, ranks, rank, 4))
+    return plan.losses, [(r.start, r.length) for r in map(plan.round_at, (0, 5, 21))]
+
+
+def test_rounds_that_follow_the_loss_are_the_same_on_all_ranks() -> None:
+    losses, rounds = adaptive_rounds(0, 1)
+    for ranks in (2, 4):
+        first, *others = run_ranks(adaptive_rounds, ranks)
+        assert all(other == first for other in others)
+        assert first[0] == pytest.approx(losses, rel=1e-5)
+        assert first[1] == rounds
 
 
 @pytest.mark.parametrize("plan", [QSR, GRADIENTS], ids=["local", "data_parallel"])

@@ -254,7 +254,8 @@ SCHEDULES = {
 
 def test_all_groups_are_covered_here() -> None:
     for group, table in (("sync", RULES), ("schedule", SCHEDULES)):
-        own = {"custom"}  # tests/e2e/test_own_parts.py
+        # tests/e2e/test_own_parts.py, tests/e2e/test_rounds_of_a_run.py
+        own = {"custom"} | ({"adaptive", "replay"} if group == "sync" else set())
         assert {path.stem for path in (CONFIG_DIR / group).iterdir()} == set(table) | own
 
 
