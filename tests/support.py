@@ -17,8 +17,8 @@ from torch.nn import functional
 from qsr.cluster.group import join_process_group, leave_process_group
 from qsr.cluster.signals import StopFlag
 from qsr.config import schema
-from qsr.core.outer import OuterOptions
 from qsr.core.open_plan import AnyPlan
+from qsr.core.outer import OuterOptions
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.run.checkpoint import Checkpointer

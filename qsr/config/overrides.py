@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from qsr.config.places import CONFIG_DIR, group_files
 from qsr.errors import ConfigError
 
-PATHS = ("data.root", "runs_dir", "weights")
+PATHS = ("data.root", "runs_dir", "sync.file", "weights")
 """Settings whose values are taken literally, whatever characters they contain."""
 
 MOST_RUNS = 10_000

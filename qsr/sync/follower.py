@@ -206,8 +206,8 @@ def _check(
         raise ValueError("give LocalSGD either a rule or a plan")
     if rule is not None and rule.needs_loss:
         raise ValueError(
-            f"{type(rule).__name__} needs the training loss, which LocalSGD does not see: only qsr's "
-            f"own trainer follows it"
+            f"{type(rule).__name__} needs the training loss, which LocalSGD does not see: train "
+            f"with qsr train, or replay the rounds of such a run (ReplayRule)"
         )
     if plan is not None and (total_steps is not None or warmup_steps or peak_lr is not None):
         raise ValueError("a plan has its own total_steps, warmup_steps and rates: leave them out")

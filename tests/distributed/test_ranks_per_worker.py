@@ -133,6 +133,7 @@ def test_two_workers_of_two_ranks_are_two_workers_to_rounding(changes: dict[str,
                 torch.tensor(tensors[name]), torch.tensor(values), rtol=1e-4, atol=1e-5
             )
         parameters = 4 * (108 * 4 + 4)
+        assert isinstance(setup.plan, Plan)
         moments = setup.plan.num_rounds * parameters * setup.average_momentum
         assert averaged == setup.plan.num_rounds * parameters + moments
 
