@@ -191,6 +191,7 @@ class Trainer:
                 {
                     "kind": "round",
                     "step": round_.end,
+                    "epoch": round_.end / self._data.sampler.steps_per_epoch,
                     "round": round_.index,
                     "h": round_.length,
                     "lr": round_.lr,
