@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from qsr.cli import plan, report
 from qsr.config.load import load_config
-from qsr.config.planning import make_plan
+from qsr.config.planning import make_plan, plan_to_follow
 from qsr.config.replay import rounds_of
+from qsr.core.open_plan import OpenPlan
 from qsr.errors import ConfigError
 from tests.cli import call, command, folder_in, refusal, same_weights
 
@@ -135,3 +136,14 @@ def test_a_run_folder_without_its_rounds_is_refused(adaptive: Path, tmp_path: Pa
         load_config(
             ["experiment=demo/quadratic", "sync=replay", "sync.file=x", "+sync.rounds=330x1"]
         )
+
+
+def test_a_rule_of_ones_own_may_follow_the_loss() -> None:
+    own = ["sync=custom", "sync.target=qsr:AdaptiveRule", "sync.options={h:6}"]
+    config = load_config(["experiment=demo/quadratic", *own])
+    plan = plan_to_follow(config, 1442)
+    assert isinstance(plan, OpenPlan)
+    for round_, loss in zip(plan.rounds(), (2.0, 0.5), strict=False):
+        assert round_.length == 6
+        plan.observe(loss)
+    assert plan.round_at(12).length == 3  # a quarter of the loss
