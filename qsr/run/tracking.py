@@ -222,7 +222,7 @@ class ProgressTracker:
         shadow = "  (averaged for this evaluation only)" if row["shadow"] else ""
         self._console.print(
             f"{self._name}  step {row['step']}/{self._total_steps}  epoch {row['epoch']:.1f}  "
-            f"top-1 {row['top1']:.2f} %  loss {row['loss']:.3f}{averages}{shadow}{self._waiting}",
+            f"top-1 {row['top1']:.2f} %  loss {row['loss']:.3f}{shadow}{averages}{self._waiting}",
             highlight=False,
             soft_wrap=True,
         )
