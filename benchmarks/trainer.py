@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.measure import ratio, record, summary
 from qsr import CosineSchedule, Plan, QuadraticRule
 from qsr.cluster.memory import keep_freed_memory
-from qsr.config.schema import AdamWConfig, LossConfig, ModelConfig
+from qsr.config.schema import AdamWConfig, EmaConfig, LossConfig, ModelConfig
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.run.checkpoint import Checkpointer
@@ -45,6 +45,7 @@ from qsr.train.precision import Precision
 from qsr.train.state import RunState
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
+from qsr.train.weight_average import WeightAverages
 from qsr.train.worker import Worker
 
 CPU = torch.device("cpu")
@@ -189,6 +190,7 @@ def take_turns(case: Case) -> dict[str, list[float]]:
             seed=1,
         )
         checkpointer = Checkpointer(folder / "checkpoints", 1, communicator)
+        averages = WeightAverages(worker.model, EmaConfig(None, None), steps)
         trainer = Trainer(
             TrainingData(loader, sampler),
             stepper,
@@ -196,7 +198,7 @@ def take_turns(case: Case) -> dict[str, list[float]]:
             Evaluator(
                 network(case), loader, case.batch, case.batch, batchnorm, communicator, precision
             ),
-            RunState([worker], synchronizer, checkpointer),
+            RunState([worker], synchronizer, checkpointer, averages),
             tracker,
             Due(TURN, 10**9, None, steps),
         )

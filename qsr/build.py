@@ -1,8 +1,10 @@
 """Builds all parts of a run from its Config, and executes the run in one rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from qsr.cluster.group import choose_device, join
 from qsr.cluster.place import find_place
@@ -34,7 +36,7 @@ from qsr.run.environment import code_that_runs, other_code, write_records
 from qsr.run.folder import RunFolder
 from qsr.run.identity import check_run_folder, make_run_folder
 from qsr.run.lock import check_free, claim
-from qsr.run.results import missing_room, reserve_results, write_results
+from qsr.run.results import ModelFile, missing_room, reserve_results, write_results
 from qsr.run.tracking import NullTracker, Tracker, build_tracker
 from qsr.sync.communicator import Communicator
 from qsr.sync.synchronizer import Synchronizer, SyncOptions
@@ -51,6 +53,7 @@ from qsr.train.profile import StepProfiler
 from qsr.train.state import RunState, checkpoint_bytes
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
+from qsr.train.weight_average import WeightAverages
 from qsr.train.worker import make_workers
 
 
@@ -161,10 +164,11 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
         model = evaluator.model.state_dict()
         about = describe(config, train.classes, plan.total_steps).metadata()
         each = checkpoint_bytes(
-            evaluator.model, config.optimizer, plan, config.workers, config.sync
+            evaluator.model, config.optimizer, plan, config.workers, config.sync, config.ema
         )
-        checkpointer.check_space(each, missing_room(folder, model, about))
-        _on_main(communicator, folder, lambda: reserve_results(folder, model, about))
+        over_time = config.ema.names
+        checkpointer.check_space(each, missing_room(folder, model, about, over_time))
+        _on_main(communicator, folder, lambda: reserve_results(folder, model, about, over_time))
         trainer.restore()
         with compile_errors(config.compile):
             trainer.train()
@@ -176,10 +180,11 @@ def run(config: Config, flag: StopFlag | None = None) -> dict[str, Any] | Stoppe
             reason = received if trainer.stopping else "stop_after_steps"
             return Stopped(trainer.progress.step, reason, by_signal=trainer.stopping)
         summary = _summary(config, plan, trainer, place, len(train))
-        results = evaluator.model.state_dict()
-        description = describe(config, train.classes, trainer.progress.step, trainer.evaluation)
-        final = description.metadata()
-        _on_main(communicator, folder, lambda: write_results(folder, results, final, summary))
+        _on_main(
+            communicator,
+            folder,
+            lambda: _write(folder, config, train.classes, trainer, evaluator.model, summary),
+        )
         if unsaved is not None:
             raise CheckpointError(
                 f"{unsaved}; training is complete, however, and the results were written"
@@ -311,7 +316,8 @@ def _build(
         stop_after=config.stop_after_steps,
     )
     data = TrainingData(opened(train, train_transform, config.shard_size), sampler)
-    state = RunState(workers, synchronizer, checkpointer)
+    averages = WeightAverages(workers[0].model, config.ema, plan.total_steps)
+    state = RunState(workers, synchronizer, checkpointer, averages)
     trainer = Trainer(data, stepper, synchronizer, evaluator, state, tracker, due, profiler)
     return trainer, evaluator
 
@@ -386,6 +392,7 @@ def _summary(
         "top1": result.top1,
         "val_loss": result.loss,
         "best_top1": progress.best_top1,
+        **trainer.state.averages.measured("val_loss"),
         "train_seconds": progress.train_seconds,
         "evaluation_seconds": progress.evaluation_seconds,
         "checkpoint_seconds": progress.checkpoint_seconds,
@@ -401,6 +408,28 @@ def _summary(
         summary["skipped_updates"] = progress.skipped_updates
         summary["repeated_batches"] = progress.repeated_batches
     return summary
+
+
+def _write(
+    folder: RunFolder,
+    config: Config,
+    classes: Sequence[str],
+    trainer: Trainer,
+    model: nn.Module,
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the results of a finished run; `model`: as evaluated last. Raises OSError."""
+
+    def file(tensors: Mapping[str, Tensor], result: Evaluation | None) -> ModelFile:
+        about = describe(config, classes, trainer.progress.step, result)
+        return ModelFile(tensors, about.metadata())
+
+    over_time = trainer.state.averages
+    averages = {
+        name: file(tensors, over_time.evaluations[name])
+        for name, tensors in over_time.models.items()
+    }
+    write_results(folder, file(model.state_dict(), trainer.evaluation), summary, averages)
 
 
 def _planned(config: Config, plan: AnyPlan, parameters: int, ranks: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from qsr.train.profile import StepProfiler
 from qsr.train.state import RunState
 from qsr.train.step import Stepper
 from qsr.train.trainer import Due, Trainer, TrainingData
+from qsr.train.weight_average import WeightAverages
 from qsr.train.worker import Worker
 
 CPU = torch.device("cpu")
@@ -163,6 +164,10 @@ SYNC: dict[str, Any] = {
 """The settings that all rules share, as in the paper."""
 
 
+NO_EMA = schema.EmaConfig(decay=None, uniform_fraction=None)
+"""No average over time."""
+
+
 @dataclass
 class Setup:
     """A small run. Everything but `plan` has a default."""
@@ -193,6 +198,7 @@ class Setup:
     bucket_mib: float | None = 25.0
     delay_steps: int = 0
     outer: OuterOptions = field(default_factory=OuterOptions)
+    ema: schema.EmaConfig = NO_EMA
     folder: Path | None = None
     """Of the run; None: a new one."""
     config_hash: str = "0123456789abcdef"
@@ -289,7 +295,12 @@ def build(setup: Setup, topology: Topology | None = None, device: torch.device =
         stepper,
         synchronizer,
         evaluator,
-        RunState(workers, synchronizer, checkpointer),
+        RunState(
+            workers,
+            synchronizer,
+            checkpointer,
+            WeightAverages(workers[0].model, setup.ema, setup.plan.total_steps),
+        ),
         tracker,
         Due(setup.log_every, setup.evaluate_every, setup.checkpoint_every, setup.stop_after),
         profiler,

@@ -2,6 +2,7 @@
 
     qsr evaluate runs/demo/quadratic/seed_1
     qsr evaluate model.safetensors data.root=PATH
+    qsr evaluate runs/demo/quadratic/seed_1/model_ema.safetensors data.root=PATH
     qsr evaluate weights=resnet152-394f9c45.pth model=resnet152 data=imagenet \\
         data.root=PATH
     qsr evaluate weights=FILE model=timm model.timm_name=resnet50 data=imagenet \\

@@ -101,6 +101,11 @@ def check(config: Config, *, run_code: bool = True) -> None:
             "sync.average_momentum=true, but optimizer.momentum=0: there is no momentum to average"
         )
     _check_sync(config.sync)
+    if config.ema.names and config.sync.delay_steps:
+        raise ConfigError(
+            f"sync.delay_steps={config.sync.delay_steps}: ema.* needs the workers' mean at the "
+            f"round's end: set it to 0"
+        )
     if config.profile.steps is not None:
         _check_profile(*config.profile.steps)
     own_plan = isinstance(config.sync, OwnPart) or isinstance(config.schedule, OwnPart)

@@ -40,6 +40,8 @@ LATER = {
     "compile": "none",
     "cuda_graphs": False,
     "data.label_noise": 0.0,
+    "ema.decay": None,
+    "ema.uniform_fraction": None,
 }
 """Settings added after the first runs, each with the value that matches what those runs did. With
 that value a setting is not part of a run's identity, so that older runs keep their identity."""

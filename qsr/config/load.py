@@ -160,6 +160,7 @@ def parse_identity(raw: Mapping[str, Any], config_dir: Path = CONFIG_DIR) -> Con
     settings = without_execution(raw, config_dir)
     try:
         _translate_first_version(settings)
+        settings.setdefault("ema", {})
         for name, value in LATER.items():
             *path, leaf = name.split(".")
             _inner(settings, path).setdefault(leaf, value)

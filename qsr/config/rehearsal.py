@@ -151,7 +151,15 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
             epochs=rehearsal.epochs / config.epochs,
             steps=small_steps / steps,
         ),
+        ema=_small_ema(config.ema, steps=small_steps / steps),
     )
+
+
+def _small_ema(ema: schema.EmaConfig, *, steps: float) -> schema.EmaConfig:
+    """Averages that reach back over the same part of a run that has `steps` as many steps."""
+    if ema.decay is None:
+        return ema
+    return replace(ema, decay=max(ema.decay ** (1 / steps), 1e-9))
 
 
 def _small_schedule(

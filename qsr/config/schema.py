@@ -682,6 +682,25 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class EmaConfig:
+    """Averages of the workers' mean over time, evaluated and saved beside it. Training is the same,
+    bit for bit, with any of them; each takes the memory of one model per rank."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None
+    """Exponential moving average: the share of the old average that a step keeps, so that a round
+    of H steps keeps decay^H; null: none."""
+    uniform_fraction: Annotated[float, Field(gt=0, le=1)] | None
+    """Uniform average of the models of this last part of the run's steps, as in 0.25; null: none.
+    After a round of H steps the model counts H times."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The averages that are made, of ema and uniform."""
+        made = {"ema": self.decay, "uniform": self.uniform_fraction}
+        return tuple(name for name, value in made.items() if value is not None)
+
+
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """Checkpoints to resume from. Execution."""
 
@@ -952,6 +971,8 @@ class Config:
     """The training loss."""
     data: DataConfig
     """Images."""
+    ema: EmaConfig
+    """Averages of the model over time."""
     evaluation: EvaluationConfig
     """Validation."""
     checkpoint: CheckpointConfig

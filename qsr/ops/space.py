@@ -16,9 +16,10 @@ def run_sizes(config: Config, plan: AnyPlan, classes: Sequence[str]) -> tuple[in
     """Bytes of a checkpoint at most, and bytes of the results for which earlier sessions have
     reserved no space. `classes`: their names."""
     model = outline(config.model, len(classes), config.data.image_size)
-    each = checkpoint_bytes(model, config.optimizer, plan, config.workers, config.sync)
+    each = checkpoint_bytes(model, config.optimizer, plan, config.workers, config.sync, config.ema)
     about = describe(config, classes, plan.total_steps).metadata()
-    return each, missing_room(RunFolder(run_folder(config)), model.state_dict(), about)
+    folder = RunFolder(run_folder(config))
+    return each, missing_room(folder, model.state_dict(), about, config.ema.names)
 
 
 def unnamed(classes: int) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ class Metric:
     decimals: int = 2
     planned: bool = False
     """The plan decides it, so that usually all seeds have the same."""
+    optional: bool = False
+    """Left out where no run has it."""
 
     def of(self, run: Run) -> float | None:
         """The value of a run; None if it was not measured."""
@@ -39,13 +41,16 @@ class Metric:
 METRICS = (
     Metric("top1_percent", "top-1 %", "top1"),
     Metric("best_top1_percent", "best top-1 %", "best_top1"),
+    Metric("ema_top1_percent", "EMA top-1 %", "ema_top1", optional=True),
+    Metric("uniform_top1_percent", "uniform top-1 %", "uniform_top1", optional=True),
     Metric("val_loss", "loss", "val_loss", decimals=4),
     Metric("volume_percent", "volume %", "volume", factor=100, decimals=1, planned=True),
     Metric("averages", "averages", "averages", decimals=0, planned=True),
     Metric("train_hours", "training", "train_seconds", factor=1 / 3600, decimals=2),
 )
 """Results: top-1 and loss are those of the final mean model on validation; best is the highest
-top-1 of all evaluations; hours are those of training, without evaluations and checkpoints."""
+top-1 of all evaluations; EMA and uniform are averages over time (settings of `ema`); hours are
+those of training, without evaluations and checkpoints."""
 
 TIMES = (
     Metric("train_seconds", "training", "train_seconds"),
@@ -87,6 +92,15 @@ def spread(values: Sequence[float | None]) -> Spread:
     )
 
 
+def result_metrics(study: Study) -> tuple[Metric, ...]:
+    """METRICS without the optional ones that no run of the study has."""
+    return tuple(
+        metric
+        for metric in METRICS
+        if not metric.optional or any(metric.of(run) is not None for run in study.runs)
+    )
+
+
 def spread_of(group: Group, metric: Metric) -> Spread:
     """The spread of a metric over the runs of a group."""
     return spread([metric.of(run) for run in group.runs])
@@ -112,8 +126,9 @@ def study_table(study: Study) -> pd.DataFrame:
     Student's t), and for paired differences `reference`, `pairs`, `difference`, `difference_sd`,
     `difference_ci95_low`, `difference_ci95_high`.
     """
+    metrics = (*result_metrics(study), *TIMES)
     return pd.DataFrame(
-        [_row(study, group, metric) for group in study.groups for metric in (*METRICS, *TIMES)]
+        [_row(study, group, metric) for group in study.groups for metric in metrics]
     )
 
 

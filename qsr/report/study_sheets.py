@@ -9,11 +9,11 @@ from qsr.report.collect import Run
 from qsr.report.statistics import Comparison
 from qsr.report.study import Group, Study
 from qsr.report.study_numbers import (
-    METRICS,
     TIMES,
     Metric,
     Spread,
     difference,
+    result_metrics,
     spread_of,
     unpaired,
 )
@@ -62,10 +62,16 @@ def results_sheet(study: Study) -> Sheet:
         ]
         for group in study.groups
     ]
+    averages = (
+        "; EMA, uniform: of averages of that model over time"
+        if any(metric.optional for metric in metrics)
+        else ""
+    )
     notes = [
         "Mean ± standard deviation over n seeds, and [95 % interval of the mean by Student's t]. "
         "top-1, loss: of the mean model at the end, on validation; best: highest of all "
-        "evaluations; volume: averages / steps; training: without evaluations and checkpoints."
+        f"evaluations{averages}; volume: averages / steps; training: without evaluations and "
+        f"checkpoints."
     ]
     return Sheet("Results", ["group", "n", *(m.title for m in metrics)], rows, notes)
 
@@ -169,9 +175,9 @@ def _time_unit(study: Study) -> tuple[str, int]:
 
 
 def _result_metrics(study: Study) -> list[Metric]:
-    """METRICS, with the time in the unit that suits the runs."""
+    """The results, with the time in the unit that suits the runs."""
     unit, seconds = _time_unit(study)
-    *others, hours = METRICS
+    *others, hours = result_metrics(study)
     return [*others, replace(hours, title=f"{hours.title}, {unit}", factor=1 / seconds)]
 
 

@@ -37,9 +37,10 @@ _IN_A_SUMMARY = ("steps", "averages", "volume", "top1", "planned")
 
 class RunFolder:
     """Paths of a run: config.yaml, data.json, environment.json, metrics.jsonl, summary.json,
-    run.lock, checkpoints/ and model.safetensors (the final averaged model). Submitted runs also
-    have job.json and slurm/ with the job files, failed ones failure.json, profiled ones profile/
-    with the ranks' traces, mirrored ones tensorboard/ and wandb/."""
+    run.lock, checkpoints/ and model.safetensors (the final averaged model), with averages over time
+    model_ema.safetensors and model_uniform.safetensors. Submitted runs also have job.json and
+    slurm/ with the job files, failed ones failure.json, profiled ones profile/ with the ranks'
+    traces, mirrored ones tensorboard/ and wandb/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,6 +58,10 @@ class RunFolder:
         self.profile = path / "profile"
         self.wandb_id = path / "wandb_id"
         self.tensorboard = path / "tensorboard"
+
+    def averaged_model(self, name: str) -> Path:
+        """The model file of an average over time: ema or uniform."""
+        return self.path / f"model_{name}.safetensors"
 
     def summary_if_finished(self) -> dict[str, Any] | None:
         """The summary if the run is finished, otherwise None. Raises ConfigError."""

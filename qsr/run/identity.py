@@ -72,6 +72,7 @@ def _check_files(folder: RunFolder) -> None:
     own = (
         *(folder.config, folder.data, folder.environment, folder.metrics, folder.failure),
         *(folder.summary, folder.model, folder.lock, folder.wandb_id),
+        *map(folder.averaged_model, ("ema", "uniform")),
     )
     for path in (*own, *map(partial_name, own)):
         try:

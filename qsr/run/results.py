@@ -1,8 +1,8 @@
 """The results of a run, whose disk space is reserved when it starts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,40 +17,59 @@ _DIGITS_BYTES = 2**12
 
 
 def reserve_results(
-    folder: RunFolder, model: Mapping[str, Tensor], metadata: Mapping[str, str]
+    folder: RunFolder,
+    model: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    averages: Sequence[str] = (),
 ) -> None:
     """Reserve the disk space that `write_results` will need, so that results are not lost if the
-    disk fills up during training. Raises OSError."""
-    for path, size in _room(folder, model, metadata).items():
+    disk fills up during training. `averages`: names of the averages over time. Raises OSError."""
+    for path, size in _room(folder, model, metadata, averages).items():
         reserve(path, size)
 
 
 def missing_room(
-    folder: RunFolder, model: Mapping[str, Tensor], metadata: Mapping[str, str]
+    folder: RunFolder,
+    model: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    averages: Sequence[str] = (),
 ) -> int:
     """Bytes that `reserve_results` still has to reserve after earlier sessions."""
     missing = 0
-    for path, size in _room(folder, model, metadata).items():
+    for path, size in _room(folder, model, metadata, averages).items():
         reserved = partial_name(path)
         missing += max(0, size - (reserved.stat().st_size if reserved.exists() else 0))
     return missing
 
 
 def _room(
-    folder: RunFolder, model: Mapping[str, Tensor], metadata: Mapping[str, str]
+    folder: RunFolder,
+    model: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    averages: Sequence[str],
 ) -> dict[Path, int]:
     """Disk space for each file of the results, in bytes."""
     size = packed_size(model, metadata) + _DIGITS_BYTES
-    return {folder.model: size, folder.summary: _SUMMARY_BYTES}
+    models = (folder.model, *map(folder.averaged_model, averages))
+    return dict.fromkeys(models, size) | {folder.summary: _SUMMARY_BYTES}
+
+
+class ModelFile(NamedTuple):
+    """The contents of a model file."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
 
 
 def write_results(
     folder: RunFolder,
-    model: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
+    model: ModelFile,
     summary: Mapping[str, Any],
+    averages: Mapping[str, ModelFile],
 ) -> None:
-    """Write model.safetensors and then summary.json, which marks the run as finished, each into its
-    reserved disk space. Raises OSError."""
-    replace_file(folder.model, pack_tensors(model, metadata))
+    """Write model.safetensors, the `averages` over time, and then summary.json, which marks the run
+    as finished, each into its reserved disk space. Raises OSError."""
+    files = {folder.averaged_model(name): average for name, average in averages.items()}
+    for path, file in {folder.model: model, **files}.items():
+        replace_file(path, pack_tensors(file.tensors, file.metadata))
     write_json(folder.summary, summary)

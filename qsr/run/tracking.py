@@ -215,10 +215,15 @@ class ProgressTracker:
         if not (self._console.is_terminal or last or now >= self._quiet_until):
             return
         self._quiet_until = now + self._quiet_seconds
+        averages = "".join(
+            f"  {name} {row[f'{name}_top1']:.2f} %"
+            for name in ("ema", "uniform")
+            if f"{name}_top1" in row
+        )
         shadow = "  (averaged for this evaluation only)" if row["shadow"] else ""
         self._console.print(
             f"{self._name}  step {row['step']}/{self._total_steps}  epoch {row['epoch']:.1f}  "
-            f"top-1 {row['top1']:.2f} %  loss {row['loss']:.3f}{shadow}{self._waiting}",
+            f"top-1 {row['top1']:.2f} %  loss {row['loss']:.3f}{shadow}{averages}{self._waiting}",
             highlight=False,
             soft_wrap=True,
         )

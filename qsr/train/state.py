@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from qsr.config.schema import OptimizerConfig, SyncConfig
+from qsr.config.schema import EmaConfig, OptimizerConfig, SyncConfig
 from qsr.core.open_plan import AnyPlan
 from qsr.core.plan import Round
 from qsr.errors import TrainingError
@@ -15,6 +15,7 @@ from qsr.sync.synchronizer import Synchronizer
 from qsr.train.evaluation import Evaluation
 from qsr.train.monitor import Progress
 from qsr.train.optim import states_per_parameter
+from qsr.train.weight_average import WeightAverages
 from qsr.train.worker import Worker
 
 
@@ -24,6 +25,7 @@ def checkpoint_bytes(
     plan: AnyPlan,
     num_workers: int,
     sync: SyncConfig,
+    ema: EmaConfig,
 ) -> int:
     """Upper bound of a checkpoint's size in bytes. `model` may be on the meta device."""
     copies = 1 + states_per_parameter(optimizer) + (sync.delay_steps > 0)
@@ -34,10 +36,11 @@ def checkpoint_bytes(
 
     learned, buffers = size(model.named_parameters(), copies), size(model.named_buffers(), 1)
     outer = 0 if sync.outer.ends_at_mean else size(model.named_parameters(), 2)
+    over_time = len(ema.names) * size(model.named_parameters(), 1)
     small_files = (2 + num_workers) * 4096  # JSON: one disk block each
     if not plan.averages_parameters:  # workers share all but their buffers
-        return learned + num_workers * buffers + small_files
-    return num_workers * (learned + buffers) + outer + small_files
+        return learned + num_workers * buffers + over_time + small_files
+    return num_workers * (learned + buffers) + outer + over_time + small_files
 
 
 class Resumed(NamedTuple):
@@ -56,7 +59,10 @@ class RunState:
         workers: Sequence[Worker],
         synchronizer: Synchronizer,
         checkpointer: Checkpointer,
+        averages: WeightAverages,
     ) -> None:
+        self.averages = averages
+        """Averages of the model over time."""
         self._workers = workers
         self._synchronizer = synchronizer
         self._communicator = synchronizer.communicator
@@ -71,9 +77,10 @@ class RunState:
             worker.tensors() | more
             for worker, more in zip(self._workers, synchronizing.own, strict=True)
         ]
-        self._check_finite(tensors, progress.step)
+        over_time = self.averages.tensors()
+        self._check_finite([*tensors, over_time], progress.step)
         first = self._workers[0]
-        shared = synchronizing.shared
+        shared = synchronizing.shared | over_time
         if self._synchronizer.parameters_are_equal(round_, progress.step):
             shared |= first.parameters()
         if round_.averages == "gradients":  # all workers have made the same updates so far
@@ -90,6 +97,7 @@ class RunState:
             "progress": asdict(progress),
             "round": round_._asdict(),
             **synchronizing.values,
+            **self.averages.values(),
             "workers": self._communicator.topology.num_workers,
             "config_hash": self._synchronizer.config_hash,
             "evaluation": None if evaluation is None else asdict(evaluation),
@@ -118,14 +126,19 @@ class RunState:
             return None
         run = self._checkpointer.read_run(step)
         self._check_same_run(run, step)
-        synchronizing = []
+        others = []  # what belongs to no worker
         for worker in self._workers:
             state = self._checkpointer.read_worker(step, worker.index)
-            more = {k: t for k, t in state.tensors.items() if Synchronizer.is_state(k)}
+            more = {
+                k: t
+                for k, t in state.tensors.items()
+                if Synchronizer.is_state(k) or WeightAverages.is_state(k)
+            }
             own = {k: t for k, t in state.tensors.items() if k not in more}
             worker.load(own, state.values)
-            synchronizing.append(more)
-        self._synchronizer.load_state(synchronizing, run)
+            others.append(more)
+        self._synchronizer.load_state(others, run)
+        self.averages.load(others[0], run)
         stored = run["evaluation"]
         evaluation = None if stored is None else Evaluation(**stored)
         return Resumed(Progress(**run["progress"]), evaluation)

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -127,8 +127,7 @@ class Trainer:
         self._monitor.start(resumed.progress)
         self.evaluation = resumed.evaluation
         if self.finished:  # killed after the last checkpoint: the evaluator has no model yet
-            replicas = [worker.model.flat for worker in self._workers]
-            self.evaluation = self._evaluator.evaluate(replicas, self.progress.step, averaged=True)
+            self.evaluation = self._validate(averaged=True)
         return True
 
     def train(self) -> None:
@@ -182,22 +181,24 @@ class Trainer:
         self._synchronizer.end_step(step)
 
     def _end_round(self, round_: Round) -> None:
-        """Average the parameters of the workers; log the round if its length was not planned."""
+        """Average the parameters of the workers, and all models over time."""
         if round_.averages == "parameters":
             self.progress.averaged_bytes += self._synchronizer.end_round(round_)
             self.progress.averages += 1
-        if isinstance(self._plan, OpenPlan):  # the only record of its rounds
-            self._tracker.log(
-                {
-                    "kind": "round",
-                    "step": round_.end,
-                    "epoch": round_.end / self._data.sampler.steps_per_epoch,
-                    "round": round_.index,
-                    "h": round_.length,
-                    "lr": round_.lr,
-                    "loss": self._plan.losses[-1],
-                }
-            )
+        self.state.averages.update(round_)
+        if isinstance(self._plan, OpenPlan):  # nothing else records its rounds
+            self._tracker.log(self._round_row(round_, self._plan.losses[-1]))
+
+    def _round_row(self, round_: Round, loss: float) -> dict[str, Any]:
+        return {
+            "kind": "round",
+            "step": round_.end,
+            "epoch": round_.end / self._data.sampler.steps_per_epoch,
+            "round": round_.index,
+            "h": round_.length,
+            "lr": round_.lr,
+            "loss": loss,
+        }
 
     def _do_what_is_due(self, round_: Round, stop: int) -> None:
         """Log, evaluate and save what is due, in this order, and notice an agreed stop."""
@@ -246,16 +247,17 @@ class Trainer:
         """Collective: validate the workers' mean; False if it was cut short by an agreed stop."""
         step = self.progress.step
         averaged = self._synchronizer.parameters_are_equal(round_, step)
-        replicas = [worker.model.flat for worker in self._workers]
         between = self._synchronizer.checks_between(round_, step)
         started = time.perf_counter()
         try:
-            result = self._evaluator.evaluate(replicas, step, averaged=averaged, between=between)
+            result = self._validate(averaged=averaged, between=between)
         except StopRequestedError:
             return False
-        if not math.isfinite(result.loss):
+        results = (result, *self.state.averages.evaluations.values())
+        wrong = [found.loss for found in results if not math.isfinite(found.loss)]
+        if wrong:
             raise TrainingError(
-                f"the validation loss is {result.loss} at step {step}, lr "
+                f"the validation loss is {wrong[0]} at step {step}, lr "
                 f"{self._plan.schedule(step - 1):.3g}; earlier checkpoints are untouched; try a "
                 f"lower schedule.peak_lr or optimizer.clip_norm"
             )
@@ -263,6 +265,17 @@ class Trainer:
         self.progress.best_top1 = max(result.top1, self.progress.best_top1 or 0.0)
         self._tracker.log(self._evaluation_row(result, time.perf_counter() - started))
         return True
+
+    def _validate(
+        self, *, averaged: bool, between: Callable[[], None] = lambda: None
+    ) -> Evaluation:
+        """Collective: validate the averages over time and then, so that it is the evaluator's
+        model, the workers' mean."""
+        step = self.progress.step
+        keep = self._at_the_end and self._synchronizer.communicator.topology.is_main
+        self.state.averages.evaluate(self._evaluator, step, between, keep=keep)
+        replicas = [worker.model.flat for worker in self._workers]
+        return self._evaluator.evaluate(replicas, step, averaged=averaged, between=between)
 
     def _evaluation_row(self, result: Evaluation, seconds: float) -> dict[str, Any]:
         step = self.progress.step
@@ -275,6 +288,7 @@ class Trainer:
             "images": result.images,
             "shadow": result.shadow,
             "seconds": seconds,
+            **self.state.averages.measured(),
         }
         return row if result.top5 is None else {**row, "top5": result.top5}
 

@@ -19,8 +19,10 @@ from qsr import (
     QuadraticRule,
 )
 from qsr.cluster.group import join_process_group
+from qsr.config.schema import EmaConfig
 from qsr.core.open_plan import OpenPlan
 from qsr.core.outer import OuterOptions
+from qsr.core.plan import Round
 from qsr.core.sampling import Sampler
 from qsr.data import Batch, Request
 from qsr.errors import TrainingError
@@ -293,3 +295,48 @@ def test_every_image_is_validated_once_on_any_number_of_ranks() -> None:
         for result in run_ranks(evaluate_untrained, ranks):
             assert (result.images, result.top1) == (101, alone.top1)
             assert result.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def average_over_time(rank: int, ranks: int, setup: Setup, ranks_per_worker: int) -> Any:
+    """The averages over time of a run; the models, with the steps of their rounds, by which they
+    were made; and the last row of the log."""
+    rig = build(setup, Topology(rank, ranks, rank, setup.workers, ranks_per_worker))
+    models: list[tuple[int, list[float]]] = []
+
+    def record(round_: Round) -> None:
+        update(round_)
+        models.append((round_.length, rig.parameters().tolist()))
+
+    averages = rig.trainer.state.averages
+    update, averages.update = averages.update, record  # type: ignore[method-assign]
+    rig.trainer.train()
+    tensors = {name: t.flatten().tolist() for name, t in averages.tensors().items()}
+    return tensors, models, without_times(rig.tracker.rows)[-1], list(averages.models)
+
+
+@pytest.mark.parametrize(
+    ("plan", "workers", "ranks_per_worker"),
+    [(QSR, 4, 1), (GRADIENTS, 4, 1), (QSR, 1, 2)],
+    ids=["two_workers_a_rank", "data_parallel", "two_ranks_a_worker"],
+)
+def test_every_rank_has_the_same_averages_over_time(
+    plan: Plan, workers: int, ranks_per_worker: int
+) -> None:
+    setup = replace(SETUP, plan=plan, workers=workers, ema=EmaConfig(0.7, 1.0), folder=new_folder())
+    first, second = run_ranks(average_over_time, 2, setup, ranks_per_worker)
+    tensors, models, row, files = first
+    assert second[:3] == (tensors, models, row)
+    assert (files, second[3]) == (["ema", "uniform"], [])  # the first rank writes them
+    lengths = [length for length, _ in models]
+    assert sum(lengths) == 24
+    ema = sums = torch.tensor(models[0][1], dtype=torch.float64)
+    sums = lengths[0] * sums
+    for length, values in models[1:]:
+        model = torch.tensor(values, dtype=torch.float64)
+        ema = 0.7**length * ema + (1 - 0.7**length) * model
+        sums = sums + length * model
+    for name, wanted in (("ema", ema), ("uniform", sums / 24)):
+        own = [t for key, t in tensors.items() if f"/{name}/" in key]
+        found = torch.tensor([value for t in own for value in t], dtype=torch.float64)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert 0 <= row[f"{name}_top1"] <= 100

@@ -22,6 +22,7 @@ from qsr import build, load_model
 from qsr.config.load import load_config, run_folder
 from qsr.data import EvalTransform, Request, open_image_folders
 from qsr.data.torchvision import TorchvisionLoader
+from qsr.run.folder import read_rows
 from qsr.train.evaluation import Evaluator
 from tests.cli import ROOT
 from tests.support import CPU
@@ -52,6 +53,7 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
             *("experiment=demo/quadratic", "workers=2", "epochs=1", "schedule.warmup_epochs=0"),
             *("seed=3", "cluster.ranks=1", "cluster.threads_per_rank=1", "cluster.device=cpu"),
             *("data.loader=dali", "tracking=none", "tracking.progress=false"),
+            *("ema.decay=0.9", "ema.uniform_fraction=0.5"),
             *(f"data.root={digits}", f"runs_dir={tmp_path_factory.mktemp('runs')}"),
         ]
     )
@@ -130,6 +132,23 @@ def test_a_run_gives_its_own_numbers(trained: Trained, evaluate: Evaluate) -> No
     assert line == f"{top1}  {top5}  {loss}  (355 images, DALI on cpu, fp32)"
     assert said == f"the file says: {top1}  {top5}, after 22 steps"
     assert (status, err) == (0, [])
+
+
+@pytest.mark.parametrize("name", ["ema", "uniform"])
+def test_an_average_over_time_gives_its_own_numbers(
+    trained: Trained, evaluate: Evaluate, digits: Path, name: str
+) -> None:
+    file, summary = trained.folder / f"model_{name}.safetensors", trained.summary
+    status, (line, said), err = evaluate(file, f"data.root={digits}", "data.loader=dali")
+    top1, top5 = f"top-1 {summary[f'{name}_top1']:.3f} %", f"top-5 {summary[f'{name}_top5']:.3f} %"
+    loss = f"loss {summary[f'{name}_val_loss']:.4f}"
+    assert line == f"{top1}  {top5}  {loss}  (355 images, DALI on cpu, fp32)"
+    assert said == f"the file says: {top1}  {top5}, after 22 steps"
+    assert (status, err) == (0, [])
+    assert summary[f"{name}_val_loss"] != summary["val_loss"]
+    row = read_rows(trained.folder / "metrics.jsonl")[0][-1]
+    assert row[f"{name}_loss"] == summary[f"{name}_val_loss"]
+    assert not list(trained.folder.glob("*.partial"))
 
 
 def test_the_other_loader_differs_by_a_level_of_some_pixels(

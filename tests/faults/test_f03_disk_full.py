@@ -27,7 +27,17 @@ from qsr.sync.topology import Topology
 from qsr.train.state import checkpoint_bytes
 from tests.cli import RUN
 from tests.faults.inject import fill, needs_mounts, no_file_above, small_disk_here
-from tests.support import Rig, Setup, adamw, constant_sync, new_folder, run_ranks, sgd, train
+from tests.support import (
+    NO_EMA,
+    Rig,
+    Setup,
+    adamw,
+    constant_sync,
+    new_folder,
+    run_ranks,
+    sgd,
+    train,
+)
 from tests.support import build as build_rig
 
 LOCAL = Plan(ConstantSchedule(0.1, 24), ConstantRule(7))
@@ -230,15 +240,27 @@ def wide_net() -> nn.Module:
 )
 @pytest.mark.parametrize("plan", [LOCAL, GRADIENTS], ids=["local", "data_parallel"])
 @pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("outer", [OuterOptions(), OuterOptions(0.7, 0.9)], ids=["mean", "outer"])
+@pytest.mark.parametrize(
+    ("outer", "ema"),
+    [
+        (OuterOptions(), NO_EMA),
+        (OuterOptions(0.7, 0.9), NO_EMA),
+        (OuterOptions(), schema.EmaConfig(0.9, 1.0)),
+    ],
+    ids=["mean", "outer", "ema"],
+)
 def test_the_estimate_at_the_start_bounds_a_checkpoint(
-    plan: Plan, optimizer: schema.OptimizerConfig, workers: int, outer: OuterOptions
+    plan: Plan,
+    optimizer: schema.OptimizerConfig,
+    workers: int,
+    outer: OuterOptions,
+    ema: schema.EmaConfig,
 ) -> None:
     folder = new_folder()
-    setup = Setup(plan, workers, net=wide_net, optimizer=optimizer, stop_after=5, folder=folder)
-    setup = replace(setup, outer=outer)
+    setup = Setup(plan, workers, net=wide_net, optimizer=optimizer, stop_after=8, folder=folder)
+    setup = replace(setup, outer=outer, ema=ema)
     sync = constant_sync(outer_lr=outer.lr, outer_momentum=outer.momentum)
-    estimate = checkpoint_bytes(wide_net(), optimizer, plan, workers, sync)
+    estimate = checkpoint_bytes(wide_net(), optimizer, plan, workers, sync, ema)
     train(setup)
     (checkpoint,) = (folder / "checkpoints").iterdir()
     size = sum(path.stat().st_size for path in checkpoint.iterdir())

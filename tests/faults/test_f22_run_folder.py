@@ -26,7 +26,7 @@ from qsr.run.folder import Row, RunFolder, read_rows
 from qsr.run.identity import check_run_folder
 from qsr.run.lock import take
 from qsr.run.mirror import _wandb_id
-from qsr.run.results import reserve_results, write_results
+from qsr.run.results import ModelFile, reserve_results, write_results
 from qsr.run.tracking import JsonlTracker
 from qsr.train.model_file import Description
 from tests.cli import RUN, command, folder_in, same_weights, start, wait_for
@@ -464,7 +464,7 @@ def write_a_long_summary_on_a_full_disk(rank: int, ranks: int, path: Path) -> st
         real(old, new)
 
     os.replace = fill_and_replace  # type: ignore[assignment]
-    write_results(folder, model, ABOUT.metadata(), summary)
+    write_results(folder, ModelFile(model, ABOUT.metadata()), summary, {})
     return str(json.loads(folder.summary.read_text()) == summary)
 
 

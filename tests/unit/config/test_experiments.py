@@ -69,6 +69,7 @@ RECIPE: dict[str, tuple[Any, Any, Any]] = {
     "sync.average_momentum": (False, False, False),
     "sync.average_second_moment": (False, False, False),
     "sync.delay_steps": (0, 0, 0),
+    "ema.names": ((), (), ()),
 }  # fmt: skip
 
 #              workers, peak rate, warm-up steps, total steps, schedule
@@ -237,6 +238,17 @@ def test_what_a_rehearsal_keeps(name: str, setting: str, value: float) -> None:
     for part in setting.split("."):
         config = getattr(config, part)
     assert config == pytest.approx(value)
+
+
+def test_a_rehearsal_averages_over_the_same_part_of_the_run() -> None:
+    settings = ["experiment=vit_b16_b4096/quadratic_h4", "ema.decay=0.9999"]
+    settings += ["ema.uniform_fraction=0.2", "rehearsal=digits"]
+    config = load_config(settings)
+    steps = plan_of(config).total_steps  # instead of 93,600
+    assert config.ema.decay == pytest.approx(0.9999 ** (93_600 / steps), rel=1e-12)
+    assert config.ema.uniform_fraction == 0.2
+    shortest = load_config([*settings, "ema.decay=0.001"])
+    assert shortest.ema.decay == 1e-9
 
 
 def test_a_rehearsal_of_milestones() -> None:

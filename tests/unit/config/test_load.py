@@ -100,6 +100,12 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
          "momentum above 0"),
         (["experiment=demo/parallel", "sync.outer_momentum=0.9"], "averages no parameters"),
         ([DEMO, "sync.outer_lr=0.7", "sync.delay_steps=2"], "needs the average at the round's end"),
+        ([DEMO, "ema.decay=1"], "ema.decay=1: input should be less than 1"),
+        ([DEMO, "ema.decay=0"], "ema.decay=0: input should be greater than 0"),
+        ([DEMO, "ema.uniform_fraction=1.5"], "ema.uniform_fraction=1.5: input should be less than"),
+        ([DEMO, "ema.uniform_from=0.5"], "ema.uniform_from is not a setting; did you mean ema.uni"),
+        ([DEMO, "ema.decay=0.99", "sync.delay_steps=2"], "sync.delay_steps=2: ema.* needs the "
+         "workers' mean at the round's end: set it to 0"),
         ([DEMO, "sync.delay_steps=2", "sync.average_momentum=true"], "only parameters, not "
          "moments, can be averaged with a delay"),
         ([DEMO, "model=timm"], "model.timm_name has no value"),
@@ -218,6 +224,10 @@ def test_a_run_from_before_a_setting_is_the_run_that_has_its_old_value() -> None
     compiled = load_config([DEMO, "compile=default"])
     assert differences(compiled, parse_identity(stored)) == ["compile: none -> default"]
     assert config_hash(compiled) != config_hash(parse_identity(stored))
+    del stored["ema"]
+    assert differences(load_config([DEMO]), parse_identity(stored)) == []
+    averaged = load_config([DEMO, "ema.decay=0.99"])
+    assert differences(averaged, parse_identity(stored)) == ["ema.decay: None -> 0.99"]
 
 
 @pytest.mark.parametrize("name", sorted(
@@ -288,8 +298,9 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     config = load_config([DEMO])
     left_out = leaves(to_dict(config)) - set(identity(config))
     assert {name.split(".")[0] for name in left_out} == {
-        "checkpoint", "cluster", "compile", "cuda_graphs", "data", "evaluation", "experiment",
-        "profile", "ranks_per_worker", "runs_dir", "speed", "stop_after_steps", "sync", "tracking",
+        "checkpoint", "cluster", "compile", "cuda_graphs", "data", "ema", "evaluation",
+        "experiment", "profile", "ranks_per_worker", "runs_dir", "speed", "stop_after_steps",
+        "sync", "tracking",
     }  # fmt: skip
     assert {name for name in left_out if name.startswith(("data", "evaluation", "sync"))} == {
         "data.loader_threads",
@@ -298,6 +309,7 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
         "evaluation.batch",
         "evaluation.every_epochs",
         # at the values of runs from before there were such settings
+        "data.label_noise",
         "sync.delay_steps",
         "sync.h_max",
         "sync.outer_lr",

@@ -97,6 +97,25 @@ def test_one_seed_has_no_interval(tmp_path: Path, write_run: WriteRun) -> None:
     assert len(top1_figure(study).axes) == 2
 
 
+def test_averages_over_time_have_columns_where_a_run_has_them(
+    tmp_path: Path, write_run: WriteRun, study: Study
+) -> None:
+    titles = ["EMA top-1 %", "uniform top-1 %"]
+    assert not any(title in study_markdown(study) for title in titles)
+    names = {name for _, name in rows_of(study_table(study))}
+    assert names.isdisjoint({"ema_top1_percent", "uniform_top1_percent"})
+    for seed, top1 in ((4, 91.0), (5, 93.0)):
+        write_run("experiment=demo/quadratic", f"seed={seed}", ema_top1=top1, ema_val_loss=0.3)
+    more = read_study([tmp_path], to=CONSTANT)
+    found = rows_of(study_table(more))[QSR, "ema_top1_percent"]
+    assert (found["measured"], found["mean"]) == (2, 92.0)
+    text = study_markdown(more)
+    assert titles[0] in text
+    assert titles[1] not in text
+    assert "EMA, uniform: of averages of that model over time" in text
+    assert titles[0] in study_html(more)
+
+
 def terminal(study: Study, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     print_study(study, console)

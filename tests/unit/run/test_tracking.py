@@ -163,6 +163,18 @@ def test_waiting_for_data_is_said_where_it_is_above_5_percent() -> None:
         assert f"988 img/s{said} " in shown().splitlines()[-1]
 
 
+def test_averages_over_time_stand_beside_the_model() -> None:
+    tracker, shown = on_terminal()
+    tracker.log({**eval_row(4, shadow=True), "ema_top1": 62.5, "ema_loss": 0.4})
+    tracker.log({**eval_row(8), "ema_top1": 63.75, "uniform_top1": 60.0})
+    tracker.close()
+    lines = [line.strip() for line in shown().splitlines() if "top-1" in line]
+    assert [line.partition("loss ")[2] for line in lines] == [
+        "0.500  (averaged for this evaluation only)  ema 62.50 %",
+        "0.500  ema 63.75 %  uniform 60.00 %",
+    ]
+
+
 def test_a_rewound_bar_goes_back() -> None:
     tracker, shown = on_terminal()
     tracker.log(train_row(8))

@@ -26,7 +26,7 @@ from qsr.data import ImageFolder, Loader, Request
 from qsr.errors import ModelFileError
 from qsr.run.checkpoint_files import pack_tensors
 from qsr.run.folder import RunFolder
-from qsr.run.results import missing_room, reserve_results, write_results
+from qsr.run.results import ModelFile, missing_room, reserve_results, write_results
 from qsr.train.model_file import (
     Description,
     LoadedModel,
@@ -329,8 +329,20 @@ def test_the_room_for_many_class_names_is_taken(tmp_path: Path) -> None:
     reserve_results(folder, model, about.metadata())
     assert missing_room(folder, model, about.metadata()) == 0
     final = replace(about, top1=100 / 3, top5=200 / 3)
-    write_results(folder, model, final.metadata(), {})
+    write_results(folder, ModelFile(model, final.metadata()), {}, {})
     assert wanted - 2**20 - 2**12 <= folder.model.stat().st_size <= wanted - 2**20
+
+
+def test_averages_over_time_have_their_room(tmp_path: Path) -> None:
+    folder, model, about = RunFolder(tmp_path), {"weight": torch.ones(1000)}, ABOUT.metadata()
+    one, three = (missing_room(folder, model, about, n) for n in ((), ("ema", "uniform")))
+    assert three - 2**20 == 3 * (one - 2**20)
+    reserve_results(folder, model, about, ("ema", "uniform"))
+    assert missing_room(folder, model, about, ("ema", "uniform")) == 0
+    files = {n: ModelFile({"weight": torch.full((1000,), v)}, about) for n, v in (("ema", 2.0),)}
+    write_results(folder, ModelFile(model, about), {}, files)
+    (weights,) = read_weights(folder.averaged_model("ema")).values()
+    assert torch.equal(weights, torch.full((1000,), 2.0))
 
 
 def test_the_pixels_are_normalised(tmp_path: Path) -> None:
