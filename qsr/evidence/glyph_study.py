@@ -93,6 +93,7 @@ def measure_run(trial: Trial, settings: Sequence[str]) -> Record:
         **about,
         "rate": config.schedule.peak_lr,
         **{key: outcome[key] for key in keys},
+        **{key: outcome[key] for key in ("ema_top1", "uniform_top1") if key in outcome},
         "evaluations": [
             {key: row[key] for key in ("step", "top1", "loss")}
             for row in rows
