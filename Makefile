@@ -5,7 +5,7 @@ RUNS ?= runs
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint rehearse evidence evidence-deep bench tables notebooks notebook test-slow test-faults test-slurm test-gpu golden clean
+.PHONY: demo test lint rehearse evidence evidence-deep evidence-glyphs bench tables notebooks notebook test-slow test-faults test-slurm test-gpu golden clean
 
 demo: $(INSTALLED)  ## digits under three rules, 4 workers: table and pictures in results/demo/
 	$(BIN)/python scripts/demo.py
@@ -29,6 +29,10 @@ evidence: $(INSTALLED)  ## small networks on which the rules' effect is seen: re
 
 evidence-deep: $(INSTALLED)  ## small deep networks under four rules: results/evidence/, about an hour on 2 cores
 	$(BIN)/python scripts/deep_evidence.py
+
+evidence-glyphs: $(INSTALLED)  ## the small networks on unseen fonts: results/evidence/; minutes on a GPU, days on a CPU
+	$(BIN)/python scripts/prepare.py glyphs
+	$(BIN)/python scripts/glyph_evidence.py
 
 bench: $(INSTALLED)  ## all benchmarks that need no GPU: results/bench/, under 20 minutes on 2 idle cores
 	$(BIN)/python scripts/bench.py

@@ -73,7 +73,7 @@ def test_the_demo_averages_as_often_as_the_readme_says() -> None:
 def test_every_preparing_command_is_accepted() -> None:
     commands = DATA.replace("\\\n", " ")
     found = re.findall(r"^    python scripts/prepare\.py ([^#\n]+)", commands, re.MULTILINE)
-    assert len(found) == 5
+    assert len(found) == 6
     for command in found:
         prepare.parser(Path("data")).parse_args(command.split())
 
@@ -82,7 +82,7 @@ def test_every_training_command_is_accepted() -> None:
     commands = (README + DATA).replace("\\\n", " ")
     # those that end with ... are not whole
     found = re.findall(r"scripts/train\.py (.+[^.\n])$", commands, re.MULTILINE)
-    assert len(found) == 5
+    assert len(found) == 6
     folders = {run_folder(c) for command in found for c in load_configs(command.split())}
     assert len(folders) == 6  # ours and torchrun's are the same run, one command gives three
 
