@@ -25,6 +25,8 @@ def build(name: str, num_classes: int = 10, image_size: int = 32) -> nn.Module:
     ("name", "classes", "size", "parameters"),
     [
         ("resnet152", 1000, 224, 60_192_808),
+        ("resnet50", 1000, 224, 25_557_032),
+        ("vit_s16", 1000, 224, 21_958_504),
         ("vit_b16", 1000, 224, 86_381_800),  # vit-pytorch 1.2.8's SimpleViT
         ("small_resnet", 10, 32, 78_042),
         ("small_vit", 10, 32, 203_050),
