@@ -2,8 +2,8 @@
 
     qsr plan experiment=vit_b16_b4096/quadratic_h4 speed=paper_2x8
     qsr plan experiment=... sync.alpha=0.01,0.0175,0.03      one row per value
-    qsr plan solve hours=22 experiment=... speed=NAME        H_base and alpha for a budget of hours
-    qsr plan solve volume=10 experiment=...                  ... of communication, in percent
+    qsr plan solve hours=22 experiment=... speed=NAME        alpha for a budget of hours
+    qsr plan solve volume=10 experiment=...                  alpha for a volume, in percent
     qsr plan calibrate experiment=... name=NAME              measure these machines
     qsr plan what-if                 where QSR pays, by link, workers and GPU
 
@@ -45,9 +45,9 @@ from qsr.planner.what_if import all_cases
 def main(arguments: list[str]) -> int:
     commands = {"calibrate": calibrate, "solve": solve_budget, "what-if": what_if}
     name, *others = arguments or [""]
-    if name in commands:
-        return commands[name](read(others, _OWN))
-    line = read(arguments, _OWN)
+    line = read(others if name in commands else arguments, _OWN)
+    if name in commands and "--help" not in line.given:
+        return commands[name](line)
     status = answer(line, __doc__, OWN_OPTIONS["plan"])
     return plan(line) if status is None else status
 

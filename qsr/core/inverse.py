@@ -157,7 +157,11 @@ def solve_alpha(
     first = roughly.alpha(budget)
     # the sum is off by about as much at the first guess as at the solution
     corrected = budget * roughly.spent(first) / spent(_index(first))
-    index = _index(roughly.alpha(corrected))
+    before, index = _index(first), _index(roughly.alpha(corrected))
+    if spent(index) != spent(before):  # where they differ, a straight line through both is closer
+        slope = (spent(index) - spent(before)) / (index - before)
+        jump = (budget - spent(index)) / slope
+        index += round(max(-_PER_DECADE, min(jump, _PER_DECADE)))
     step = -1 if spent(index) <= budget else 1
     while (spent(index + step) <= budget) == (step < 0):
         index, step = index + step, 2 * step

@@ -174,7 +174,7 @@ def test_a_plan_needs_no_torch(arguments: list[str]) -> None:
 
 
 def test_help_without_arguments(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main([]) == script.main(["--help"]) == 0
+    assert script.main([]) == script.main(["--help"]) == script.main(["solve", "--help"]) == 0
     assert "calibrate experiment=" in capsys.readouterr().out
 
 

@@ -95,4 +95,6 @@ def test_an_unknown_timm_model_is_refused_with_near_names(name: str) -> None:
 def test_images_that_do_not_divide_into_patches_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.image_size=225 is not a multiple"):
         check_model(settings("vit_b16"), 225)
+    with pytest.raises(ConfigError, match=r"is not a multiple of vit_s16's patch size 16"):
+        check_model(settings("vit_s16"), 232)
     check_model(settings("vit_b16"), 240)
