@@ -24,7 +24,7 @@ from qsr.output import program, warn
 ROOT = Path(__file__).parents[1]
 NAMES = (
     *("slow_link", "average", "trainer", "host_memory"),
-    *("loaders", "delay", "scale", "checkpoint"),
+    *("loaders", "delay", "scale", "checkpoint", "solve"),
 )
 """Modules of benchmarks/, in the order they run."""
 

@@ -2,11 +2,14 @@
 
     qsr plan experiment=vit_b16_b4096/quadratic_h4 speed=paper_2x8
     qsr plan experiment=... sync.alpha=0.01,0.0175,0.03      one row per value
+    qsr plan solve hours=22 experiment=... speed=NAME        alpha for a budget of hours
+    qsr plan solve volume=10 experiment=...                  alpha for a volume, in percent
     qsr plan calibrate experiment=... name=NAME              measure these machines
     qsr plan what-if                 where QSR pays, by link, workers and GPU
 
 Takes the settings of `qsr train`. --json prints one JSON object instead; --figure FILE draws
-FILE.png and FILE.svg. calibrate writes ~/.config/qsr/speed/NAME.yaml (or DIR/speed/NAME.yaml, with
+FILE.png and FILE.svg. solve gives the smallest alpha for each H_base: QSR replaces the run's rule,
+all else stays. calibrate writes ~/.config/qsr/speed/NAME.yaml (or DIR/speed/NAME.yaml, with
 --config-dir DIR), for use as speed=NAME; start it with torchrun on several machines.
 docs/planning.md explains the predictions.
 Exit status: 0 done, 1 failed, 2 wrong settings, 130 interrupted.
@@ -16,6 +19,7 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,23 +28,26 @@ from qsr.cli.usage import OWN_OPTIONS
 from qsr.cluster.place import find_place
 from qsr.config.load import load_config
 from qsr.config.places import user_folder
+from qsr.config.planning import make_plan
+from qsr.config.quadratic import with_quadratic_rule
 from qsr.config.schema import Config
 from qsr.errors import ConfigError, UnknownPlanError, showing_errors
 from qsr.output import in_words_of_caller, printer, program, warn
 from qsr.planner import as_json as planner_json
-from qsr.planner import profiles
+from qsr.planner import profiles, solve_text
 from qsr.planner import text as planner_text
 from qsr.planner.forecast import forecast, known_classes, known_images
+from qsr.planner.solve import solve
 from qsr.planner.what_if import all_cases
 
 
 @showing_errors
 def main(arguments: list[str]) -> int:
-    commands = {"calibrate": calibrate, "what-if": what_if}
+    commands = {"calibrate": calibrate, "solve": solve_budget, "what-if": what_if}
     name, *others = arguments or [""]
-    if name in commands:
-        return commands[name](read(others, _OWN))
-    line = read(arguments, _OWN)
+    line = read(others if name in commands else arguments, _OWN)
+    if name in commands and "--help" not in line.given:
+        return commands[name](line)
     status = answer(line, __doc__, OWN_OPTIONS["plan"])
     return plan(line) if status is None else status
 
@@ -83,6 +90,29 @@ def _print_not_known(config: Config, reason: UnknownPlanError, *, as_json: bool)
         _print_json({"experiment": config.experiment, **values, "notes": [str(reason)]})
     else:
         print(f"{config.experiment}\n{reason}")
+
+
+def solve_budget(line: CommandLine) -> int:
+    """Find the quadratic rules that keep to a budget of hours or of communication volume."""
+    options = _options(line)
+    budgets = [text for text in line.settings if text.partition("=")[0] in ("hours", "volume")]
+    if len(budgets) != 1:
+        raise ConfigError("solve needs one budget: hours=22, or volume=10 for 10 %")
+    given = [text for text in line.settings if text not in budgets]
+    found = with_quadratic_rule(given, line.folders)
+    solution = solve(found.config, budgets[0], _parameters(found.config))
+    words = [*replace(line, settings=found.settings).words, *solution.rule_settings]
+    if options.json:
+        _print_json(planner_json.solution_record(solution))
+    else:
+        solve_text.print_solution(solution, found.replaced, f"qsr plan {shlex.join(words)}")
+    if options.figure:
+        from qsr.report.plan_plots import plan_figure  # matplotlib takes a second
+
+        plan = make_plan(solution.config, known_images(solution.config))
+        label = solution.config.sync.label
+        _save(plan_figure({label: plan}, solution.steps_per_epoch), options.figure)
+    return 0
 
 
 def what_if(line: CommandLine) -> int:

@@ -102,8 +102,12 @@ def parameter_count(model: schema.AnyModel, classes: int) -> int:
     match model.name:
         case "resnet152":
             return 58_143_808 + 2049 * classes
+        case "resnet50":
+            return 23_508_032 + 2049 * classes
         case "vit_b16":
             return 85_612_800 + 769 * classes
+        case "vit_s16":
+            return 21_573_504 + 385 * classes
         case "small_resnet":
             return 77_392 + 65 * classes
         case "small_vit":

@@ -122,6 +122,7 @@ def rehearse(config: schema.Config, rehearsal: Rehearsal, data: schema.DataConfi
         global_batch=workers * rehearsal.local_batch,
         micro_batch=rehearsal.local_batch // micro_batches,
         precision=rehearsal.precision,
+        cuda_graphs=False,  # there may be no GPU
         model=config.model
         if own
         else schema.ModelConfig(rehearsal.models[config.model.name], None, channels_last=False),

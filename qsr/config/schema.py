@@ -51,9 +51,12 @@ Compile = Literal["none", "default", "max_autotune"]
 class ModelConfig:
     """Which network to train, from scratch."""
 
-    name: Literal["resnet152", "vit_b16", "timm", "small_resnet", "small_vit"]
-    """resnet152: torchvision's. vit_b16: vit-pytorch 1.2.8's SimpleViT, the paper's. timm: any timm
-    model. small_resnet (BatchNorm) and small_vit (SimpleViT): for small images and CPUs."""
+    name: Literal[
+        "resnet152", "resnet50", "vit_b16", "vit_s16", "timm", "small_resnet", "small_vit"
+    ]
+    """resnet152, resnet50: torchvision's. vit_b16: vit-pytorch 1.2.8's SimpleViT, the paper's;
+    vit_s16: the same of half the width. timm: any timm model. small_resnet (BatchNorm) and
+    small_vit (SimpleViT): for small images and CPUs."""
     timm_name: str | None
     """Name in timm's registry, for name=timm only."""
     channels_last: bool

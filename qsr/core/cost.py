@@ -260,17 +260,25 @@ class CostModel:
         seconds = plan.gradient_rounds * self._gradient_step_seconds(overlapped)
         # the trainer does not overlap in plans with both kinds of averages
         overlap_within = self.overlap_within_workers and not plan.gradient_rounds
-        within = self.seconds_within_workers(overlapped=overlap_within)
-        hidden = self.delay_steps * (self.compute_seconds + within)
+        step_seconds = self.local_step_seconds(overlapped=overlap_within)
         if plan.gradient_rounds < plan.num_rounds:
             for round_ in plan.rounds():
                 if round_.averages == "parameters":
-                    each = self.average_seconds + self.round_waiting_seconds(round_.length)
                     last = round_.end == plan.total_steps
-                    seconds += each if last else max(0.0, each - hidden)
+                    seconds += self.round_seconds(round_.length, step_seconds, last=last)
         local_steps = plan.total_steps - plan.gradient_rounds
-        compute = plan.total_steps * self.compute_seconds + local_steps * within
+        compute = plan.gradient_rounds * self.compute_seconds + local_steps * step_seconds
         return RunCost(compute, seconds, self.allreduce.ranks)
+
+    def local_step_seconds(self, *, overlapped: bool) -> float:
+        """Computing of a local step, with the average of gradients among the ranks of a worker."""
+        return self.compute_seconds + self.seconds_within_workers(overlapped=overlapped)
+
+    def round_seconds(self, h: int, step_seconds: float, *, last: bool) -> float:
+        """What the average after `h` local steps adds to their computing: all of it at the end of
+        the run (`last`), before it what the steps of the delay do not hide."""
+        each = self.average_seconds + self.round_waiting_seconds(h)
+        return each if last else max(0.0, each - self.delay_steps * step_seconds)
 
     def _gradient_step_seconds(self, overlapped: bool) -> float:
         """Time of a data parallel step in addition to its computing."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from qsr.planner import what_if
 from qsr.planner.forecast import Forecast, Method
+from qsr.planner.solve import Solution
 
 
 def forecast_record(forecast: Forecast) -> dict[str, Any]:
@@ -73,6 +74,24 @@ def _method_record(forecast: Forecast, method: Method) -> dict[str, Any]:
         "gpu_hours": cost.gpu_hours,
         "price": price and price * cost.gpu_hours,
         "basis": "fitted" if method.fitted_hours else "predicted",
+    }
+
+
+def solution_record(solution: Solution) -> dict[str, Any]:
+    """The rules that keep to a budget; hours are null without a speed profile that fits."""
+    config = solution.config
+    return {
+        "budget": solution.budget,
+        "model": config.model.label,
+        "global_batch": config.global_batch,
+        "speed": config.speed.name if config.speed else None,
+        "steps": solution.steps,
+        "steps_per_epoch": solution.steps_per_epoch,
+        "rows": [vars(row) | {"recommended": row is solution.recommended} for row in solution.rows],
+        "settings": solution.rule_settings,
+        "unverified": solution.unverified,
+        "sources": {s.name: {"value": s.value, "source": s.text} for s in solution.sources},
+        "why_no_hours": solution.why_no_hours or None,
     }
 
 

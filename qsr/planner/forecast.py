@@ -20,6 +20,7 @@ from qsr.planner.cost_model import (
 )
 
 PRICE = "price_per_gpu_hour"
+UNVERIFIED_NOTE = "?: this number depends on an unverified constant, see the sources"
 
 
 def is_unverified(source: str) -> bool:
@@ -107,15 +108,7 @@ class Forecast:
         unverified constant."""
         if method.cost is None:
             return frozenset()
-        key = speed_key(self.config)
-        names = {s.name for s in _of_times(self.sources) if is_unverified(s.text)}
-        found = set()
-        if key in names:
-            found.add("compute")
-        # what DDP hides depends on the backward pass's time
-        if names - {key} or (key in names and method.overlapped):
-            found.add("communication")
-        return frozenset(found | {"total"}) if found else frozenset()
+        return unverified_times(self.config, overlapped=bool(method.overlapped))
 
     def notes(self) -> list[str]:
         """What a reader must know about the times."""
@@ -129,7 +122,7 @@ class Forecast:
                 "fitted: the profile was fitted to this time, so it proves nothing that they agree"
             )
         if any(self.unverified(method) for method in self.methods):
-            notes.append("?: this number depends on an unverified constant, see the sources")
+            notes.append(UNVERIFIED_NOTE)
         if allreduce.ranks > 1 and self.model.overlapped_step_seconds is None:
             notes.append(
                 "overlapped: assumes that hidden all-reduces do not slow down the backward pass"
@@ -167,10 +160,24 @@ def forecast(config: schema.Config, parameters: int | None = None) -> Forecast:
         steps_per_epoch=make_sampler(config, images).steps_per_epoch,
         parameters=parameters,
         methods=tuple(_methods(config, plan, parameters, model)),
-        sources=_sources(config) if model else (),
+        sources=sources_of(config) if model else (),
         model=model,
         why_no_times=why_no_times,
     )
+
+
+def unverified_times(config: schema.Config, *, overlapped: bool) -> frozenset[str]:
+    """Which times ("compute", "communication", "total") of a run with a speed profile that fits it
+    depend on an unverified constant. `overlapped`: DDP's averages of gradients."""
+    key = speed_key(config)
+    names = {s.name for s in _of_times(sources_of(config)) if is_unverified(s.text)}
+    found = set()
+    if key in names:
+        found.add("compute")
+    # what DDP hides depends on the backward pass's time
+    if names - {key} or (key in names and overlapped):
+        found.add("communication")
+    return frozenset(found | {"total"}) if found else frozenset()
 
 
 def known_images(config: schema.Config) -> int:
@@ -234,12 +241,17 @@ def _method(
         bytes_sent_per_worker=round(ring_bytes(config.workers, given)),
         bytes_per_link=None if model is None else round(model.bytes_per_link(plan)),
         cost=model.run(plan, overlapped=bool(overlapped)) if model else None,
-        fitted_hours=None if model is None or overlapped else _fitted_hours(config, plan, model),
+        fitted_hours=None
+        if model is None or overlapped
+        else fitted_hours(config, model, plan.total_steps, plan.num_rounds),
     )
 
 
-def _fitted_hours(config: schema.Config, plan: Plan, model: CostModel) -> float | None:
-    sources = _sources(config)
+def fitted_hours(
+    config: schema.Config, model: CostModel, steps: int, averages: int
+) -> float | None:
+    """The published time of a run with so many averages, if the profile was fitted to it."""
+    sources = sources_of(config)
     if (
         model.moment_bytes
         or model.parts is not None
@@ -252,14 +264,15 @@ def _fitted_hours(config: schema.Config, plan: Plan, model: CostModel) -> float 
             speed_key(config),
             model.allreduce.ranks,
             config.global_batch,
-            plan.total_steps,
-            plan.num_rounds,
+            steps,
+            averages,
         ):
             return run.hours
     return None
 
 
-def _sources(config: schema.Config) -> tuple[Source, ...]:
+def sources_of(config: schema.Config) -> tuple[Source, ...]:
+    """The constants that the times of a run with a speed profile that fits it come from."""
     speed, key = config.speed, speed_key(config)
     assert speed is not None
     values = {

@@ -12,13 +12,14 @@ from qsr.core.cost import Link
 from qsr.planner import what_if
 from qsr.planner.forecast import Forecast, Method
 from qsr.planner.profiles import Measurement
+from qsr.planner.solve import Solution
 
 WIDTH = 100
 
 
 def print_forecast(forecast: Forecast) -> None:
     """Print one run: its rounds, and a row for each way to train."""
-    console = _console()
+    console = make_console()
     config, plan, longest = forecast.config, forecast.plan, forecast.plan.longest_round
     rounds = list(plan.rounds())
     speeds = f", speeds of {config.speed.name}" if config.speed else ""
@@ -45,7 +46,7 @@ def print_forecast(forecast: Forecast) -> None:
         )
     for note in forecast.notes():
         console.print(f"  {note}")
-    _print_sources(console, [forecast])
+    print_sources(console, [forecast])
 
 
 def plan_line(forecast: Forecast) -> str:
@@ -65,8 +66,8 @@ def plan_line(forecast: Forecast) -> str:
 
 def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forecast]) -> None:
     """Print a row for each of several runs, with the settings that distinguish them."""
-    console = _console()
-    table = _table(
+    console = make_console()
+    table = make_table(
         *(".\n".join(name.rsplit(".", 1)) for name in settings[0]),
         *("rounds", "volume\n%", "longest\nround", "in\nepochs", "total\nh"),
         *("", "vs blocking\ndata parallel", "vs overlapped\ndata parallel"),
@@ -92,12 +93,12 @@ def print_sweep(settings: Sequence[Mapping[str, str]], forecasts: Sequence[Forec
             "  data parallel overlaps its averages with the backward pass here; the paper's does "
             "not: cluster.overlap_gradients=false"
         )
-    _print_sources(console, forecasts)
+    print_sources(console, forecasts)
 
 
 def print_calibration(speed: SpeedConfig, found: Measurement) -> None:
     """Print the measured times beside the fitted ones."""
-    console = _console()
+    console = make_console()
     console.print(f"{found.key}: {1000 * found.seconds_per_image:.4g} ms per image and rank")
     if speed.link_gbit_per_second is None:
         console.print("one rank: no all-reduce to measure")
@@ -116,7 +117,7 @@ def print_calibration(speed: SpeedConfig, found: Measurement) -> None:
         speed.link_gbit_per_second * 1e9 / 8,
         speed.latency_seconds,
     )
-    table = _table("all-reduce\nMB", "measured\nms", "fit\nms")
+    table = make_table("all-reduce\nMB", "measured\nms", "fit\nms")
     for size, seconds in zip(found.sizes_bytes, found.allreduce_seconds, strict=True):
         fit = 1000 * link.seconds(size)
         table.add_row(f"{size / 1e6:.4g}", f"{1000 * seconds:.4g}", f"{fit:.4g}")
@@ -135,14 +136,14 @@ def print_calibration(speed: SpeedConfig, found: Measurement) -> None:
 
 def print_what_if(cases: Sequence[what_if.Case]) -> None:
     """Print a row per network and GPU and a column per link, for the smallest number of workers."""
-    console = _console()
+    console = make_console()
     fewest = [case for case in cases if case.workers == min(case.workers for case in cases)]
     links = sorted({case.link_gbit_per_second for case in cases})
     console.print(
         f"Time that QSR saves with {fewest[0].workers} workers, in % of blocking/overlapped "
         f"data parallel training; columns: effective link of a machine in Gbit/s"
     )
-    table = _table("", "GPU", *(f"{link:g}" for link in links))
+    table = make_table("", "GPU", *(f"{link:g}" for link in links))
     for network, gpu in dict.fromkeys((case.network, case.gpu) for case in fewest):
         row = {c.link_gbit_per_second: c for c in fewest if (c.network, c.gpu) == (network, gpu)}
         shares = [(row[x].saved_of_blocking, row[x].saved_of_overlapped) for x in links]
@@ -185,7 +186,7 @@ def _method_table(forecast: Forecast) -> Table:
     if with_times:
         names += ["GB per\nlink", "compute\nh", "comm.\nh", "total\nh", "GPU\nh"]
         names += ["price", ""] if price else [""]
-    table = _table(*names)
+    table = make_table(*names)
     for method in forecast.methods:
         cells = [
             method.label,
@@ -243,7 +244,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _print_sources(console: Console, forecasts: Sequence[Forecast]) -> None:
+def print_sources(console: Console, forecasts: Sequence[Forecast | Solution]) -> None:
+    """Print where the constants of the times come from, once for each profile."""
     known = [(f.config.speed.name, f.sources) for f in forecasts if f.config.speed and f.sources]
     for profile in dict.fromkeys(name for name, _ in known):
         console.print(f"Constants of {profile}:")
@@ -252,7 +254,8 @@ def _print_sources(console: Console, forecasts: Sequence[Forecast]) -> None:
             console.print(f"  {name} = {value:.6g}: {text}")
 
 
-def _table(*columns: str) -> Table:
+def make_table(*columns: str) -> Table:
+    """An empty table without frame, the first column on the left."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="")
     for index, name in enumerate(columns):
         # the first column folds where the terminal is narrow
@@ -261,7 +264,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _console() -> Console:
+def make_console() -> Console:
+    """The terminal, or a file of WIDTH columns."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = WIDTH  # a file has none

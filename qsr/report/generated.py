@@ -82,6 +82,7 @@ _INDEX = """# The paper's tables, and what was reproduced here
 
 `make tables` writes this folder from the [reference values](../paper/README.md), the
 [recorded runs](../runs/README.md) and the experiments' plans. `make test` sees that it is current.
+The numbers of the tables are ours; the final paper's may differ.
 
 """
 

@@ -96,8 +96,8 @@ class LoadedModel(NamedTuple):
 
     def export(self) -> dict[str, Tensor]:
         """The weights under the names of the library that the network comes from: vit-pytorch's
-        SimpleViT for vit_b16 and small_vit, torchvision (and timm) for resnet152, timm for its own
-        networks. small_resnet, and your own, keep their names."""
+        SimpleViT for vit_b16, vit_s16 and small_vit, torchvision (and timm) for resnet152 and
+        resnet50, timm for its own networks. small_resnet, and your own, keep their names."""
         state = self.module.state_dict()
         return to_vit_pytorch(state) if isinstance(self.module, SimpleViT) else state
 

@@ -72,7 +72,7 @@ def count_parameters(settings: AnyModel, num_classes: int, image_size: int) -> i
 
 def check_model(settings: AnyModel, image_size: int) -> None:
     """Raise ConfigError if there is no such network, or if it cannot take this image size."""
-    patch = {"vit_b16": 16, "small_vit": 4}.get(settings.name, 1)
+    patch = {"vit_b16": 16, "vit_s16": 16, "small_vit": 4}.get(settings.name, 1)
     if image_size % patch:
         raise ConfigError(
             f"data.image_size={image_size} is not a multiple of {settings.name}'s patch size "

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import resnet152
+from torchvision.models import resnet50, resnet152
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from qsr.train.vit import SimpleViT
@@ -24,14 +24,17 @@ def build_network(
     match name:
         case "resnet152":
             model = resnet152(weights=None, num_classes=num_classes)
-        case "vit_b16":
+        case "resnet50":
+            model = resnet50(weights=None, num_classes=num_classes)
+        case "vit_b16" | "vit_s16":
+            width, heads = (768, 12) if name == "vit_b16" else (384, 6)
             model = SimpleViT(
                 image_size=image_size,
                 patch_size=16,
                 num_classes=num_classes,
-                width=768,
+                width=width,
                 depth=12,
-                heads=12,
+                heads=heads,
             )
         case "small_resnet":
             model = SmallResNet(num_classes)

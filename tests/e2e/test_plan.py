@@ -50,6 +50,16 @@ def script() -> ModuleType:
         ([DEMO, SPEED], "speed.seconds_per_image: choose a profile first, with speed=NAME; --help"),
         ([DEMO, "model=timm", "model.timm_name=resnt18"], "timm has no such model; "
          "closest: resnet18"),
+        (["solve", DEMO], "solve needs one budget: hours=22, or volume=10 for 10 %"),
+        (["solve", DEMO, "hours=1", "volume=1"], "solve needs one budget"),
+        (["solve", DEMO, "volume=lots"], "volume=lots: give a positive number, as in volume=10"),
+        (["solve", DEMO, "volume=0.1"], "volume=0.1: the least with 330 steps is 1 average, "
+         "0.3031 %; give less than 100 (H = 1 throughout)"),
+        (["solve", DEMO, "hours=1"], "no hours: no speeds are given; choose a profile"),
+        (["solve", DEMO, "hours=1", "speed=paper_2x8"], "no hours: speed=paper_2x8 has no speed "
+         "for small_resnet@32/fp32"),
+        (["solve", DEMO, "hours=1", "speed=paper_2x8", SPEED], "hours=1: computing alone takes "),
+        (["solve", DEMO, "volume=10", "seed=1,2"], "these settings ask for 2 runs: ask for one"),
         (["what-if", DEMO], "what-if takes no settings: remove experiment=demo/quadratic"),
         (["calibrate", DEMO], "calibrate needs name=NAME"),
         (["calibrate", DEMO, "name=paper_8x8"], "paper_8x8.yaml: choose another name"),
@@ -87,6 +97,42 @@ def test_a_sweep_has_a_record_for_each_combination(
     assert {run["cluster"] for run in speeds["sweep"]} == {"local"}
 
 
+def test_a_budget_is_solved_and_the_printed_command_plans_it(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("experiment=vit_b16_b4096/parallel", "speed=paper_2x8", "seed=3")
+    assert script.main(["solve", "hours=20.2001", *settings]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "QSR takes the place of the run's own rule (data parallel); all else stays" in lines
+    (row,) = [line.split() for line in lines if line.rstrip().endswith("recommended")]
+    assert row == [
+        *("4", "0.0175", "9,711", "10.38", "20.20", "fitted", "4", "13", "8,142", "8,142"),
+        *("26.1", "recommended"),
+    ]
+    command = lines[-1].split()
+    assert command[:2] == ["qsr", "plan"]  # of a script named otherwise
+    assert command[2:] == [*settings, "sync=quadratic", "sync.h_base=4", "sync.alpha=0.0175"]
+    planned = record(script, capsys, *command[2:])
+    assert planned["rounds"] == 9711
+    solved = record(script, capsys, "solve", "hours=20.2001", *settings)
+    assert solved["settings"] == command[-2:]
+    best = next(row for row in solved["rows"] if row["recommended"])
+    assert best["hours"] == pytest.approx(planned["methods"][0]["total_hours"])
+    assert (best["rounds"], best["volume"]) == (9711, planned["volume"])
+
+
+def test_unverified_hours_of_a_solution_are_marked(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("experiment=resnet152_b4096/quadratic_h2", "speed=paper_2x8")
+    assert script.main(["solve", "volume=39.7", *settings]) == 0
+    text = capsys.readouterr().out
+    (row,) = [line.split() for line in text.splitlines() if line.rstrip().endswith("recommended")]
+    assert row[0] == "2"
+    assert re.fullmatch(r"18\.\d\d\?", row[4])
+    assert "?: this number depends on an unverified constant" in text
+
+
 def test_a_network_of_timm_is_counted(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,14 +145,19 @@ def test_pictures_are_written(
 ) -> None:
     assert script.main([DEMO, "sync.alpha=0.2,0.3", "--figure", str(tmp_path / "a_0.3")]) == 0
     assert script.main(["what-if", "--figure", str(tmp_path / "b.png")]) == 0
+    assert script.main(["solve", DEMO, "volume=10", "--figure", str(tmp_path / "c")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("a_0.3.png", "a_0.3.svg", "b.png", "b.svg"),
+        *("a_0.3.png", "a_0.3.svg", "b.png", "b.svg", "c.png", "c.svg"),
     ]
+    assert "QSR, " in (tmp_path / "c.svg").read_text()
     assert "sync.alpha=0.3: " in (tmp_path / "a_0.3.svg").read_text()
     assert "overlapped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[DEMO, "speed=paper_2x8", SPEED], ["what-if"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[DEMO, "speed=paper_2x8", SPEED], ["what-if"], ["solve", DEMO, "volume=9", "sync=parallel"]],
+)
 def test_a_plan_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -123,7 +174,7 @@ def test_a_plan_needs_no_torch(arguments: list[str]) -> None:
 
 
 def test_help_without_arguments(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main([]) == script.main(["--help"]) == 0
+    assert script.main([]) == script.main(["--help"]) == script.main(["solve", "--help"]) == 0
     assert "calibrate experiment=" in capsys.readouterr().out
 
 

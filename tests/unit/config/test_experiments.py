@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from qsr.config import schema
-from qsr.config.load import CONFIG_DIR, load_config
+from qsr.config.load import CONFIG_DIR, differences, load_config, to_dict
 from qsr.config.planning import make_plan, plan_to_follow
 from qsr.core.plan import Plan
 from qsr.data.prepare.digits import DIGITS
 from qsr.errors import UnknownPlanError
 from qsr.planner.forecast import forecast
+from qsr.planner.solve import solve
 from qsr.report.paper import ReferenceRow, read_reference
 
 PUBLISHED = sorted(
@@ -37,39 +38,43 @@ def test_there_is_a_file_for_every_row() -> None:
     assert folders == {
         *("resnet152_b4096", "vit_b16_b4096", "resnet152_b16384", "vit_b16_b16384"),
         *("vit_b16_linear", "resnet152_step", "vit_b16_step"),
+        *("resnet50_b2048", "vit_s16_b1024"),
     }
     rows = {row.experiment for row in REFERENCE}
     assert rows < set(PUBLISHED)
-    assert len(PUBLISHED) == 29 + 15  # rows of the tables, and rules that the paper compares with
+    # rows of the tables, rules that the paper compares with, a control, rows of smaller networks
+    assert len(PUBLISHED) == 29 + 15 + 1 + 4
 
 
-# setting:                 ResNet-152   ViT-B/16, local   ViT-B/16, data parallel
-RECIPE: dict[str, tuple[Any, Any, Any]] = {
-    "epochs":              (200, 300, 300),
-    "local_batch":         (256, 256, 256),
-    "micro_batch":         (32, 128, None),  # the data parallel ViT: 256 images in one pass
-    "precision":           ("fp16", "fp16", "fp16"),
-    "model.name":          ("resnet152", "vit_b16", "vit_b16"),
-    "optimizer.name":      ("sgd", "adamw", "adamw"),
-    "optimizer.weight_decay": (1e-4, 0.05, 0.1),
-    "optimizer.clip_norm": (None, None, 1.0),
-    "schedule.final_lr":   (1e-6, 1e-6, 1e-6),
-    "loss.label_smoothing": (0.1, 0.0, 0.0),
-    "loss.mixup_alpha":    (0.0, 0.2, 0.2),
-    "data.name":           ("imagenet", "imagenet", "imagenet"),
-    "data.image_size":     (224, 224, 224),
-    "data.eval_crop_fraction": (224 / 256, 224 / 256, 224 / 256),
-    "data.augmentation.min_area": (0.08, 0.08, 0.08),
-    "data.augmentation.max_aspect": (4 / 3, 4 / 3, 4 / 3),
-    "data.augmentation.flip_probability": (0.5, 0.5, 0.5),
-    "data.augmentation.randaugment": ("none", "composer", "composer"),
-    "data.augmentation.randaugment_depth": (None, 2, 2),
-    "data.augmentation.randaugment_severity": (None, 10.0, 10.0),
-    "evaluation.batchnorm_micro_batches": (128, 128, 128),
-    "sync.average_momentum": (False, False, False),
-    "sync.average_second_moment": (False, False, False),
-    "sync.delay_steps": (0, 0, 0),
-    "ema.names": ((), (), ()),
+# setting:    ResNet-152, ViT-B/16 local, ViT-B/16 data parallel, ResNet-50, ViT-S/16
+RECIPE: dict[str, tuple[Any, Any, Any, Any, Any]] = {
+    "epochs":              (200, 300, 300, 90, 90),
+    "local_batch":         (256, 256, 256, 256, 128),
+    # the data parallel ViT-B and the ViT-S: all images of a worker in one pass
+    "micro_batch":         (32, 128, None, 32, None),
+    "precision":           5 * ("fp16",),
+    "cuda_graphs":         (False, False, False, True, False),
+    "model.name":          ("resnet152", "vit_b16", "vit_b16", "resnet50", "vit_s16"),
+    "optimizer.name":      ("sgd", "adamw", "adamw", "sgd", "adamw"),
+    "optimizer.weight_decay": (1e-4, 0.05, 0.1, 1e-4, 0.1),
+    "optimizer.clip_norm": (None, None, 1.0, None, 1.0),
+    "schedule.final_lr":   5 * (1e-6,),
+    "loss.label_smoothing": (0.1, 0.0, 0.0, 0.1, 0.0),
+    "loss.mixup_alpha":    (0.0, 0.2, 0.2, 0.0, 0.2),
+    "data.name":           5 * ("imagenet",),
+    "data.image_size":     5 * (224,),
+    "data.eval_crop_fraction": 5 * (224 / 256,),
+    "data.augmentation.min_area": 5 * (0.08,),
+    "data.augmentation.max_aspect": 5 * (4 / 3,),
+    "data.augmentation.flip_probability": 5 * (0.5,),
+    "data.augmentation.randaugment": ("none", "composer", "composer", "none", "composer"),
+    "data.augmentation.randaugment_depth": (None, 2, 2, None, 2),
+    "data.augmentation.randaugment_severity": (None, 10.0, 10.0, None, 10.0),
+    "evaluation.batchnorm_micro_batches": 5 * (128,),
+    "sync.average_momentum": 5 * (False,),
+    "sync.average_second_moment": 5 * (False,),
+    "sync.delay_steps": 5 * (0,),
+    "ema.names":           5 * ((),),
 }  # fmt: skip
 
 #              workers, peak rate, warm-up steps, total steps, schedule
@@ -81,14 +86,22 @@ SETTINGS = {
     "vit_b16_b16384": (64, 0.016, 2_500, 23_400, "cosine"),
     "vit_b16_linear": (16, 0.008, 10_000, 93_600, "linear"),
     "vit_b16_step": (16, 0.008, 10_000, 93_600, "power_of_two"),
+    "resnet50_b2048": (8, 0.8, 3_125, 56_250, "cosine"),
+    "vit_s16_b1024": (8, 0.001, 10_000, 112_590, "cosine"),
 }
+
+
+def column_of(folder: str, row: str) -> int:
+    if folder in ("resnet50_b2048", "vit_s16_b1024"):
+        return 3 + ("vit" in folder)
+    return 0 if folder.startswith("resnet") else 2 if row == "parallel" else 1
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipes(name: str) -> None:
     config = load_config([f"experiment={name}"])
     folder, _, row = name.partition("/")
-    column = 0 if folder.startswith("resnet") else 2 if row == "parallel" else 1
+    column = column_of(folder, row)
     for setting, values in RECIPE.items():
         value: Any = config
         for part in setting.split("."):
@@ -130,23 +143,76 @@ def test_the_header_gives_command_gpu_hours_and_volume(name: str) -> None:
             forecast(load_config([f"experiment={name}"]))
         assert "hours and volume are not known before the run" in header
         return
-    profile = "paper_8x8" if "_b16384/" in name else "paper_2x8"
+    small = name.startswith(("resnet50_", "vit_s16_"))
+    profile = "h100_2x8" if small else "paper_8x8" if "_b16384/" in name else "paper_2x8"
     found = forecast(load_config([f"experiment={name}", f"speed={profile}"]))
     assert found.planned.cost is not None
     assert found.model is not None
     hours = f"{found.planned.cost.gpu_hours:.0f} GPU hours a seed"
     if found.unverified(found.planned):
-        hours += " (compute unverified)"
+        hours += " (unverified)" if small else " (compute unverified)"
     assert f"# Predicted on {profile}: {hours}, volume {100 * found.plan.volume:.1f} %.\n" in header
     blocking = found.model.run(found.plan, overlapped=False).gpu_hours
     text = f"# {blocking:.0f} GPU hours if its gradients' all-reduces do not overlap, as in the"
     assert (text in header) == (found.plan.gradient_rounds > 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [("resnet50_b2048/quadratic_h4", "volume=20"), ("vit_s16_b1024/quadratic_h4", "volume=10")],
+)
+def test_an_untried_rule_is_the_recommended_one_for_its_budget(name: str, budget: str) -> None:
+    config = load_config([f"experiment={name}"])
+    sync = solve(config, budget).config.sync
+    assert sync == config.sync
+    header = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0]
+    assert f"# Untried: alpha is what scripts/plan.py solve recommends for {budget}." in header
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *(
+            (f"{folder}/parallel", f"{folder}/{row}")
+            for folder, rows in {
+                "resnet152_b4096": ("constant_h2", "constant_h4", "quadratic_h2", "quadratic_h4"),
+                "resnet152_b16384": ("constant_h2", "constant_h4", "quadratic_h2", "quadratic_h4"),
+                "resnet152_step": ("constant_h2", "quadratic_h2"),
+                "resnet50_b2048": ("quadratic_h4",),
+                "vit_s16_b1024": ("quadratic_h4",),
+            }.items()
+            for row in rows
+        ),
+        *(
+            ("vit_b16_b4096/parallel_local_recipe", f"vit_b16_b4096/{row}")
+            for row in ("constant_h4", "constant_h8", "quadratic_h4", "quadratic_h8")
+        ),
+    ],
+)
+def test_arms_that_differ_in_synchronization_only(one: str, other: str) -> None:
+    """So that ResNet-152 needs no control such as ViT-B's parallel_local_recipe."""
+    arms = [to_dict(load_config([f"experiment={name}"])) for name in (one, other)]
+    rules = [arm.pop("sync")["rule"] for arm in arms]
+    assert rules[0] == "every_step"
+    assert rules[1] != "every_step"
+    assert [arm.pop("experiment") for arm in arms] == [one, other]
+    assert arms[0] == arms[1]
+
+
+def test_vit_bs_arms_differ_in_the_recipe_too() -> None:
+    names = ("vit_b16_b4096/parallel", "vit_b16_b4096/parallel_local_recipe")
+    arms = [load_config([f"experiment={name}"]) for name in names]
+    assert arms[0].sync == arms[1].sync
+    settings = [(a.micro_batch, a.optimizer.weight_decay, a.optimizer.clip_norm) for a in arms]
+    assert settings == [(None, 0.1, 1.0), (128, 0.05, None)]
+    different = [line.partition(":")[0] for line in differences(*arms)]
+    assert different == ["micro_batch", "optimizer.clip_norm", "optimizer.weight_decay"]
+
+
 @pytest.mark.parametrize("row", REFERENCE, ids=lambda row: row.experiment)
 def test_the_header_gives_the_published_values(row: ReferenceRow) -> None:
     header = (CONFIG_DIR / "experiment" / f"{row.experiment}.yaml").read_text()
-    line = next(text for text in header.splitlines() if text.startswith("# Paper, table"))
+    line = next(text for text in header.splitlines() if text.startswith("# Paper (our table "))
     for reference, text in (
         (row.top1, "top-1 {:.2f}"),
         (row.volume_percent, "volume {:g} %"),

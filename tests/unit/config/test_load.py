@@ -72,7 +72,7 @@ VIT = "experiment=vit_b16_b4096/quadratic_h4"
         ([DEMO, "rehearsal=digits", "rehearsal.workers_divisor=0"], "rehearsal.workers_divisor=0:"),
         ([DEMO, "rehearsal=digits", "rehearsal.data=ciphar"], "data=ciphar: no such file in conf"),
         ([DEMO, "rehearsal=digits", "model=timm", "model.timm_name=resnet18"], "no rehearsal of "
-         "model=timm: rehearsal.models has only resnet152, vit_b16, small_resnet, small_vit"),
+         "model=timm: rehearsal.models has only resnet152, resnet50, vit_b16, vit_s16, small_re"),
         ([DEMO, "rehearsal=digits", "micro_batch=1", "rehearsal.local_batch=24"], "rehearsal.local_"
          "batch=24 is not divisible by the experiment's 16 micro-batches"),
         ([DEMO, "rehearsal=digits", "data.train_images=null"], "a rehearsal needs data."),

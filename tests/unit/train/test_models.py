@@ -25,6 +25,8 @@ def build(name: str, num_classes: int = 10, image_size: int = 32) -> nn.Module:
     ("name", "classes", "size", "parameters"),
     [
         ("resnet152", 1000, 224, 60_192_808),
+        ("resnet50", 1000, 224, 25_557_032),
+        ("vit_s16", 1000, 224, 21_958_504),
         ("vit_b16", 1000, 224, 86_381_800),  # vit-pytorch 1.2.8's SimpleViT
         ("small_resnet", 10, 32, 78_042),
         ("small_vit", 10, 32, 203_050),
@@ -93,4 +95,6 @@ def test_an_unknown_timm_model_is_refused_with_near_names(name: str) -> None:
 def test_images_that_do_not_divide_into_patches_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.image_size=225 is not a multiple"):
         check_model(settings("vit_b16"), 225)
+    with pytest.raises(ConfigError, match=r"is not a multiple of vit_s16's patch size 16"):
+        check_model(settings("vit_s16"), 232)
     check_model(settings("vit_b16"), 240)
