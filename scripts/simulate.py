@@ -25,8 +25,8 @@ from qsr.evidence.settings import (
     load_simulation,
     simulation_names,
 )
-from qsr.evidence.simulation import Outcome
 from qsr.evidence.studies import (
+    ArmFound,
     DriftCase,
     drift_cases,
     drift_record,
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     everything, drift = not settings, settings == ["drift"]
     simulations = {} if drift else _simulations(settings, line.folders)
     cases = drift_cases() if everything or drift else []
-    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in simulations}
+    outcomes: dict[str, dict[str, ArmFound]] = {name: {} for name in simulations}
     drifts: dict[DriftCase, Drift] = {}
     for what, found in run_studies(simulations, cases):
         if isinstance(what, DriftCase):
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
                 _write("drift", drift_found)
                 print(f"\n{drift_markdown(drift_found)}", flush=True)
             continue
-        assert isinstance(found, Outcome)
+        assert isinstance(found, ArmFound)
         name, rule = what
         outcomes[name][rule] = found
         if len(outcomes[name]) == len(simulations[name].rules):

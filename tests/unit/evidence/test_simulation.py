@@ -13,13 +13,13 @@ from qsr.core.schedules import ExponentialSchedule
 from qsr.core.seeds import seed_for
 from qsr.evidence.problems import DiagonalNetwork
 from qsr.evidence.settings import (
-    ExponentConfig,
+    ArmConfig,
     SimulationConfig,
     load_simulation,
     make_simulated_plan,
 )
 from qsr.evidence.simulation import Outcome, simulate
-from qsr.evidence.studies import simulate_rule
+from qsr.evidence.studies import simulate_arm
 
 SCHEDULE = ExponentialSchedule(0.02, 0.002, 30)
 RULES: dict[str, Rule] = {
@@ -105,7 +105,9 @@ def small(**changes: object) -> SimulationConfig:
 
 def means(config: SimulationConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Of tr(Hessian) and of the test error over the seeds, by rule."""
-    outcomes = {name: simulate_rule(config, name) for name in config.rules if name != "cubic"}
+    outcomes = {
+        name: simulate_arm(config, name).outcome for name in config.rules if name != "cubic"
+    }
     assert not any(any(outcome.diverged) for outcome in outcomes.values())
     trace, test = (
         {name: float(np.mean(outcome.measured[quantity])) for name, outcome in outcomes.items()}
@@ -132,7 +134,7 @@ def test_the_order_of_the_rules_and_its_controls() -> None:
 
 def test_rules_are_matched_at_the_peak() -> None:
     config = load_simulation(["experiment=digits_mlp"])
-    assert config.rules["QSR"] == ExponentConfig(exponent=2)
+    assert config.rules["QSR"] == ArmConfig(exponent=2)
     found = {name: make_simulated_plan(config, rule) for name, rule in config.rules.items()}
     assert {name: plan.round_at(0).length for name, plan in found.items()} == {
         "QSR": 4, "data parallel": 1, "constant H": 4, "beta/eta": 4, "cubic": 4,
