@@ -78,7 +78,7 @@ class OuterConfig:
 
     lr: Positive
     """Its learning rate."""
-    momentum: Fraction
+    momentum: Annotated[float, Field(gt=0, lt=1)]
     """Its momentum."""
 
 
