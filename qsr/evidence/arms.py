@@ -67,10 +67,12 @@ def simulate_arm(config: SimulationConfig, name: str) -> ArmFound:
         return ArmFound(_simulate(config, arm, seeds), {})
     first_rate = config.peak_lr if arm.peak_lr is None else arm.peak_lr
     others = range(TUNING_SEED, TUNING_SEED + config.tuning.seeds)
-    tried = {
-        rate: _simulate(config, dataclasses.replace(arm, peak_lr=rate), others)
-        for rate in (factor * first_rate for factor in config.tuning.factors)
-    }
+    tried = {}
+    for factor in sorted(config.tuning.factors):
+        rate = factor * first_rate
+        tried[rate] = _simulate(config, dataclasses.replace(arm, peak_lr=rate), others)
+        if all(tried[rate].diverged):
+            break  # as it would at higher rates
     chosen = dataclasses.replace(arm, peak_lr=choose_rate(tried))
     return ArmFound(_simulate(config, chosen, seeds), tried)
 

@@ -127,7 +127,8 @@ class TuningConfig:
     (tuning_images)."""
 
     factors: tuple[Positive, ...]
-    """The peak rates to try, relative to the arm's peak_lr."""
+    """The peak rates to try, relative to the arm's peak_lr: from the lowest up, until one with which
+    all seeds diverge."""
     seeds: PositiveInt
     """Number of seeds of each try; they are 101 and the following."""
 

@@ -159,12 +159,13 @@ def _simulated(simulations: Mapping[str, Record]) -> Iterator[Contrast]:
             names = (others,) if isinstance(others, str) else others
             name = min(names, key=lambda each: _mean(rules[each]["test_error"]))
             best = f" (best of {len(names)})" if len(names) > 1 else ""
-            qsr = "" if asked.qsr == "QSR" else f" against {asked.qsr}"
+            parallel = "data parallel, " if name in (*_AVERAGES, *_KEPT) else ""
+            qsr = "" if asked.qsr == "QSR" else f"; QSR in its time, {asked.qsr[5:]}"
             yield Contrast(
                 asked.question,
                 asked.where,
                 _SETTINGS[asked.study],
-                name + best + qsr,
+                parallel + name + best + qsr,
                 rules[name]["test_error"],
                 rules[asked.qsr]["test_error"],
                 points=bool(unit(record)),

@@ -26,7 +26,7 @@ from qsr.report.evidence_plots import (
     simulation_figure,
 )
 from qsr.report.statistics import Estimate, estimate
-from qsr.report.style import COLORS, STYLE, label_log_ticks, legend_once, rule_colors, save
+from qsr.report.style import COLORS, STYLE, label_log_decades, legend_once, rule_colors, save
 from qsr.report.symbols import typeset
 
 RATES = ("digits_mlp_rates", "diagonal_rates")
@@ -59,18 +59,18 @@ def draw(results: Path) -> None:
 
 
 def relative(contrast: Contrast) -> Estimate:
-    """The mean paired difference in percent of the other's mean error, with its interval: by how
-    much less QSR errs."""
+    """The mean paired difference in percent of the larger of both mean errors, with its interval:
+    by how much less QSR errs, or, if it is negative, the other."""
     difference = contrast.comparison.difference
     pairs = zip(contrast.other_errors, contrast.qsr_errors, strict=True)
-    both = [other for other, qsr in pairs if other is not None and qsr is not None]
-    scale = 100 / estimate(both).mean
+    both = [pair for pair in pairs if None not in pair]
+    scale = 100 / max(estimate(errors).mean for errors in zip(*both, strict=True))
     return Estimate(scale * difference.mean, scale * difference.half_width)
 
 
 def answers_figure(found: Sequence[Contrast]) -> Figure:
-    """One row per comparison, under its question: by how much less QSR errs than the other, with
-    the 95 % interval. Comparisons in which the other always diverged are left out."""
+    """One row per comparison, under its question: the other's error minus QSR's, with the 95 %
+    interval. Comparisons in which the other always diverged are left out."""
     shown = [each for each in found if not math.isnan(each.comparison.difference.mean)]
     questions = list(dict.fromkeys(each.question for each in shown))
     rows = len(shown) + len(questions)
@@ -101,7 +101,7 @@ def answers_figure(found: Sequence[Contrast]) -> Figure:
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.set_ylim(y - 0.3, -0.7)
-        axes.set_xlabel("QSR errs less by (% of the other's error), with the 95 % interval")
+        axes.set_xlabel("the other's error minus QSR's, % of the larger of both (bars: 95 % CI)")
         axes.set_title("QSR worse ←      → QSR better", fontsize=8, color="0.35")
         legend_once(figure, ncols=3)
         return figure
@@ -122,7 +122,6 @@ def rates_figure(records: Sequence[Record]) -> Figure:
 def _draw_rates(axes: Axes, record: Record) -> None:
     config = parse(SimulationConfig, record["config"])
     drawn: Counter[str] = Counter()
-    rates = set()
     for name, about in record["rules"].items():
         (color,) = rule_colors([make_simulated_plan(config, config.rules[name]).rule])
         means = {
@@ -140,8 +139,7 @@ def _draw_rates(axes: Axes, record: Record) -> None:
             axes.plot(chosen, means[chosen], "o", ms=9, fillstyle="none", color=color)
         seen = estimate(finite(about["test_error"]))
         axes.errorbar(chosen, seen.mean, seen.half_width, fmt="s", ms=4, capsize=3, color=color)
-        rates |= set(means)
     axes.set_xscale("log")
-    label_log_ticks(axes.xaxis, sorted(rates)[:: max(1, len(rates) // 6)])
+    label_log_decades(axes.xaxis)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel(f"test error{unit(record) or ' (squared error / 2)'}")

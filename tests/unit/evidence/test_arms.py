@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -49,12 +50,22 @@ def small(**changes: int) -> SimulationConfig:
 def test_the_choice_does_not_see_the_reported_seeds() -> None:
     few, more = (simulate_arm(small(seeds=seeds), "constant H") for seeds in (1, 3))
     assert few.tried == more.tried
-    assert list(few.tried) == [0.02, 0.01]
+    assert list(few.tried) == [0.01, 0.02]
     assert few.outcome.peak_lr == more.outcome.peak_lr == choose_rate(few.tried)
     seen = {value for tried in few.tried.values() for value in tried.measured["test_error"]}
     assert len(seen) == 4
     assert not seen & set(more.outcome.measured["test_error"])
     assert len(more.outcome.measured["test_error"]) == 3
+
+
+def test_rates_are_tried_until_all_seeds_diverge() -> None:
+    config = small(seeds=1)
+    assert config.tuning is not None
+    config = replace(config, tuning=replace(config.tuning, factors=(1.0, 200.0, 100.0, 0.5)))
+    tried = simulate_arm(config, "constant H").tried
+    assert {rate: found.diverged for rate, found in tried.items()} == {
+        0.01: [False, False], 0.02: [False, False], 2.0: [True, True],
+    }  # fmt: skip
 
 
 def test_h_at_the_peak_stays() -> None:
