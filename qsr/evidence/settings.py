@@ -127,8 +127,8 @@ class TuningConfig:
     (tuning_images)."""
 
     factors: tuple[Positive, ...]
-    """The peak rates to try, relative to the arm's peak_lr: from the lowest up, until one with which
-    all seeds diverge."""
+    """The peak rates to try, relative to the arm's peak_lr: from the lowest up, until all seeds
+    diverge."""
     seeds: PositiveInt
     """Number of seeds of each try; they are 101 and the following."""
 

@@ -77,8 +77,12 @@ _QUESTIONS = (
     _Question(AVERAGING, "Weight averaging", "digits_mlp_averages", (_AVERAGES, _KEPT)),
     _Question(AVERAGING, "Weight averaging", "diagonal_averages", (_AVERAGES, _KEPT)),
     _Question(NOISE, "Controls", "digits_mlp_no_noise", ("data parallel",)),
-    _Question(RATE, "The learning rate", "digits_mlp_rates", ("data parallel", "EMA 0.99")),
-    _Question(RATE, "The learning rate", "diagonal_rates", ("data parallel", "EMA 0.99")),
+    _Question(
+        RATE, "The learning rate", "digits_mlp_rates", ("data parallel", "rate kept, EMA 0.99")
+    ),
+    _Question(
+        RATE, "The learning rate", "diagonal_rates", ("data parallel", "rate kept, EMA 0.99")
+    ),
     _Question(
         COMMUNICATION,
         "Rivals at the same communication",

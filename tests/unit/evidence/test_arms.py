@@ -38,7 +38,7 @@ def small(**changes: int) -> SimulationConfig:
     return load_simulation(
         [
             "experiment=diagonal_rates",
-            "total_steps=40",
+            "total_steps=400",
             "workers=2",
             "tuning.factors=[1.0,0.5]",
             "tuning.seeds=2",
