@@ -81,9 +81,6 @@ _QUESTIONS = (
         RATE, "The learning rate", "digits_mlp_rates", ("data parallel", "rate kept, EMA 0.99")
     ),
     _Question(
-        RATE, "The learning rate", "diagonal_rates", ("data parallel", "rate kept, EMA 0.99")
-    ),
-    _Question(
         COMMUNICATION,
         "Rivals at the same communication",
         "digits_mlp_rivals_low_rate",
@@ -101,7 +98,6 @@ _QUESTIONS = (
     _Question(EXPONENT, "Results", "digits_mlp", ("beta/eta", "cubic")),
     _Question(EXPONENT, "Results", "diagonal", ("beta/eta", "cubic")),
     _Question(EXPONENT, "The learning rate", "digits_mlp_rates", ("beta/eta", "cubic")),
-    _Question(EXPONENT, "The learning rate", "diagonal_rates", ("beta/eta", "cubic")),
     _Question(
         RULES,
         "Other rules",
@@ -109,6 +105,8 @@ _QUESTIONS = (
         ("linear in the round", "stagewise doubling", "AdaComm"),
     ),
     _Question(RULES, "The learning rate", "digits_mlp_rates", ("constant H", "DiLoCo")),
+    _Question(RULES, "Weight averaging", "digits_mlp_averages", ("H = 4, rate kept, EMA 0.99",)),
+    _Question(RULES, "Weight averaging", "diagonal_averages", ("H = 8, rate kept, EMA 0.99",)),
 )
 _SETTINGS = {
     "digits_mlp": "digits",
@@ -121,7 +119,6 @@ _SETTINGS = {
     "digits_mlp_other_rules": "digits",
     "diagonal": "diagonal",
     "diagonal_averages": "diagonal",
-    "diagonal_rates": "diagonal, own best rates",
 }
 _GLYPHS = {
     "parallel": EFFECT,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qsr.config.parsing import parse
@@ -29,8 +28,6 @@ from qsr.report.statistics import Estimate, estimate
 from qsr.report.style import COLORS, STYLE, label_log_decades, legend_once, rule_colors, save
 from qsr.report.symbols import typeset
 
-RATES = ("digits_mlp_rates", "diagonal_rates")
-"""Simulations that choose peak rates."""
 _VERDICTS = {
     "QSR better": (COLORS[2], "o"),
     "not established": ("0.45", "s"),
@@ -50,7 +47,7 @@ def draw(results: Path) -> None:
     records = read_simulations(folder)
     found = contrasts(records, read_glyphs(results), read_deep(results))
     save(answers_figure(found), evidence / "answers")
-    save(rates_figure([records[name] for name in RATES]), folder / "rates")
+    save(rates_figure(records["digits_mlp_rates"]), folder / "rates")
     for name in ("digits_mlp", "diagonal"):
         save(simulation_figure(records[name]), folder / name)
     save(sensitivity_figure(records), folder / "sensitivity")
@@ -107,39 +104,35 @@ def answers_figure(found: Sequence[Contrast]) -> Figure:
         return figure
 
 
-def rates_figure(records: Sequence[Record]) -> Figure:
-    """For each simulation with a choice of rates: mean error of every arm over its peak rate, for
-    the seeds (and images) that choose, where none of them diverged. A ring marks the chosen rate, a
+def rates_figure(record: Record) -> Figure:
+    """A simulation with a choice of rates: mean error of every arm over its peak rate, for the
+    seeds (and images) that choose, where none of them diverged. A ring marks the chosen rate, a
     square with its 95 % interval the error there of the seeds (and images) that are reported."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.9), layout="constrained")
-        for axes, record in zip(figure.subplots(1, len(records)), records, strict=True):
-            _draw_rates(axes, record)
-        legend_once(figure, ncols=4)
-        return figure
-
-
-def _draw_rates(axes: Axes, record: Record) -> None:
     config = parse(SimulationConfig, record["config"])
     drawn: Counter[str] = Counter()
-    for name, about in record["rules"].items():
-        (color,) = rule_colors([make_simulated_plan(config, config.rules[name]).rule])
-        means = {
-            trial["peak_lr"]: estimate(trial["tuning_error"]).mean
-            for trial in about["tried"]
-            if None not in trial["tuning_error"]
-        }
-        axes.plot(
-            list(means), list(means.values()), _LINES[drawn[color]], ms=3, color=color,
-            label=typeset(name),
-        )  # fmt: skip
-        drawn[color] += 1
-        chosen = about["peak_lr"]
-        if chosen in means:
-            axes.plot(chosen, means[chosen], "o", ms=9, fillstyle="none", color=color)
-        seen = estimate(finite(about["test_error"]))
-        axes.errorbar(chosen, seen.mean, seen.half_width, fmt="s", ms=4, capsize=3, color=color)
-    axes.set_xscale("log")
-    label_log_decades(axes.xaxis)
-    axes.set_xlabel("peak learning rate")
-    axes.set_ylabel(f"test error{unit(record) or ' (squared error / 2)'}")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.6, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for name, about in record["rules"].items():
+            (color,) = rule_colors([make_simulated_plan(config, config.rules[name]).rule])
+            means = {
+                trial["peak_lr"]: estimate(trial["tuning_error"]).mean
+                for trial in about["tried"]
+                if None not in trial["tuning_error"]
+            }
+            axes.plot(
+                list(means), list(means.values()), _LINES[drawn[color]], ms=3, color=color,
+                label=typeset(name),
+            )  # fmt: skip
+            drawn[color] += 1
+            chosen = about["peak_lr"]
+            if chosen in means:
+                axes.plot(chosen, means[chosen], "o", ms=9, fillstyle="none", color=color)
+            seen = estimate(finite(about["test_error"]))
+            axes.errorbar(chosen, seen.mean, seen.half_width, fmt="s", ms=4, capsize=3, color=color)
+        axes.set_xscale("log")
+        label_log_decades(axes.xaxis)
+        axes.set_xlabel("peak learning rate")
+        axes.set_ylabel(f"test error{unit(record) or ' (squared error / 2)'}")
+        legend_once(figure, ncols=4)
+        return figure

@@ -37,11 +37,10 @@ def small(**changes: int) -> SimulationConfig:
     settings = [f"{name}={value}" for name, value in changes.items()]
     return load_simulation(
         [
-            "experiment=diagonal_rates",
+            "experiment=diagonal",
             "total_steps=400",
             "workers=2",
-            "tuning.factors=[1.0,0.5]",
-            "tuning.seeds=2",
+            "tuning={factors:[1.0,0.5],seeds:2}",
             *settings,
         ]
     )

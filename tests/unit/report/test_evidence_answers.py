@@ -7,7 +7,7 @@ import pytest
 from qsr.config.load import CONFIG_DIR
 from qsr.report.evidence import read_simulations
 from qsr.report.evidence_answers import Contrast, anchor, answers_markdown, contrasts
-from qsr.report.evidence_controls import RATES, answers_figure, rates_figure, relative
+from qsr.report.evidence_controls import answers_figure, rates_figure, relative
 from qsr.report.evidence_deep import read_deep
 from qsr.report.evidence_glyphs import read_glyphs
 from qsr.report.statistics import needed_pairs
@@ -85,9 +85,8 @@ def test_the_figure_has_a_row_for_each() -> None:
 
 
 def test_chosen_rates_are_marked() -> None:
-    simulations = read_simulations(RESULTS / "evidence" / "simulations")
-    figure = rates_figure([simulations[name] for name in RATES])
-    for axes, name in zip(figure.axes, RATES, strict=True):
-        rings = [line for line in axes.lines if line.get_fillstyle() == "none"]
-        chosen = [about["peak_lr"] for about in simulations[name]["rules"].values()]
-        assert [float(line.get_xdata()[0]) for line in rings] == chosen  # type: ignore[index,arg-type]
+    record = read_simulations(RESULTS / "evidence" / "simulations")["digits_mlp_rates"]
+    (axes,) = rates_figure(record).axes
+    rings = [line for line in axes.lines if line.get_fillstyle() == "none"]
+    chosen = [about["peak_lr"] for about in record["rules"].values()]
+    assert [float(line.get_xdata()[0]) for line in rings] == chosen  # type: ignore[index,arg-type]
