@@ -5,7 +5,8 @@
 
 Trains both on 200 digits with data parallel, constant H, beta / lr and QSR: first with two seeds
 at three peak rates, to choose each rule's rate on separate tuning images; then with eight seeds,
-tested on 1,001 other digits. Prints the table, and writes it and all values of every run to
+tested on 1,001 other digits; and the ViT data parallel with the weight decay and clipping of the
+paper's data parallel runs. Prints the table, and writes it and all values of every run to
 results/evidence/. Runs one process per available core. Finished runs are not trained again; remove
 runs/evidence to repeat them. Extra settings, for example epochs=5, apply to every run. Exit status:
 0 done, 1 failed, 2 refused, 130 interrupted.
@@ -31,6 +32,7 @@ from qsr.evidence.deep_study import (
     reported_runs,
     side_by_side,
     tuning_runs,
+    with_recipes,
 )
 from qsr.output import program
 from qsr.report.evidence_deep import deep_report
@@ -79,7 +81,7 @@ def _carry_out(study: DeepStudy) -> dict[str, Any]:
     prepare_few_digits("data/few_digits", "test")
     prepare_few_digits("data/few_digits_tuning", "tuning")
     tried = _measure(tuning_runs(study), study.probes, "choose the rates")
-    rates = choose_rates(tried)
+    rates = with_recipes(choose_rates(tried))
     reported = _measure(reported_runs(study, rates), study.probes, "report")
     return deep_record(study, tried, rates, reported)
 

@@ -5,6 +5,7 @@
     python scripts/simulate.py experiment=digits_mlp        one, or several with commas
     python scripts/simulate.py experiment=digits_mlp workers=32 seeds=4
     python scripts/simulate.py drift                               the drift along a valley
+    python scripts/simulate.py figures                             draw again, from the records
 
 Prints a table for each study. If no setting was changed, also writes NAME.json to
 results/evidence/simulations/. Without arguments also draws all figures; docs/evidence.md explains
@@ -18,6 +19,7 @@ from pathlib import Path
 from qsr.cli.options import print_help, print_settings, read
 from qsr.config.overrides import expand_sweeps
 from qsr.errors import ConfigError, showing_errors
+from qsr.evidence.arms import ArmFound
 from qsr.evidence.drift import Drift
 from qsr.evidence.settings import (
     SIMULATIONS,
@@ -25,7 +27,6 @@ from qsr.evidence.settings import (
     load_simulation,
     simulation_names,
 )
-from qsr.evidence.simulation import Outcome
 from qsr.evidence.studies import (
     DriftCase,
     drift_cases,
@@ -35,10 +36,10 @@ from qsr.evidence.studies import (
 )
 from qsr.output import program
 from qsr.report.evidence import drift_markdown, simulation_markdown
-from qsr.report.evidence_plots import draw
+from qsr.report.evidence_controls import draw
 from qsr.run.folder import write_json
 
-RESULTS = Path(__file__).parents[1] / "results" / "evidence" / "simulations"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @showing_errors
@@ -51,11 +52,14 @@ def main(arguments: list[str]) -> int:
     if "--cfg" in line.given:
         print_settings(line, _simulations(settings, line.folders))
         return 0
+    if settings == ["figures"]:
+        draw(RESULTS)
+        return 0
     started = time.monotonic()
     everything, drift = not settings, settings == ["drift"]
     simulations = {} if drift else _simulations(settings, line.folders)
     cases = drift_cases() if everything or drift else []
-    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in simulations}
+    outcomes: dict[str, dict[str, ArmFound]] = {name: {} for name in simulations}
     drifts: dict[DriftCase, Drift] = {}
     for what, found in run_studies(simulations, cases):
         if isinstance(what, DriftCase):
@@ -66,7 +70,7 @@ def main(arguments: list[str]) -> int:
                 _write("drift", drift_found)
                 print(f"\n{drift_markdown(drift_found)}", flush=True)
             continue
-        assert isinstance(found, Outcome)
+        assert isinstance(found, ArmFound)
         name, rule = what
         outcomes[name][rule] = found
         if len(outcomes[name]) == len(simulations[name].rules):
@@ -97,8 +101,9 @@ def _simulations(settings: list[str], more: Sequence[Path]) -> dict[str, Simulat
 
 
 def _write(name: str, record: dict[str, object]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / f"{name}.json", record)
+    folder = RESULTS / "evidence" / "simulations"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", record)
 
 
 if __name__ == "__main__":

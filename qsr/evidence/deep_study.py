@@ -48,6 +48,11 @@ class DeepStudy:
     """Further settings of every run, for example epochs=5."""
 
 
+AT_RATE_OF = {("vit", "parallel_recipe"): "parallel"}
+"""(model, experiment) that has a rule's settings but for the paper's recipe: it is not tuned, and
+takes the rate that was chosen for that rule."""
+
+
 class Trial(NamedTuple):
     """One run of the study."""
 
@@ -154,6 +159,16 @@ def choose_rates(tried: Measurements) -> dict[tuple[str, str], float]:
         }
         chosen[model, rule] = min(means, key=means.__getitem__)
     return chosen
+
+
+def with_recipes(rates: Rates) -> dict[tuple[str, str], float]:
+    """The rates, and those of the experiments that take them over."""
+    more = {
+        (model, name): rates[model, rule]
+        for (model, name), rule in AT_RATE_OF.items()
+        if (model, rule) in rates
+    }
+    return {**rates, **more}
 
 
 def measure(config: Config, probes: int) -> Measured:

@@ -37,7 +37,9 @@ class Problem(Protocol):
 
     def measure(self, parameters: Parameters) -> dict[str, Tensor]:
         """Measurements of models [seeds, ...], each [seeds]. Always `train_loss` without noise,
-        `test_error`, and `hessian_trace`, the exact trace for the training loss without noise."""
+        `test_error`, and `hessian_trace`, the exact trace for the training loss without noise. If
+        a part of the test images is for choices only, `tuning_error` is of these, and `test_error`
+        of the others."""
 
 
 class DigitsMlp:
@@ -61,6 +63,7 @@ class DigitsMlp:
         train_size: int,
         split_seed: int,
         activation: Literal["tanh", "relu"] = "tanh",
+        tuning_images: int = 0,
     ) -> None:
         from sklearn.datasets import load_digits
         from sklearn.decomposition import PCA
@@ -76,6 +79,7 @@ class DigitsMlp:
         self.train_size = train_size
         self._inputs, self._labels = inputs[:train_size], targets[:train_size]
         self._test_inputs, self._test_labels = inputs[train_size:], targets[train_size:]
+        self._tuning_images = tuning_images
         self._targets = torch.nn.functional.one_hot(self._labels, self.outputs).float()
         self._seeds = seeds
         self._activation = torch.tanh if activation == "tanh" else torch.relu
@@ -109,10 +113,12 @@ class DigitsMlp:
 
     def measure(self, parameters: Parameters) -> dict[str, Tensor]:
         outputs = self._forward(parameters, self._inputs)
-        test = self._forward(parameters, self._test_inputs).argmax(-1) != self._test_labels
+        wrong = self._forward(parameters, self._test_inputs).argmax(-1) != self._test_labels
+        tuning, test = wrong[:, : self._tuning_images], wrong[:, self._tuning_images :]
         train = outputs.argmax(-1) != self._labels
         return {
             "test_error": 100 * test.float().mean(-1),
+            **({"tuning_error": 100 * tuning.float().mean(-1)} if self._tuning_images else {}),
             "train_error": 100 * train.float().mean(-1),
             "train_loss": _half_square(outputs - self._targets),
             "hessian_trace": self._hessian_trace(parameters),

@@ -1,7 +1,7 @@
-"""Settings of scripts/simulate.py: a small problem, and the rules to compare on it."""
+"""Settings of scripts/simulate.py: a small problem, and the arms to compare on it."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,9 +15,18 @@ from qsr.config.places import CONFIG_DIR
 from qsr.config.planning import MOST_STEPS
 from qsr.config.schema import STRICT, Finite, Fraction, NonNegative, Positive, PositiveInt
 from qsr.core.plan import Plan
-from qsr.core.rules import ConstantRule, EveryStepRule, PowerRule, QuadraticRule, Rule
+from qsr.core.rules import (
+    ConstantRule,
+    EveryStepRule,
+    GrowingRule,
+    PowerRule,
+    QuadraticRule,
+    Rule,
+    StagewiseRule,
+)
 from qsr.core.schedules import CosineSchedule, ExponentialSchedule, Schedule
 from qsr.errors import ConfigError
+from qsr.evidence.adacomm import AdaCommRule
 
 SIMULATIONS = CONFIG_DIR / "simulation"
 
@@ -34,6 +43,8 @@ class DigitsMlpConfig:
     """Seed of the choice of these images, the same for all seeds."""
     activation: Literal["tanh", "relu"]
     """Activation of the hidden units."""
+    tuning_images: Annotated[int, Field(ge=0)] = 0
+    """Number of the test images that measure tuning_error, and not test_error."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -51,21 +62,80 @@ class DiagonalConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class ExponentConfig:
-    """A rule H = max(h_base, floor((coefficient / lr)^exponent)), matched at the peak: all rules
-    with the same h_base begin with rounds of h_base steps."""
+class TimeAverageConfig:
+    """The model is an average over the steps of a run; exactly one of both is set."""
 
-    exponent: NonNegative | None
-    """0: constant H. 1: H ~ 1 / lr. 2: QSR. null: data parallel training."""
+    ema: Fraction | None = None
+    """Decay per step of an exponential moving average."""
+    last: Fraction | None = None
+    """Last part of the steps over which the average is uniform."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class OuterConfig:
+    """An outer optimizer (DiLoCo): SGD with Nesterov momentum on the workers' mean at the end of
+    every round, whose gradient is the negative of what the round changed."""
+
+    lr: Positive
+    """Its learning rate."""
+    momentum: Annotated[float, Field(gt=0, lt=1)]
+    """Its momentum."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SameTimeConfig:
+    """As many steps as fit into the time of another arm: steps + averages x allreduce_steps."""
+
+    arm: str
+    """The other arm."""
+    allreduce_steps: NonNegative
+    """Time of an all-reduce, in steps."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ArmConfig:
+    """A rule, and all in which its arm differs from the others. The power rule is H = max(h_base,
+    floor((coefficient / lr)^exponent)), matched at the peak: all power rules with the same h_base
+    begin with rounds of h_base steps."""
+
+    rule: Literal["power", "growing", "stagewise", "adacomm"] = "power"
+    """power, growing (H grows linearly with the round), stagewise (H doubles when the rate has
+    halved), or adacomm (H grows with the square root of loss / rate; Wang and Joshi 2019)."""
+    exponent: NonNegative | None = None
+    """Of the power rule. 0: constant H. 1: H ~ 1 / lr. 2: QSR. null: data parallel training."""
     h_base: PositiveInt | None = None
     """Shortest round; null: the simulation's h_base."""
     scale: Positive = 1.0
     """Factor of the coefficient; with 1, (coefficient / peak_lr)^exponent is h_base."""
+    growth: Positive | None = None
+    """Of the growing rule: steps that H grows in a round."""
+    peak_lr: Positive | None = None
+    """Learning rate of the first step; null: the simulation's."""
+    final_fraction: Fraction | None = None
+    """Final learning rate / peak learning rate; null: the simulation's."""
+    same_time: SameTimeConfig | None = None
+    """Another number of steps than the simulation's."""
+    average: TimeAverageConfig | None = None
+    """What is measured; null: the model after the last step."""
+    outer: OuterConfig | None = None
+    """An outer optimizer; null: the workers' mean is the model."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TuningConfig:
+    """Every arm's peak rate is chosen on other seeds, and on other images if the problem has them
+    (tuning_images)."""
+
+    factors: tuple[Positive, ...]
+    """The peak rates to try, relative to the arm's peak_lr: from the lowest up, until all seeds
+    diverge."""
+    seeds: PositiveInt
+    """Number of seeds of each try; they are 101 and the following."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SimulationConfig:
-    """One problem, and the rules to compare on it with everything else equal."""
+    """One problem, and the arms to compare on it with everything else equal."""
 
     problem: Annotated[DigitsMlpConfig | DiagonalConfig, Field(discriminator="kind")]
     """The problem."""
@@ -87,8 +157,10 @@ class SimulationConfig:
     """Shortest round of the rules that do not set their own."""
     seeds: PositiveInt
     """Number of seeds; they are 1 to this."""
-    rules: dict[str, ExponentConfig]
-    """The rules, by their names in tables; the others are compared with the first."""
+    rules: dict[str, ArmConfig]
+    """The arms, by their names in tables; the others are compared with the first."""
+    tuning: TuningConfig | None = None
+    """The choice of every arm's peak rate; null: rates are as given."""
 
 
 def load_simulation(overrides: Sequence[str], more: Sequence[Path] = ()) -> SimulationConfig:
@@ -97,8 +169,9 @@ def load_simulation(overrides: Sequence[str], more: Sequence[Path] = ()) -> Simu
     settings = compose_settings(parse_overrides(overrides), [SIMULATIONS, *more], "simulate")
     config = parse(SimulationConfig, settings)
     try:
-        for rule in config.rules.values():
-            make_simulated_plan(config, rule)
+        for arm in config.rules.values():
+            _check(arm)
+            make_simulated_plan(config, arm)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if not config.rules:
@@ -106,33 +179,69 @@ def load_simulation(overrides: Sequence[str], more: Sequence[Path] = ()) -> Simu
     return config
 
 
+def _check(arm: ArmConfig) -> None:
+    if (arm.rule == "growing") != (arm.growth is not None):
+        raise ValueError("growth belongs to rule: growing, and that needs it")
+    if arm.rule != "power" and arm.exponent is not None:
+        raise ValueError(f"exponent belongs to rule: power, not to {arm.rule}")
+    if arm.average is not None and (arm.average.ema is None) == (arm.average.last is None):
+        raise ValueError("average: set one of ema and last")
+
+
 def simulation_names() -> list[str]:
     """Names of all experiments."""
     return sorted(path.stem for path in (SIMULATIONS / "experiment").glob("*.yaml"))
 
 
-def make_simulated_plan(config: SimulationConfig, settings: ExponentConfig) -> Plan:
-    """The plan of one of the rules. Raises ValueError, which names the setting."""
-    h_base = config.h_base if settings.h_base is None else settings.h_base
-    rule = _make_rule(replace(settings, h_base=h_base), config.peak_lr)
-    return Plan(_make_schedule(config), rule)
+def make_simulated_plan(config: SimulationConfig, arm: ArmConfig) -> Plan:
+    """The plan of one of the arms. That of adacomm, whose rounds depend on the losses, has the
+    lengths of a constant loss. Raises ValueError, which names the setting."""
+    if arm.same_time is None:
+        return _plan(config, arm, config.total_steps)
+    if arm.same_time.arm not in config.rules:
+        raise ValueError(f"same_time.arm={arm.same_time.arm} is not one of the rules")
+    other = make_simulated_plan(config, config.rules[arm.same_time.arm])
+    allreduce = arm.same_time.allreduce_steps
+    budget = time_in_steps(other, allreduce)
+    steps = range(1, int(budget) + 1)
+    fit = bisect_right(
+        steps, budget, key=lambda steps: time_in_steps(_plan(config, arm, steps), allreduce)
+    )
+    return _plan(config, arm, fit)
 
 
-def _make_schedule(config: SimulationConfig) -> Schedule:
-    final = config.final_fraction * config.peak_lr
-    if config.schedule == "cosine":
-        return CosineSchedule(config.peak_lr, final, 0, config.total_steps)
-    return ExponentialSchedule(config.peak_lr, final, config.total_steps)
+def time_in_steps(plan: Plan, allreduce_steps: float) -> float:
+    """Time of a run whose averages take this many steps each."""
+    return plan.total_steps + plan.num_rounds * allreduce_steps
 
 
-def _make_rule(settings: ExponentConfig, peak_lr: float) -> Rule:
-    exponent, h_base = settings.exponent, settings.h_base
-    assert h_base is not None
-    if exponent is None:
-        return EveryStepRule()
-    if exponent == 0:
-        return ConstantRule(h_base)
-    coefficient = settings.scale * h_base ** (1 / exponent) * peak_lr
-    if exponent == 2:
-        return QuadraticRule(h_base, coefficient)
-    return PowerRule(h_base, coefficient, exponent)
+def _plan(config: SimulationConfig, arm: ArmConfig, total_steps: int) -> Plan:
+    peak_lr = config.peak_lr if arm.peak_lr is None else arm.peak_lr
+    share = config.final_fraction if arm.final_fraction is None else arm.final_fraction
+    h_base = config.h_base if arm.h_base is None else arm.h_base
+    schedule: Schedule = (
+        CosineSchedule(peak_lr, share * peak_lr, 0, total_steps)
+        if config.schedule == "cosine"
+        else ExponentialSchedule(peak_lr, share * peak_lr, total_steps)
+    )
+    return Plan(schedule, _make_rule(arm, h_base, peak_lr))
+
+
+def _make_rule(arm: ArmConfig, h_base: int, peak_lr: float) -> Rule:
+    match arm.rule, arm.exponent:
+        case "growing", _:
+            assert arm.growth is not None
+            return GrowingRule(h_base, arm.growth)
+        case "stagewise", _:
+            return StagewiseRule(h_base)
+        case "adacomm", _:
+            return AdaCommRule(h_base, peak_lr)
+        case _, None:
+            return EveryStepRule()
+        case _, 0:
+            return ConstantRule(h_base)
+        case _, exponent:
+            coefficient = arm.scale * h_base ** (1 / exponent) * peak_lr
+            if exponent == 2:
+                return QuadraticRule(h_base, coefficient)
+            return PowerRule(h_base, coefficient, exponent)

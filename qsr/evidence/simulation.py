@@ -1,15 +1,19 @@
 """Local SGD on a small problem: K workers x S seeds as one tensor program, with the trainer's
 plans."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qsr.core.plan import Plan
+from qsr.core.plan import Plan, Round, cut_round
 from qsr.core.seeds import seed_for
+from qsr.evidence.adacomm import AdaCommRule
 from qsr.evidence.problems import Problem
+from qsr.evidence.settings import OuterConfig
 
 _CHUNK = 200
 """Number of steps whose random numbers are drawn at once."""
@@ -25,6 +29,52 @@ class Outcome:
     can explain."""
     measured: dict[str, list[float]]
     """Measurements of the averaged model, per seed; meaningless for a seed that diverged."""
+    steps: int
+    peak_lr: float
+
+
+def join(parts: Sequence[Outcome]) -> Outcome:
+    """One outcome of all seeds, from those of different seeds of one arm."""
+    first = parts[0]
+    return Outcome(
+        volume=statistics.fmean(part.volume for part in parts),
+        diverged=[each for part in parts for each in part.diverged],
+        measured={
+            name: [value for part in parts for value in part.measured[name]]
+            for name in first.measured
+        },
+        steps=first.steps,
+        peak_lr=first.peak_lr,
+    )
+
+
+class TimeAverage(Protocol):
+    """An average of the models after the steps of a run."""
+
+    def newest(self, step: int, total_steps: int) -> float:
+        """Weight of the model after `step` in the average so far; 0: it is not in it."""
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """Exponential: all weights so far shrink by `decay` in every step. It begins with the initial
+    model."""
+
+    decay: float
+
+    def newest(self, step: int, total_steps: int) -> float:
+        return 1.0 - self.decay
+
+
+@dataclass(frozen=True)
+class LastAverage:
+    """Uniform over this last part of the steps."""
+
+    share: float
+
+    def newest(self, step: int, total_steps: int) -> float:
+        first = total_steps - max(1, round(self.share * total_steps))
+        return 0.0 if step < first else 1.0 / (step - first + 1)
 
 
 def simulate(
@@ -35,39 +85,93 @@ def simulate(
     workers: int,
     local_batch: int,
     label_noise: float,
+    average: TimeAverage | None = None,
+    outer: OuterConfig | None = None,
 ) -> Outcome:
     """Train by SGD. In each step every worker draws `local_batch` training samples, with
     replacement, and noise of standard deviation `label_noise` for each of their outputs. The draws
     of a seed depend only on the seed, the number of workers and the batch: they are the same under
-    all plans and with any other seeds."""
+    all plans and with any other seeds.
+
+    With `average`, the measured model is an average over the steps, of the workers' mean after
+    each. With `outer`, that optimizer takes a step at the end of every round. Under AdaComm all
+    seeds share their rounds: give one seed."""
     state = [
         start.unsqueeze(1).repeat(1, workers, *[1] * (start.dim() - 1)).requires_grad_()
         for start in problem.start()
     ]
     draws = _draws(problem, plan.total_steps, seeds, workers, local_batch)
-    for round_ in plan.rounds():
+    averaged = [values.detach()[:, 0].clone() for values in state]
+    end_round = _mean_workers if outer is None else OuterSteps(state, outer)
+    losses: list[float] = []
+    num_rounds = 0
+    for round_ in _rounds(plan, losses):
+        total_loss = torch.zeros(())
         for step in range(round_.start, round_.end):
             samples, noise = next(draws)
             loss = problem.losses(state, samples, label_noise * noise).sum()
             gradients = torch.autograd.grad(loss, state)
+            total_loss += loss.detach()
             lr = plan.schedule(step)
             with torch.no_grad():
                 for values, gradient in zip(state, gradients, strict=True):
                     if round_.averages == "gradients":
                         gradient = gradient.mean(1, keepdim=True)
                     values.sub_(gradient, alpha=lr)
+                if average is not None and (weight := average.newest(step, plan.total_steps)):
+                    for mean, values in zip(averaged, state, strict=True):
+                        mean.lerp_(values.mean(1), weight)
+        losses.append(float(total_loss) / (round_.length * len(seeds) * workers))
+        num_rounds += 1
         if round_.averages == "parameters":
             with torch.no_grad():
-                for values in state:
-                    values.copy_(values.mean(1, keepdim=True).expand_as(values))
+                end_round(state)
     with torch.no_grad():
-        model = [values[:, 0] for values in state]
+        model = [values[:, 0] for values in state] if average is None else averaged
         measured = problem.measure(model)
     return Outcome(
-        volume=plan.volume,
+        volume=num_rounds / plan.total_steps,
         diverged=_diverged(model, measured["train_loss"]).tolist(),
         measured={name: values.tolist() for name, values in measured.items()},
+        steps=plan.total_steps,
+        peak_lr=plan.schedule(0),
     )
+
+
+def _rounds(plan: Plan, losses: Sequence[float]) -> Iterator[Round]:
+    """The rounds; those of AdaComm depend on the mean training losses of the rounds so far."""
+    if not isinstance(plan.rule, AdaCommRule):
+        yield from plan.rounds()
+        return
+    rule, index, start = plan.rule, 0, 0
+    while start < plan.total_steps:
+        lr = plan.schedule(start)
+        round_ = cut_round(rule, index, start, lr, lr, plan.total_steps)
+        yield round_
+        rule, index, start = rule.after_loss(losses[-1]), index + 1, round_.end
+
+
+def _mean_workers(state: Sequence[Tensor]) -> None:
+    for values in state:
+        values.copy_(values.mean(1, keepdim=True).expand_as(values))
+
+
+class OuterSteps:
+    """The steps of an outer optimizer, from the model before the first round."""
+
+    def __init__(self, state: Sequence[Tensor], settings: OuterConfig) -> None:
+        self._model = [values.detach()[:, :1].clone() for values in state]
+        self._optimizer = torch.optim.SGD(
+            self._model, settings.lr, settings.momentum, nesterov=True
+        )
+
+    def __call__(self, state: Sequence[Tensor]) -> None:
+        """Take a step, and give the new model to all workers."""
+        for model, values in zip(self._model, state, strict=True):
+            model.grad = model - values.mean(1, keepdim=True)
+        self._optimizer.step()
+        for model, values in zip(self._model, state, strict=True):
+            values.copy_(model.expand_as(values))
 
 
 def _diverged(model: Sequence[Tensor], train_loss: Tensor) -> Tensor:

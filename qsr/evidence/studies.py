@@ -1,29 +1,23 @@
 """The laptop studies behind docs/evidence.md: the simulations and their records."""
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 
 from qsr.core.plan import Plan
 from qsr.core.rules import ConstantRule
 from qsr.core.schedules import ConstantSchedule
+from qsr.evidence.arms import ArmFound, simulate_arm, tuning_errors
 from qsr.evidence.drift import Drift, Valley, measure_drift
-from qsr.evidence.problems import DiagonalNetwork, DigitsMlp, Problem
-from qsr.evidence.settings import (
-    DiagonalConfig,
-    DigitsMlpConfig,
-    SimulationConfig,
-    make_simulated_plan,
-)
-from qsr.evidence.simulation import Outcome, simulate
+from qsr.evidence.settings import SimulationConfig
+from qsr.evidence.simulation import Outcome
 from qsr.run.environment import environment
 from qsr.sync.topology import Topology
 
@@ -116,50 +110,25 @@ def drift_record(measured: Mapping[DriftCase, Drift]) -> dict[str, Any]:
     return {"environment": study_environment(), "valleys": valleys, "rows": drift_rows(measured)}
 
 
-def make_problem(config: SimulationConfig) -> Problem:
-    """The problem of a simulation, for all of its seeds."""
-    return _make_problem(config.problem, config.seeds)
-
-
-@functools.lru_cache(maxsize=1)  # the rules of a simulation share their start
-def _make_problem(settings: DigitsMlpConfig | DiagonalConfig, seeds: int) -> Problem:
-    numbers = range(1, seeds + 1)
-    match settings:
-        case DigitsMlpConfig():
-            return DigitsMlp(numbers, settings.train_size, settings.split_seed, settings.activation)
-        case DiagonalConfig():
-            return DiagonalNetwork(numbers, settings.train_size, settings.weights, settings.truth)
-    assert_never(settings)
-
-
-def simulate_rule(config: SimulationConfig, rule: str) -> Outcome:
-    """Simulate one rule for all seeds."""
-    torch.set_num_threads(1)  # tensors are small, and other rules run at the same time
-    return simulate(
-        make_problem(config),
-        make_simulated_plan(config, config.rules[rule]),
-        range(1, config.seeds + 1),
-        workers=config.workers,
-        local_batch=config.local_batch,
-        label_noise=config.label_noise,
-    )
-
-
 def simulation_record(
-    name: str, config: SimulationConfig, outcomes: Mapping[str, Outcome]
+    name: str, config: SimulationConfig, found: Mapping[str, ArmFound]
 ) -> dict[str, Any]:
     """The record of a simulation; measurements of diverged seeds are null."""
     rows = {}
-    for rule in config.rules:
-        outcome = outcomes[rule]
-        measured = {
-            quantity: [
-                None if diverged else value
-                for value, diverged in zip(values, outcome.diverged, strict=True)
-            ]
-            for quantity, values in outcome.measured.items()
+    for arm in config.rules:
+        outcome, tried = found[arm].outcome, found[arm].tried
+        rows[arm] = {
+            "volume": outcome.volume,
+            "steps": outcome.steps,
+            "peak_lr": outcome.peak_lr,
+            "diverged": sum(outcome.diverged),
+            **{name: _whole(values, outcome) for name, values in outcome.measured.items()},
         }
-        rows[rule] = {"volume": outcome.volume, "diverged": sum(outcome.diverged), **measured}
+        if tried:
+            rows[arm]["tried"] = [
+                {"peak_lr": rate, "tuning_error": _whole(tuning_errors(trial), trial)}
+                for rate, trial in tried.items()
+            ]
     settings = dataclasses.asdict(config)
     return {
         "experiment": name,
@@ -169,9 +138,16 @@ def simulation_record(
     }
 
 
+def _whole(values: Sequence[float], outcome: Outcome) -> list[float | None]:
+    return [
+        None if diverged else value
+        for value, diverged in zip(values, outcome.diverged, strict=True)
+    ]
+
+
 def run_studies(
     simulations: Mapping[str, SimulationConfig], cases: Sequence[DriftCase]
-) -> Iterator[tuple[tuple[str, str] | DriftCase, Outcome | Drift]]:
+) -> Iterator[tuple[tuple[str, str] | DriftCase, ArmFound | Drift]]:
     """Run all rules of the simulations and all cases in parallel on this machine's processors.
     Yields ((simulation, rule) or case, result) as they finish."""
     processes = os.cpu_count() or 1
@@ -179,7 +155,7 @@ def run_studies(
         jobs: dict[Any, tuple[str, str] | DriftCase] = {}
         for name, config in simulations.items():
             for rule in config.rules:
-                jobs[pool.submit(simulate_rule, config, rule)] = (name, rule)
+                jobs[pool.submit(simulate_arm, config, rule)] = (name, rule)
         for case in cases:
             jobs[pool.submit(measure_case, case)] = case
         for done in as_completed(jobs):

@@ -34,7 +34,6 @@ def simulation_markdown(record: Record) -> str:
     better, and p of a paired t-test."""
     rules = record["rules"]
     seeds = record["config"]["seeds"]
-    unit = " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else ""
     reference, *_ = rules
     lines = []
     for name, about in rules.items():
@@ -44,8 +43,10 @@ def simulation_markdown(record: Record) -> str:
         is_reference = name == reference
         line = {
             "rule": name,
+            "peak rate": f"{about['peak_lr']:.3g}" if _vary(rules, "peak_lr") else "",
+            "steps": f"{about['steps']:,}" if _vary(rules, "steps") else "",
             "volume": f"{about['volume']:.3f}",
-            f"test error{unit}": estimate_text(test),
+            f"test error{unit(record)}": estimate_text(test),
             "tr(Hessian)": estimate_text(trace, 1),
             "train error (%)": estimate_text(estimate(finite(about.get("train_error", [])))),
             "diverged": f"{about['diverged']} of {seeds}" if about["diverged"] else "",
@@ -56,6 +57,15 @@ def simulation_markdown(record: Record) -> str:
         lines.append(line)
     table = pd.DataFrame(lines)
     return markdown_table(table.loc[:, [bool(table[name].any()) for name in table]])
+
+
+def unit(record: Record) -> str:
+    """Of the test errors of a simulation, with a space before it; empty if they have none."""
+    return " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else ""
+
+
+def _vary(rules: Mapping[str, Mapping[str, Any]], name: str) -> bool:
+    return len({about.get(name) for about in rules.values()}) > 1
 
 
 def finite(values: Sequence[float | None]) -> list[float]:

@@ -19,6 +19,7 @@ DeepRecord = Mapping[str, Any]
 REFERENCE = "quadratic"
 LABELS = {
     "parallel": "data parallel",
+    "parallel_recipe": "data parallel, its recipe",
     "constant": "constant H",
     "linear": "beta / lr",
     "quadratic": "QSR",
@@ -125,7 +126,7 @@ def _root_mean_square(values: Sequence[float]) -> float:
 def _rate(row: Mapping[str, Any]) -> str:
     """The rate, with a note if it is the smallest or largest that was tried."""
     tried = {trial["rate"] for trial in row["tuning"]}
-    edge = row["rate"] in (min(tried), max(tried)) and len(tried) > 1
+    edge = len(tried) > 1 and row["rate"] in (min(tried), max(tried))
     return f"{row['rate']:g}{' (edge)' if edge else ''}"
 
 

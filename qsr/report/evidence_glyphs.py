@@ -64,16 +64,16 @@ def glyphs_markdown(records: Sequence[GlyphRecord]) -> str:
     parallel training and to QSR with p of a t-test, and the number of seeds with which the test
     against data parallel training finds, with a probability of 80 %, a difference of the paper's
     size."""
-    runs = _compared(records)
+    runs = compared(records)
     return markdown_table(pd.DataFrame([_row(rule, runs) for rule in LABELS if rule in runs]))
 
 
 def has_comparison(records: Sequence[GlyphRecord]) -> bool:
     """Whether there are several seeds of the rules to which the others are compared."""
-    return {REFERENCE, OTHER} <= _compared(records).keys()
+    return {REFERENCE, OTHER} <= compared(records).keys()
 
 
-def _compared(records: Sequence[GlyphRecord]) -> dict[str, list[GlyphRecord]]:
+def compared(records: Sequence[GlyphRecord]) -> dict[str, list[GlyphRecord]]:
     """By rule, in order of the seeds: the runs of the network, noise and rate that have several
     seeds."""
     found: dict[str, list[GlyphRecord]] = {}
@@ -136,7 +136,7 @@ def rates_markdown(records: Sequence[GlyphRecord]) -> str:
 def glyphs_figure(records: Sequence[GlyphRecord]) -> Figure:
     """Error on the unseen fonts during training and at its end, over the rules' communication.
     Lines and dots are means over the seeds, bars 95 % intervals by Student's t."""
-    runs = _compared(records)
+    runs = compared(records)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         during, after = figure.subplots(1, 2)

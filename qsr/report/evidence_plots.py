@@ -1,7 +1,6 @@
 """Results of scripts/simulate.py, and predictions of the theory for a run -> figures."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +12,7 @@ from qsr.config.parsing import parse
 from qsr.core.drift import drift_multiplier, psi, psi_discrete
 from qsr.core.plan import Plan
 from qsr.evidence.settings import SimulationConfig, make_simulated_plan
-from qsr.report.evidence import DRIFT, Record, finite, read_simulations
+from qsr.report.evidence import Record, finite, unit
 from qsr.report.plans import experiment_plan
 from qsr.report.statistics import estimate
 from qsr.report.style import (
@@ -23,7 +22,6 @@ from qsr.report.style import (
     legend_once,
     nested_widths,
     rule_colors,
-    save,
 )
 from qsr.report.symbols import typeset
 
@@ -35,16 +33,6 @@ fluctuations take to build up. The paper's networks have many smaller and larger
 _INTERVALS = "squares: means with 95 % CI, dots: {} seeds"
 _POINTS = 2000
 """Points of a curve over a run's steps."""
-
-
-def draw(folder: Path) -> None:
-    """Draw the figures of docs/evidence.md from the records in the folder, and save them there."""
-    records = read_simulations(folder)
-    for name in ("digits_mlp", "diagonal"):
-        save(simulation_figure(records[name]), folder / name)
-    save(sensitivity_figure(records), folder / "sensitivity")
-    save(drift_figure(records[DRIFT]), folder / "drift")
-    save(multiplier_figure(paper_plans(), PAPER_WORKERS, AT_PEAK), folder / "multiplier")
 
 
 def paper_plans() -> dict[str, Plan]:
@@ -103,7 +91,7 @@ def _colors(record: Record) -> list[str]:
 
 
 def _unit(record: Record) -> str:
-    return " (%)" if record["config"]["problem"]["kind"] == "digits_mlp" else " (squared error / 2)"
+    return unit(record) or " (squared error / 2)"
 
 
 def sensitivity_figure(records: Mapping[str, Record]) -> Figure:

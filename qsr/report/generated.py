@@ -17,6 +17,7 @@ from qsr.core.plan import Plan
 from qsr.errors import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
 from qsr.report.evidence import record_markdown
+from qsr.report.evidence_answers import answers_markdown, contrasts
 from qsr.report.evidence_deep import deep_report
 from qsr.report.evidence_glyphs import glyphs_report
 from qsr.report.faults import faults_markdown
@@ -71,6 +72,7 @@ def generate(
     blocks |= {f"evidence_{name}": record_markdown(name, of) for name, of in simulations.items()}
     blocks["evidence_deep"] = deep_report(deep)
     blocks["evidence_glyphs"] = glyphs_report(glyphs)
+    blocks["evidence_answers"] = answers_markdown(contrasts(simulations, glyphs, deep))
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

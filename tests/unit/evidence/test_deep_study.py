@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from qsr.config.load import run_folder
+from qsr.config.load import load_config, run_folder
 from qsr.config.planning import make_plan
-from qsr.config.schema import PowerSync, QuadraticSync
+from qsr.config.schema import AdamWConfig, PowerSync, QuadraticSync
 from qsr.data.prepare.digits import FEW_DIGITS
 from qsr.evidence.deep_study import (
     DeepStudy,
@@ -16,6 +16,7 @@ from qsr.evidence.deep_study import (
     choose_rates,
     reported_runs,
     tuning_runs,
+    with_recipes,
 )
 
 SMALL = DeepStudy(rules=("linear", "quadratic"), tuning_seeds=(101,), seeds=(1, 2))
@@ -26,6 +27,24 @@ def test_the_experiments_differ_in_their_rule_only(model: str) -> None:
     first, *others = (at_rate(model, rule, *_peak(model)) for rule in DeepStudy.rules)
     for other in others:
         assert replace(other, sync=first.sync, experiment=first.experiment) == first
+
+
+def test_the_recipe_of_data_parallel_runs_is_the_papers() -> None:
+    """It is that of the paper's rows, and all else is as for the other rules."""
+    plain, recipe, paper = (
+        load_config([f"experiment={name}"])
+        for name in (
+            "evidence/vit_parallel",
+            "evidence/vit_parallel_recipe",
+            "vit_b16_b4096/parallel",
+        )
+    )
+    assert isinstance(paper.optimizer, AdamWConfig)
+    assert (paper.optimizer.weight_decay, paper.optimizer.clip_norm) == (0.1, 1.0)
+    changed = replace(plain.optimizer, weight_decay=0.1, clip_norm=1.0)
+    assert replace(plain, optimizer=changed, experiment=recipe.experiment) == recipe
+    rates = {("vit", "parallel"): 0.5, ("resnet", "parallel"): 0.25}
+    assert with_recipes(rates) == rates | {("vit", "parallel_recipe"): 0.5}
 
 
 @pytest.mark.parametrize("model", DeepStudy.models)

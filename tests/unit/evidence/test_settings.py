@@ -3,7 +3,12 @@
 import pytest
 
 from qsr.errors import ConfigError
-from qsr.evidence.settings import load_simulation, make_simulated_plan, simulation_names
+from qsr.evidence.settings import (
+    load_simulation,
+    make_simulated_plan,
+    simulation_names,
+    time_in_steps,
+)
 
 DIGITS = "experiment=digits_mlp"
 
@@ -13,11 +18,12 @@ def test_every_experiment_composes(name: str) -> None:
     config = load_simulation([f"experiment={name}"])
     plans = {rule: make_simulated_plan(config, of) for rule, of in config.rules.items()}
     assert next(iter(plans)) == "QSR"
-    assert {plan.total_steps for plan in plans.values()} == {config.total_steps}
-    final = config.peak_lr * config.final_fraction
-    for plan in plans.values():
-        assert plan.schedule(0) == pytest.approx(config.peak_lr)
-        assert plan.schedule(config.total_steps) == pytest.approx(final)
+    for arm, plan in zip(config.rules.values(), plans.values(), strict=True):
+        peak = config.peak_lr if arm.peak_lr is None else arm.peak_lr
+        fraction = config.final_fraction if arm.final_fraction is None else arm.final_fraction
+        assert (plan.total_steps == config.total_steps) == (arm.same_time is None)
+        assert plan.schedule(0) == pytest.approx(peak)
+        assert plan.schedule(plan.total_steps) == pytest.approx(peak * fraction)
 
 
 def test_volumes_are_those_of_the_design() -> None:
@@ -27,6 +33,27 @@ def test_volumes_are_those_of_the_design() -> None:
     assert {name: round(volume, 3) for name, volume in volumes.items()} == {
         "QSR": 0.039, "data parallel": 1.0, "constant H": 0.25, "beta/eta": 0.075, "cubic": 0.026,
     }  # fmt: skip
+
+
+def test_equal_time_is_as_many_steps_as_fit() -> None:
+    """QSR averages 311 times in 8,000 steps; an all-reduce takes one step, or four."""
+    config = load_simulation(["experiment=digits_mlp_same_time"])
+    plans = {name: make_simulated_plan(config, arm) for name, arm in config.rules.items()}
+    steps = {name: plan.total_steps for name, plan in plans.items()}
+    assert plans["QSR"].num_rounds == 311
+    assert steps["data parallel, r = 1"] == (8000 + 311) // 2
+    assert steps["data parallel, r = 4"] == (8000 + 4 * 311) // 5
+    for name, allreduce, budget in (("QSR, r = 1", 1, 16_000), ("QSR, r = 4", 4, 40_000)):
+        taken = time_in_steps(plans[name], allreduce)
+        assert budget - 1 - allreduce < taken <= budget
+
+
+def test_growth_gives_qsrs_volume_from_its_first_round() -> None:
+    config = load_simulation(["experiment=digits_mlp_other_rules"])
+    plans = {name: make_simulated_plan(config, arm) for name, arm in config.rules.items()}
+    assert plans["linear in the round"].volume == pytest.approx(plans["QSR"].volume, rel=0.02)
+    for name in ("linear in the round", "stagewise doubling", "AdaComm", "DiLoCo"):
+        assert plans[name].round_at(0).length == 4
 
 
 @pytest.mark.parametrize(
@@ -39,6 +66,13 @@ def test_volumes_are_those_of_the_design() -> None:
         ([DIGITS, "workers=0"], "workers=0: input should be greater than or equal to 1"),
         ([DIGITS, "problem.train_size=5"], "greater than or equal to 20"),
         ([DIGITS, "final_fraction=0"], "final_lr must lie in"),
+        ([DIGITS, "rules.QSR.average={ema:0.9,last:0.5}"], "average: set one of ema and last"),
+        ([DIGITS, "rules.QSR.rule=stagewise"], "exponent belongs to rule: power"),
+        ([DIGITS, "rules.QSR.growth=1.0"], "growth belongs to rule: growing"),
+        (
+            [DIGITS, "rules.QSR.same_time={arm:DDP,allreduce_steps:1.0}"],
+            "same_time.arm=DDP is not one of the rules",
+        ),
         ([], "experiment"),
     ],
 )

@@ -2,6 +2,7 @@
 at small size."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,17 +10,19 @@ import torch
 
 from qsr.core.plan import Plan
 from qsr.core.rules import ConstantRule, EveryStepRule, QuadraticRule, Rule
-from qsr.core.schedules import ExponentialSchedule
+from qsr.core.schedules import ConstantSchedule, ExponentialSchedule
 from qsr.core.seeds import seed_for
-from qsr.evidence.problems import DiagonalNetwork
+from qsr.evidence.adacomm import AdaCommRule
+from qsr.evidence.arms import simulate_arm
+from qsr.evidence.problems import DiagonalNetwork, Parameters
 from qsr.evidence.settings import (
-    ExponentConfig,
+    ArmConfig,
+    OuterConfig,
     SimulationConfig,
     load_simulation,
     make_simulated_plan,
 )
-from qsr.evidence.simulation import Outcome, simulate
-from qsr.evidence.studies import simulate_rule
+from qsr.evidence.simulation import LastAverage, MovingAverage, Outcome, join, simulate
 
 SCHEDULE = ExponentialSchedule(0.02, 0.002, 30)
 RULES: dict[str, Rule] = {
@@ -97,6 +100,81 @@ def test_runs_that_diverge_are_told_apart() -> None:
     assert found.diverged == [True, True]
 
 
+class Weights(DiagonalNetwork):
+    """Measures the parameters too, as lists."""
+
+    def measure(self, parameters: Parameters) -> dict[str, torch.Tensor]:
+        return super().measure(parameters) | {"weights": torch.cat([*parameters], dim=-1)}
+
+
+def weights(rule: Rule, steps: int, **options: Any) -> np.ndarray:
+    """The parameters [2 seeds, 24] after so many steps at a constant rate."""
+    seeds = (1, 2)
+    network = Weights(seeds, train_size=8, weights=12, truth=(1.0, 1.0))
+    if steps == 0:
+        return torch.cat(network.start(), dim=-1).numpy()
+    plan = Plan(ConstantSchedule(0.02, steps), rule)
+    found = simulate(network, plan, seeds, workers=3, local_batch=2, label_noise=0.5, **options)
+    return np.array(found.measured["weights"])
+
+
+@pytest.mark.parametrize("name", ["data parallel", "constant"])
+def test_averages_over_the_steps_are_of_the_workers_mean(name: str) -> None:
+    """A run that ends after a step, with an average of the workers, shows their mean there."""
+    steps = 6
+    models = [weights(RULES[name], count) for count in range(steps + 1)]
+    moving = models[0]
+    for model in models[1:]:
+        moving = 0.7 * moving + 0.3 * model
+    found = weights(RULES[name], steps, average=MovingAverage(0.7))
+    assert found == pytest.approx(moving, rel=1e-5)
+    assert found != pytest.approx(models[-1], rel=1e-3)
+    found = weights(RULES[name], steps, average=LastAverage(0.5))
+    assert found == pytest.approx(np.mean(models[4:], axis=0), rel=1e-5)
+
+
+def test_an_outer_optimizer_of_rate_1_without_momentum_changes_nothing() -> None:
+    plain = weights(RULES["constant"], 12)
+    found = weights(RULES["constant"], 12, outer=OuterConfig(lr=1.0, momentum=1e-9))
+    assert found == pytest.approx(plain, rel=1e-5)
+
+
+def test_an_outer_optimizer_goes_further_along_what_a_round_changed() -> None:
+    """Nesterov's first step is lr (1 + momentum) times the change."""
+    start, end = (weights(RULES["constant"], count) for count in (0, 4))
+    found = weights(RULES["constant"], 4, outer=OuterConfig(lr=0.7, momentum=0.9))
+    assert found == pytest.approx(start + 0.7 * 1.9 * (end - start), rel=1e-4)
+
+
+def test_rounds_of_adacomm_grow_with_the_root_of_loss_over_rate() -> None:
+    """Halved losses at an eighth of the rate: twice as long."""
+    rule = AdaCommRule(4, peak_lr=0.8)
+    assert rule.length(0, 0.8) == 4
+    assert rule.length(0, 0.1) == 12  # ceil(11.3): no loss is known
+    later = rule.after_loss(3.0).after_loss(1.5)
+    assert later.length(9, 0.1) == 8
+    assert later.after_loss(0.0).length(9, 0.1) == 1
+    assert later.after_loss(float("nan")).length(9, 0.1) == 12
+
+
+def test_a_run_under_adacomm_uses_its_losses() -> None:
+    """Noise is all of the loss here, so that H = 2 grows to ceil(2 sqrt(10)) at the end, nearly as
+    the power rule of the exponent 1/2."""
+    found = run(AdaCommRule(2, peak_lr=0.02), (1,), workers=4, noise=5.0)
+    volume = Plan(SCHEDULE, AdaCommRule(2, peak_lr=0.02)).volume
+    assert found.volume == pytest.approx(volume, abs=0.1)
+    start_far = run(AdaCommRule(2, peak_lr=0.02), (1,), workers=4, noise=0.0)
+    assert start_far.volume > found.volume  # the loss falls, so rounds stay short
+
+
+def test_seeds_are_joined_in_order() -> None:
+    together = run(RULES["QSR"], (1, 2), workers=4)
+    joined = join([run(RULES["QSR"], (seed,), workers=4) for seed in (1, 2)])
+    assert (joined.volume, joined.steps, joined.peak_lr) == (together.volume, 30, 0.02)
+    for quantity, values in together.measured.items():
+        assert joined.measured[quantity] == pytest.approx(values, rel=1e-5)
+
+
 def small(**changes: object) -> SimulationConfig:
     """The digits with fewer seeds and steps, but where the rules differ by most."""
     config = load_simulation(["experiment=digits_mlp", "seeds=4", "total_steps=2000"])
@@ -105,7 +183,9 @@ def small(**changes: object) -> SimulationConfig:
 
 def means(config: SimulationConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Of tr(Hessian) and of the test error over the seeds, by rule."""
-    outcomes = {name: simulate_rule(config, name) for name in config.rules if name != "cubic"}
+    outcomes = {
+        name: simulate_arm(config, name).outcome for name in config.rules if name != "cubic"
+    }
     assert not any(any(outcome.diverged) for outcome in outcomes.values())
     trace, test = (
         {name: float(np.mean(outcome.measured[quantity])) for name, outcome in outcomes.items()}
@@ -132,7 +212,7 @@ def test_the_order_of_the_rules_and_its_controls() -> None:
 
 def test_rules_are_matched_at_the_peak() -> None:
     config = load_simulation(["experiment=digits_mlp"])
-    assert config.rules["QSR"] == ExponentConfig(exponent=2)
+    assert config.rules["QSR"] == ArmConfig(exponent=2)
     found = {name: make_simulated_plan(config, rule) for name, rule in config.rules.items()}
     assert {name: plan.round_at(0).length for name, plan in found.items()} == {
         "QSR": 4, "data parallel": 1, "constant H": 4, "beta/eta": 4, "cubic": 4,

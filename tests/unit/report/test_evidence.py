@@ -11,10 +11,10 @@ from matplotlib.lines import Line2D
 from qsr.config.load import CONFIG_DIR
 from qsr.core.drift import psi
 from qsr.report.evidence import drift_markdown, read_simulations, simulation_markdown
+from qsr.report.evidence_controls import draw
 from qsr.report.evidence_plots import (
     AT_PEAK,
     PAPER_WORKERS,
-    draw,
     multiplier_figure,
     paper_plans,
     sensitivity_figure,
@@ -100,12 +100,13 @@ def test_the_committed_records_have_the_effect_and_its_limits() -> None:
 
 
 def test_pictures_are_drawn_beside_the_records(tmp_path: Path) -> None:
-    for path in RESULTS.glob("*.json"):
-        shutil.copy(path, tmp_path)
+    evidence = RESULTS.parent
+    shutil.copytree(evidence, tmp_path / "evidence", ignore=shutil.ignore_patterns("*.png"))
     draw(tmp_path)
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {path.name for path in RESULTS.glob("*.png")}
-    assert len(drawn) == 5
+    drawn = {path.relative_to(tmp_path / "evidence") for path in tmp_path.rglob("*.png")}
+    expected = {path.relative_to(evidence) for path in evidence.rglob("*.png")}
+    assert drawn == expected - {Path("glyphs.png")}  # drawn by scripts/glyph_evidence.py
+    assert len(drawn) == 7
 
 
 def test_the_rules_of_a_simulation_are_in_its_picture() -> None:
