@@ -22,7 +22,8 @@ class OpenPlan:
         self.schedule = schedule
         self.losses: list[float] = []
         """The mean training loss of each round that has ended."""
-        self._rule = rule
+        self.rule = rule
+        """The rule of the next round."""
         self._rounds: list[Round] = []
 
     @property
@@ -50,7 +51,7 @@ class OpenPlan:
     def observe(self, loss: float) -> None:
         """The mean training loss of the round that has just ended."""
         self.losses.append(loss)
-        self._rule = self._rule.observe(loss)
+        self.rule = self.rule.observe(loss)
 
     def load(self, losses: Iterable[float]) -> None:
         """Repeat the rounds of an earlier session, which are given by their losses."""
@@ -66,14 +67,14 @@ class OpenPlan:
     def _cut(self, start: int) -> None:
         lr = self.schedule(start)
         decides = self.schedule(max(start, self.schedule.warmup_steps))
-        round_ = cut_round(self._rule, len(self._rounds), start, lr, decides, self.total_steps)
+        round_ = cut_round(self.rule, len(self._rounds), start, lr, decides, self.total_steps)
         if round_.averages == "gradients":
             raise ValueError(
                 f"the round at step {start} averages gradients, which a rule that needs the loss "
                 f"cannot ask for"
             )
         self._rounds.append(round_)
-        self._rule = self._rule.after(decides)
+        self.rule = self.rule.after(decides)
 
 
 AnyPlan = Plan | OpenPlan

@@ -98,7 +98,7 @@ def tuning_errors(outcome: Outcome) -> list[float]:
 
 def _simulate(config: SimulationConfig, arm: ArmConfig, seeds: range) -> Outcome:
     # every seed has its own losses, and so its own rounds
-    parts = [range(seed, seed + 1) for seed in seeds] if arm.rule == "adacomm" else [seeds]
+    parts = [range(seed, seed + 1) for seed in seeds] if arm.rule == "adaptive" else [seeds]
     return join(
         [
             simulate(

@@ -14,6 +14,8 @@ from qsr.config.parsing import parse
 from qsr.config.places import CONFIG_DIR
 from qsr.config.planning import MOST_STEPS
 from qsr.config.schema import STRICT, Finite, Fraction, NonNegative, Positive, PositiveInt
+from qsr.core.adaptive import AdaptiveRule
+from qsr.core.open_plan import AnyPlan, OpenPlan
 from qsr.core.plan import Plan
 from qsr.core.rules import (
     ConstantRule,
@@ -26,7 +28,6 @@ from qsr.core.rules import (
 )
 from qsr.core.schedules import CosineSchedule, ExponentialSchedule, Schedule
 from qsr.errors import ConfigError
-from qsr.evidence.adacomm import AdaCommRule
 
 SIMULATIONS = CONFIG_DIR / "simulation"
 
@@ -98,9 +99,9 @@ class ArmConfig:
     floor((coefficient / lr)^exponent)), matched at the peak: all power rules with the same h_base
     begin with rounds of h_base steps."""
 
-    rule: Literal["power", "growing", "stagewise", "adacomm"] = "power"
+    rule: Literal["power", "growing", "stagewise", "adaptive"] = "power"
     """power, growing (H grows linearly with the round), stagewise (H doubles when the rate has
-    halved), or adacomm (H grows with the square root of loss / rate; Wang and Joshi 2019)."""
+    halved), or adaptive (H grows with the square root of loss / rate: AdaComm)."""
     exponent: NonNegative | None = None
     """Of the power rule. 0: constant H. 1: H ~ 1 / lr. 2: QSR. null: data parallel training."""
     h_base: PositiveInt | None = None
@@ -193,21 +194,25 @@ def simulation_names() -> list[str]:
     return sorted(path.stem for path in (SIMULATIONS / "experiment").glob("*.yaml"))
 
 
-def make_simulated_plan(config: SimulationConfig, arm: ArmConfig) -> Plan:
-    """The plan of one of the arms. That of adacomm, whose rounds depend on the losses, has the
-    lengths of a constant loss. Raises ValueError, which names the setting."""
+def make_simulated_plan(config: SimulationConfig, arm: ArmConfig) -> AnyPlan:
+    """The plan of one of the arms. Raises ValueError, which names the setting."""
     if arm.same_time is None:
         return _plan(config, arm, config.total_steps)
     if arm.same_time.arm not in config.rules:
         raise ValueError(f"same_time.arm={arm.same_time.arm} is not one of the rules")
     other = make_simulated_plan(config, config.rules[arm.same_time.arm])
+    if isinstance(other, OpenPlan):
+        raise ValueError(f"same_time.arm={arm.same_time.arm}: its rounds are not known before it")
     allreduce = arm.same_time.allreduce_steps
     budget = time_in_steps(other, allreduce)
-    steps = range(1, int(budget) + 1)
-    fit = bisect_right(
-        steps, budget, key=lambda steps: time_in_steps(_plan(config, arm, steps), allreduce)
-    )
-    return _plan(config, arm, fit)
+
+    def time_of(steps: int) -> float:
+        plan = _plan(config, arm, steps)
+        if isinstance(plan, OpenPlan):
+            raise ValueError("same_time: not for rule: adaptive, whose rounds are not known")
+        return time_in_steps(plan, allreduce)
+
+    return _plan(config, arm, bisect_right(range(1, int(budget) + 1), budget, key=time_of))
 
 
 def time_in_steps(plan: Plan, allreduce_steps: float) -> float:
@@ -215,7 +220,7 @@ def time_in_steps(plan: Plan, allreduce_steps: float) -> float:
     return plan.total_steps + plan.num_rounds * allreduce_steps
 
 
-def _plan(config: SimulationConfig, arm: ArmConfig, total_steps: int) -> Plan:
+def _plan(config: SimulationConfig, arm: ArmConfig, total_steps: int) -> AnyPlan:
     peak_lr = config.peak_lr if arm.peak_lr is None else arm.peak_lr
     share = config.final_fraction if arm.final_fraction is None else arm.final_fraction
     h_base = config.h_base if arm.h_base is None else arm.h_base
@@ -224,7 +229,8 @@ def _plan(config: SimulationConfig, arm: ArmConfig, total_steps: int) -> Plan:
         if config.schedule == "cosine"
         else ExponentialSchedule(peak_lr, share * peak_lr, total_steps)
     )
-    return Plan(schedule, _make_rule(arm, h_base, peak_lr))
+    rule = _make_rule(arm, h_base, peak_lr)
+    return OpenPlan(schedule, rule) if rule.needs_loss else Plan(schedule, rule)
 
 
 def _make_rule(arm: ArmConfig, h_base: int, peak_lr: float) -> Rule:
@@ -234,8 +240,8 @@ def _make_rule(arm: ArmConfig, h_base: int, peak_lr: float) -> Rule:
             return GrowingRule(h_base, arm.growth)
         case "stagewise", _:
             return StagewiseRule(h_base)
-        case "adacomm", _:
-            return AdaCommRule(h_base, peak_lr)
+        case "adaptive", _:
+            return AdaptiveRule(h_base)
         case _, None:
             return EveryStepRule()
         case _, 0:

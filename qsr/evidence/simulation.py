@@ -1,6 +1,7 @@
 """Local SGD on a small problem: K workers x S seeds as one tensor program, with the trainer's
 plans."""
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qsr.core.plan import Plan, Round, cut_round
+from qsr.core.open_plan import AnyPlan, OpenPlan
 from qsr.core.seeds import seed_for
-from qsr.evidence.adacomm import AdaCommRule
 from qsr.evidence.problems import Problem
 from qsr.evidence.settings import OuterConfig
 
@@ -79,7 +79,7 @@ class LastAverage:
 
 def simulate(
     problem: Problem,
-    plan: Plan,
+    plan: AnyPlan,
     seeds: Sequence[int],
     *,
     workers: int,
@@ -94,8 +94,8 @@ def simulate(
     all plans and with any other seeds.
 
     With `average`, the measured model is an average over the steps, of the workers' mean after
-    each. With `outer`, that optimizer takes a step at the end of every round. Under AdaComm all
-    seeds share their rounds: give one seed."""
+    each. With `outer`, that optimizer takes a step at the end of every round. The seeds
+    share the rounds of a rule that needs the loss: give one seed."""
     state = [
         start.unsqueeze(1).repeat(1, workers, *[1] * (start.dim() - 1)).requires_grad_()
         for start in problem.start()
@@ -103,9 +103,8 @@ def simulate(
     draws = _draws(problem, plan.total_steps, seeds, workers, local_batch)
     averaged = [values.detach()[:, 0].clone() for values in state]
     end_round = _mean_workers if outer is None else OuterSteps(state, outer)
-    losses: list[float] = []
     num_rounds = 0
-    for round_ in _rounds(plan, losses):
+    for round_ in plan.rounds():
         total_loss = torch.zeros(())
         for step in range(round_.start, round_.end):
             samples, noise = next(draws)
@@ -121,8 +120,12 @@ def simulate(
                 if average is not None and (weight := average.newest(step, plan.total_steps)):
                     for mean, values in zip(averaged, state, strict=True):
                         mean.lerp_(values.mean(1), weight)
-        losses.append(float(total_loss) / (round_.length * len(seeds) * workers))
         num_rounds += 1
+        if isinstance(plan, OpenPlan):
+            mean_loss = float(total_loss) / (round_.length * len(seeds) * workers)
+            if not math.isfinite(mean_loss):  # it has diverged, and goes on to its end
+                mean_loss = plan.losses[-1] if plan.losses else 1.0
+            plan.observe(mean_loss)
         if round_.averages == "parameters":
             with torch.no_grad():
                 end_round(state)
@@ -136,19 +139,6 @@ def simulate(
         steps=plan.total_steps,
         peak_lr=plan.schedule(0),
     )
-
-
-def _rounds(plan: Plan, losses: Sequence[float]) -> Iterator[Round]:
-    """The rounds; those of AdaComm depend on the mean training losses of the rounds so far."""
-    if not isinstance(plan.rule, AdaCommRule):
-        yield from plan.rounds()
-        return
-    rule, index, start = plan.rule, 0, 0
-    while start < plan.total_steps:
-        lr = plan.schedule(start)
-        round_ = cut_round(rule, index, start, lr, lr, plan.total_steps)
-        yield round_
-        rule, index, start = rule.after_loss(losses[-1]), index + 1, round_.end
 
 
 def _mean_workers(state: Sequence[Tensor]) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from qsr.core.adaptive import AdaptiveRule
+from qsr.core.open_plan import OpenPlan
 from qsr.core.plan import Plan
 from qsr.core.rules import ConstantRule, EveryStepRule, QuadraticRule, Rule
 from qsr.core.schedules import ConstantSchedule, ExponentialSchedule
 from qsr.core.seeds import seed_for
-from qsr.evidence.adacomm import AdaCommRule
 from qsr.evidence.arms import simulate_arm
 from qsr.evidence.problems import DiagonalNetwork, Parameters
 from qsr.evidence.settings import (
@@ -37,8 +38,8 @@ def problem(seeds: tuple[int, ...]) -> DiagonalNetwork:
     return DiagonalNetwork(seeds, train_size=8, weights=12, truth=(1.0, 1.0))
 
 
-def run(rule: Rule, seeds: tuple[int, ...], workers: int, noise: float = 0.5) -> Outcome:
-    plan = Plan(SCHEDULE, rule)
+def run(rule: Rule | OpenPlan, seeds: tuple[int, ...], workers: int, noise: float = 0.5) -> Outcome:
+    plan = Plan(SCHEDULE, rule) if isinstance(rule, Rule) else rule
     return simulate(problem(seeds), plan, seeds, workers=workers, local_batch=2, label_noise=noise)
 
 
@@ -146,25 +147,17 @@ def test_an_outer_optimizer_goes_further_along_what_a_round_changed() -> None:
     assert found == pytest.approx(start + 0.7 * 1.9 * (end - start), rel=1e-4)
 
 
-def test_rounds_of_adacomm_grow_with_the_root_of_loss_over_rate() -> None:
-    """Halved losses at an eighth of the rate: twice as long."""
-    rule = AdaCommRule(4, peak_lr=0.8)
-    assert rule.length(0, 0.8) == 4
-    assert rule.length(0, 0.1) == 12  # ceil(11.3): no loss is known
-    later = rule.after_loss(3.0).after_loss(1.5)
-    assert later.length(9, 0.1) == 8
-    assert later.after_loss(0.0).length(9, 0.1) == 1
-    assert later.after_loss(float("nan")).length(9, 0.1) == 12
-
-
-def test_a_run_under_adacomm_uses_its_losses() -> None:
-    """Noise is all of the loss here, so that H = 2 grows to ceil(2 sqrt(10)) at the end, nearly as
-    the power rule of the exponent 1/2."""
-    found = run(AdaCommRule(2, peak_lr=0.02), (1,), workers=4, noise=5.0)
-    volume = Plan(SCHEDULE, AdaCommRule(2, peak_lr=0.02)).volume
-    assert found.volume == pytest.approx(volume, abs=0.1)
-    start_far = run(AdaCommRule(2, peak_lr=0.02), (1,), workers=4, noise=0.0)
-    assert start_far.volume > found.volume  # the loss falls, so rounds stay short
+def test_a_run_whose_rounds_follow_the_loss() -> None:
+    """Noise is all of the loss here, so that H = 2 grows nearly as under a loss that stays."""
+    noisy, quiet, still = (OpenPlan(SCHEDULE, AdaptiveRule(2)) for _ in range(3))
+    found = run(noisy, (1,), workers=4, noise=5.0)
+    for _ in still.rounds():
+        still.observe(1.0)
+    assert found.volume == pytest.approx(len(still.losses) / 30, abs=0.05)
+    # without noise the loss falls, so that rounds stay short
+    assert run(quiet, (1,), workers=4, noise=0.0).volume > found.volume
+    assert found.volume == len(noisy.losses) / 30
+    assert noisy.losses[0] > 100 * quiet.losses[-1]
 
 
 def test_seeds_are_joined_in_order() -> None:
