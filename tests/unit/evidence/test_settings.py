@@ -60,9 +60,7 @@ def test_growth_gives_qsrs_volume_from_its_first_round() -> None:
     plans = known_plans(config)
     assert plans["linear in the round"].volume == pytest.approx(plans["QSR"].volume, rel=0.02)
     for arm in config.rules.values():
-        assert make_simulated_plan(config, arm).round_at(0).length == (
-            1 if arm.exponent is None and arm.rule == "power" else 4
-        )
+        assert make_simulated_plan(config, arm).round_at(0).length == 4
 
 
 @pytest.mark.parametrize(
