@@ -17,9 +17,7 @@ from pathlib import Path
 
 from qsr.errors import showing_errors
 from qsr.output import printer, program, warn
-from qsr.report.evidence import read_simulations
-from qsr.report.evidence_deep import read_deep
-from qsr.report.evidence_glyphs import read_glyphs
+from qsr.report.evidence_contrasts import read_evidence
 from qsr.report.generated import generate, stale, write
 from qsr.report.paper import read_reference
 from qsr.report.plans import experiment_plan
@@ -54,10 +52,10 @@ def _tables(*, check: bool) -> int:
     plan_of = partial(experiment_plan, config_dir=ROOT / "configs")
     faults = json.loads((ROOT / "results" / "faults.json").read_text())
     benchmarks = read_benchmarks(ROOT / "results" / "bench")
-    simulations = read_simulations(ROOT / "results" / "evidence" / "simulations")
-    deep, glyphs = read_deep(ROOT / "results"), read_glyphs(ROOT / "results")
     summaries = read_summaries(RECORDS)
-    files = generate(ROOT, rows, summaries, plan_of, faults, benchmarks, simulations, deep, glyphs)
+    files = generate(
+        ROOT, rows, summaries, plan_of, faults, benchmarks, read_evidence(ROOT / "results")
+    )
     paths = stale(files)
     if not check:
         write(files, paths)

@@ -16,7 +16,7 @@ Its mean over a round's steps s = 0 .. H - 1, over V / K, is 1 + (K - 1) psi wit
 The latter is the function of Gu et al. 2023, whose slow SDE has the drift of SGD plus K - 1 times
 the drift by the gradient of sum F(2 H lr L) / (2 H lr) over the eigenvalues, with F' = psi. psi
 rises from 0 to 1: rounds much shorter than 1 / (lr L) steps gain nothing, much longer ones a factor
-of K. docs/evidence.md has the full derivation.
+of K. docs/evidence-simulations.md has the full derivation.
 """
 
 import math

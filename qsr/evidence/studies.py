@@ -1,4 +1,4 @@
-"""The laptop studies behind docs/evidence.md: the simulations and their records."""
+"""The laptop studies behind docs/evidence-simulations.md: the simulations and their records."""
 
 import dataclasses
 import math

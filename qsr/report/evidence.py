@@ -1,4 +1,4 @@
-"""Results of scripts/simulate.py -> Markdown tables for docs/evidence.md and its notebook."""
+"""Results of scripts/simulate.py -> Markdown tables for docs/evidence-simulations.md and the notebook."""
 
 import json
 import math

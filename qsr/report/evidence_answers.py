@@ -1,209 +1,47 @@
-"""All records of the evidence -> a comparison with QSR for every question, as a Markdown table."""
+"""Comparisons with QSR -> Markdown tables: a row for each question, and one for each comparison."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from qsr.report.evidence import Record, estimate_text, finite, p_text, unit
-from qsr.report.evidence_deep import DeepRecord
-from qsr.report.evidence_glyphs import PAPERS_GAIN, GlyphRecord, compared
-from qsr.report.statistics import Comparison, compare, estimate, needed_pairs
+from qsr.report.evidence import estimate_text, p_text
+from qsr.report.evidence_contrasts import Contrast
+from qsr.report.evidence_glyphs import PAPERS_GAIN
+from qsr.report.statistics import needed_pairs
 from qsr.report.tables import markdown_table
 
-Errors = Sequence[float | None]
-"""Of the seeds, in order; None: the run diverged."""
+_PAGES = {"Unseen fonts": "evidence.md", "Deep networks": "evidence.md"}
+"""Of headings that are not in docs/evidence-simulations.md."""
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Another arm against QSR on the same seeds."""
-
-    question: str
-    where: str
-    """Heading in docs/evidence.md."""
-    setting: str
-    other: str
-    other_errors: Errors
-    qsr_errors: Errors
-    points: bool = True
-    """Whether errors are in percent."""
-
-    @property
-    def comparison(self) -> Comparison:
-        """The other's error minus QSR's, on the seeds with which neither diverged."""
-        return compare(self.other_errors, self.qsr_errors)
-
-    @property
-    def answer(self) -> str:
-        """Which of both errs less, if the 95 % interval leaves no doubt."""
-        found = self.comparison.difference
-        if math.isnan(found.mean):
-            return "the other diverged"
-        if not abs(found.mean) > found.half_width:  # also where there is one pair
-            return "not established"
-        return "QSR better" if found.mean > 0 else "QSR worse"
+def questions_markdown(found: Sequence[Contrast]) -> str:
+    """One row per question: how many comparisons QSR wins, and all that it does not, with the
+    other's error minus QSR's."""
+    rows = []
+    for question in dict.fromkeys(contrast.question for contrast in found):
+        asked = [contrast for contrast in found if contrast.question == question]
+        rows.append(
+            {
+                "question": question,
+                "QSR errs less": f"in {_count_of(asked, 'QSR better')} of {len(asked)}",
+                "QSR errs more": _listed(asked, "QSR worse"),
+                "not established": _listed(asked, "not established"),
+                "where": ", ".join(dict.fromkeys(map(_link, asked))),
+            }
+        )
+    return markdown_table(pd.DataFrame(rows))
 
 
-@dataclass(frozen=True)
-class _Question:
-    """Arms of a simulation, each against QSR; several names in one: the one with the lowest mean
-    error, which is chosen on the seeds that are reported and so is in favour of the other."""
-
-    question: str
-    where: str
-    study: str
-    others: tuple[str | tuple[str, ...], ...]
-    qsr: str = "QSR"
+def _count_of(asked: Sequence[Contrast], answer: str) -> int:
+    return sum(contrast.answer == answer for contrast in asked)
 
 
-EFFECT = "Does QSR err less than data parallel training?"
-RECIPE = "Is it the recipe?"
-AVERAGING = "Is it weight averaging?"
-NOISE = "Is it there without label noise?"
-RATE = "Is it the learning rate?"
-COMMUNICATION = "Is it there at equal communication?"
-TIME = "Is it there at equal time?"
-EXPONENT = "Is the exponent 2 the best?"
-RULES = "Are other rules as good?"
-
-_AVERAGES = ("EMA 0.9", "EMA 0.99", "EMA 0.999", "last quarter", "last half")
-_KEPT = ("rate kept", "rate kept, EMA 0.99", "rate kept, last half")
-_QUESTIONS = (
-    _Question(EFFECT, "Results", "digits_mlp", ("data parallel",)),
-    _Question(EFFECT, "Results", "digits_mlp_second_split", ("data parallel",)),
-    _Question(EFFECT, "Results", "diagonal", ("data parallel",)),
-    _Question(AVERAGING, "Weight averaging", "digits_mlp_averages", (_AVERAGES, _KEPT)),
-    _Question(AVERAGING, "Weight averaging", "diagonal_averages", (_AVERAGES, _KEPT)),
-    _Question(NOISE, "Controls", "digits_mlp_no_noise", ("data parallel",)),
-    _Question(
-        RATE, "The learning rate", "digits_mlp_rates", ("data parallel", "rate kept, EMA 0.99")
-    ),
-    _Question(
-        COMMUNICATION,
-        "Rivals at the same communication",
-        "digits_mlp_rivals_low_rate",
-        ("constant H = 26", "beta x 1.95"),
-    ),
-    _Question(COMMUNICATION, "The learning rate", "digits_mlp_rates", ("constant H = 26",)),
-    _Question(
-        TIME,
-        "Equal time",
-        "digits_mlp_same_time",
-        ("data parallel, r = 1", "data parallel, r = 4"),
-    ),
-    _Question(TIME, "Equal time", "digits_mlp_same_time", ("data parallel",), "QSR, r = 1"),
-    _Question(TIME, "Equal time", "digits_mlp_same_time", ("data parallel",), "QSR, r = 4"),
-    _Question(EXPONENT, "Results", "digits_mlp", ("beta/eta", "cubic")),
-    _Question(EXPONENT, "Results", "diagonal", ("beta/eta", "cubic")),
-    _Question(EXPONENT, "The learning rate", "digits_mlp_rates", ("beta/eta", "cubic")),
-    _Question(
-        RULES,
-        "Other rules",
-        "digits_mlp_other_rules",
-        ("linear in the round", "stagewise doubling", "AdaComm"),
-    ),
-    _Question(RULES, "The learning rate", "digits_mlp_rates", ("constant H", "DiLoCo")),
-    _Question(RULES, "Weight averaging", "digits_mlp_averages", ("H = 4, rate kept, EMA 0.99",)),
-    _Question(RULES, "Weight averaging", "diagonal_averages", ("H = 8, rate kept, EMA 0.99",)),
-)
-_SETTINGS = {
-    "digits_mlp": "digits",
-    "digits_mlp_second_split": "digits, second split",
-    "digits_mlp_averages": "digits",
-    "digits_mlp_no_noise": "digits, no noise",
-    "digits_mlp_rates": "digits, own best rates",
-    "digits_mlp_rivals_low_rate": "digits, low rate",
-    "digits_mlp_same_time": "digits",
-    "digits_mlp_other_rules": "digits",
-    "diagonal": "diagonal",
-    "diagonal_averages": "diagonal",
-}
-_GLYPHS = {
-    "parallel": EFFECT,
-    "matched": COMMUNICATION,
-    "linear": EXPONENT,
-    "cubic": EXPONENT,
-    "constant": RULES,
-}
-_GLYPH_OTHERS = {
-    "parallel": "data parallel",
-    "matched": "constant H = 9",
-    "linear": "H ~ 1 / lr",
-    "cubic": "cubic",
-    "constant": "constant H = 4",
-}
-_GLYPH_AVERAGES = {"ema_top1": "data parallel, EMA", "uniform_top1": "data parallel, last part"}
-_DEEP = {
-    "parallel": (EFFECT, "data parallel"),
-    "parallel_recipe": (RECIPE, "data parallel, its recipe"),
-    "linear": (EXPONENT, "beta/eta"),
-    "constant": (RULES, "constant H"),
-}
-_ORDER = (EFFECT, RECIPE, AVERAGING, NOISE, RATE, COMMUNICATION, TIME, EXPONENT, RULES)
-
-
-def contrasts(
-    simulations: Mapping[str, Record], glyphs: Sequence[GlyphRecord], deep: DeepRecord
-) -> list[Contrast]:
-    """All comparisons that the records allow, by question."""
-    found = [*_simulated(simulations), *_of_glyphs(glyphs), *_of_deep(deep)]
-    return sorted(found, key=lambda contrast: _ORDER.index(contrast.question))
-
-
-def _simulated(simulations: Mapping[str, Record]) -> Iterator[Contrast]:
-    for asked in _QUESTIONS:
-        record = simulations[asked.study]
-        rules = record["rules"]
-        for others in asked.others:
-            names = (others,) if isinstance(others, str) else others
-            name = min(names, key=lambda each: _mean(rules[each]["test_error"]))
-            best = f" (best of {len(names)})" if len(names) > 1 else ""
-            parallel = "data parallel, " if name in (*_AVERAGES, *_KEPT) else ""
-            qsr = "" if asked.qsr == "QSR" else f"; QSR in its time, {asked.qsr[5:]}"
-            yield Contrast(
-                asked.question,
-                asked.where,
-                _SETTINGS[asked.study],
-                parallel + name + best + qsr,
-                rules[name]["test_error"],
-                rules[asked.qsr]["test_error"],
-                points=bool(unit(record)),
-            )
-
-
-def _mean(errors: Errors) -> float:
-    mean = estimate(finite(errors)).mean
-    return math.inf if math.isnan(mean) else mean
-
-
-def _of_glyphs(records: Sequence[GlyphRecord]) -> Iterator[Contrast]:
-    runs = compared(records)
-
-    def contrast(question: str, other: str, of: Sequence[GlyphRecord], key: str) -> Contrast:
-        qsr = [100 - run["top1"] for run in runs["quadratic"]]
-        errors = [100 - run[key] for run in of]
-        return Contrast(question, "Unseen fonts", "unseen fonts, ResNet", other, errors, qsr)
-
-    for rule, question in _GLYPHS.items():
-        yield contrast(question, _GLYPH_OTHERS[rule], runs[rule], "top1")
-    for key, other in _GLYPH_AVERAGES.items():
-        if all(key in run for run in runs["parallel"]):
-            yield contrast(AVERAGING, other, runs["parallel"], key)
-
-
-def _of_deep(record: DeepRecord) -> Iterator[Contrast]:
-    errors = {
-        (row["model"], row["rule"]): [run["error"] for run in row["test"]] for row in record["rows"]
-    }
-    for (model, rule), of in errors.items():
-        if rule in _DEEP:
-            question, other = _DEEP[rule]
-            setting = {"resnet": "200 digits, ResNet", "vit": "200 digits, ViT"}[model]
-            yield Contrast(
-                question, "Deep networks", setting, other, of, errors[model, "quadratic"]
-            )
+def _listed(asked: Sequence[Contrast], answer: str) -> str:
+    return "; ".join(
+        f"{contrast.setting}, {contrast.other}: {estimate_text(contrast.comparison.difference)}"
+        for contrast in asked
+        if contrast.answer == answer
+    )
 
 
 def answers_markdown(found: Sequence[Contrast]) -> str:
@@ -233,9 +71,14 @@ def _rows(found: Sequence[Contrast]) -> Iterator[dict[str, str]]:
                 needed_pairs(PAPERS_GAIN, about.deviation) if contrast.points else None
             ),
             "answer": contrast.answer,
-            "where": f"[{contrast.where}](#{anchor(contrast.where)})",
+            "where": _link(contrast),
         }
         asked = contrast.question
+
+
+def _link(contrast: Contrast) -> str:
+    page = _PAGES.get(contrast.where, "evidence-simulations.md")
+    return f"[{contrast.where}]({page}#{anchor(contrast.where)})"
 
 
 def _count(pairs: int | None) -> str:

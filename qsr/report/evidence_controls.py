@@ -1,4 +1,4 @@
-"""All records of the evidence -> the figures of docs/evidence.md. Here: all comparisons with QSR,
+"""All records of the evidence -> the figures of docs/evidence*.md. Here: all comparisons with QSR,
 and the choice of the rates."""
 
 import math
@@ -11,10 +11,8 @@ from matplotlib.figure import Figure
 
 from qsr.config.parsing import parse
 from qsr.evidence.settings import SimulationConfig, make_simulated_plan
-from qsr.report.evidence import DRIFT, Record, finite, read_simulations, unit
-from qsr.report.evidence_answers import Contrast, contrasts
-from qsr.report.evidence_deep import read_deep
-from qsr.report.evidence_glyphs import read_glyphs
+from qsr.report.evidence import DRIFT, Record, finite, unit
+from qsr.report.evidence_contrasts import Contrast, contrasts, read_evidence
 from qsr.report.evidence_plots import (
     AT_PEAK,
     PAPER_WORKERS,
@@ -40,13 +38,13 @@ _ROW = 0.165
 
 
 def draw(results: Path) -> None:
-    """Draw the figures of docs/evidence.md from the records in the folder results/, and save them
+    """Draw the figures of docs/evidence*.md from the records in the folder results/, and save them
     beside these."""
     evidence = results / "evidence"
     folder = evidence / "simulations"
-    records = read_simulations(folder)
-    found = contrasts(records, read_glyphs(results), read_deep(results))
-    save(answers_figure(found), evidence / "answers")
+    found = read_evidence(results)
+    records = found.simulations
+    save(answers_figure(contrasts(found)), evidence / "answers")
     save(rates_figure(records["digits_mlp_rates"]), folder / "rates")
     for name in ("digits_mlp", "diagonal"):
         save(simulation_figure(records[name]), folder / name)

@@ -43,6 +43,11 @@ def read_glyphs(results: Path) -> list[GlyphRecord]:
     return read_records(results / "evidence" / "glyphs.jsonl")
 
 
+def read_glyph_averages(results: Path) -> list[GlyphRecord]:
+    """The data parallel runs with averages over time."""
+    return read_records(results / "evidence" / "glyphs_averages.jsonl")
+
+
 def read_records(path: Path) -> list[GlyphRecord]:
     """The finished runs in a file of records."""
     text = path.read_text()

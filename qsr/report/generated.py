@@ -17,7 +17,8 @@ from qsr.core.plan import Plan
 from qsr.errors import ReportError
 from qsr.report.comparison import comparison_markdown, comparison_table, table_title
 from qsr.report.evidence import record_markdown
-from qsr.report.evidence_answers import answers_markdown, contrasts
+from qsr.report.evidence_answers import answers_markdown, questions_markdown
+from qsr.report.evidence_contrasts import Evidence, contrasts
 from qsr.report.evidence_deep import deep_report
 from qsr.report.evidence_glyphs import glyphs_report
 from qsr.report.faults import faults_markdown
@@ -46,9 +47,7 @@ def generate(
     plan_of: Callable[[str], Plan],
     faults: Mapping[str, Any],
     benchmarks: Mapping[str, Record],
-    simulations: Mapping[str, Record],
-    deep: Record,
-    glyphs: Sequence[Record],
+    evidence: Evidence,
 ) -> dict[Path, str]:
     """All generated files of the repository in `root` with their contents: each table of the paper
     as results/tables/table_NAME.md and .csv, their index, and README.md and docs/*.md with filled
@@ -69,10 +68,13 @@ def generate(
     blocks["headlines"] = comparison_markdown(headlines)
     blocks["faults"] = faults_markdown(faults)
     blocks |= {f"bench_{name}": speed_markdown(name, of) for name, of in benchmarks.items()}
-    blocks |= {f"evidence_{name}": record_markdown(name, of) for name, of in simulations.items()}
-    blocks["evidence_deep"] = deep_report(deep)
-    blocks["evidence_glyphs"] = glyphs_report(glyphs)
-    blocks["evidence_answers"] = answers_markdown(contrasts(simulations, glyphs, deep))
+    for name, of in evidence.simulations.items():
+        blocks[f"evidence_{name}"] = record_markdown(name, of)
+    blocks["evidence_deep"] = deep_report(evidence.deep)
+    blocks["evidence_glyphs"] = glyphs_report(evidence.glyphs)
+    answers = contrasts(evidence)
+    blocks["evidence_answers"] = answers_markdown(answers)
+    blocks["evidence_questions"] = questions_markdown(answers)
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text()
         if _MARK.search(text):

@@ -84,7 +84,7 @@ def test_the_drift_beside_its_predictions() -> None:
 
 
 def test_the_committed_records_have_the_effect_and_its_limits() -> None:
-    """What docs/evidence.md says of them."""
+    """What docs/evidence-simulations.md says of them."""
     records = read_simulations(RESULTS)
     for name in ("digits_mlp", "digits_mlp_second_split", "diagonal"):
         rules = records[name]["rules"]
