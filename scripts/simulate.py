@@ -8,8 +8,8 @@
     python scripts/simulate.py figures                             draw again, from the records
 
 Prints a table for each study. If no setting was changed, also writes NAME.json to
-results/evidence/simulations/. Without arguments also draws all figures; docs/evidence-simulations.md explains
-them. Exit status: 0 done, 2 refused.
+results/evidence/simulations/. Without arguments also draws all figures.
+docs/evidence-simulations.md explains them. Exit status: 0 done, 2 refused.
 """
 
 import time

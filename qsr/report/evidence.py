@@ -1,4 +1,4 @@
-"""Results of scripts/simulate.py -> Markdown tables for docs/evidence-simulations.md and the notebook."""
+"""Results of scripts/simulate.py -> Markdown tables for docs/evidence-simulations.md."""
 
 import json
 import math

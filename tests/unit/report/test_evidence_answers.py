@@ -4,13 +4,8 @@ import pytest
 
 from qsr.config.load import CONFIG_DIR
 from qsr.report.evidence import read_simulations
-from qsr.report.evidence_answers import (
-    Contrast,
-    answers_markdown,
-    contrasts,
-    questions_markdown,
-    read_evidence,
-)
+from qsr.report.evidence_answers import answers_markdown, questions_markdown
+from qsr.report.evidence_contrasts import Contrast, contrasts, read_evidence
 from qsr.report.evidence_controls import answers_figure, rates_figure, relative
 from qsr.report.evidence_glyphs import read_glyph_averages, read_glyphs
 from qsr.report.statistics import needed_pairs
@@ -32,7 +27,8 @@ def test_the_table_by_hand() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert rows[0] == [
         "Is it?", "here", "a", "2.00 ± 2.48 points", "0.074", "3", str(needed_pairs(2.0, 1.0)),
-        str(needed_pairs(1.12, 1.0)), "not established", "[Other rules](evidence-simulations.md#other-rules)",
+        str(needed_pairs(1.12, 1.0)), "not established",
+        "[Other rules](evidence-simulations.md#other-rules)",
     ]  # fmt: skip
     assert rows[1] == ["", "here", "b", "0.00 ± 12.71", "1", "2", "", "", "not established",
                        "[Other rules](evidence-simulations.md#other-rules)"]  # fmt: skip
