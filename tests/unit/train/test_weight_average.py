@@ -80,7 +80,10 @@ def expected(setup: Setup, steps: int) -> dict[str, Array]:
         ({"plan": FIVES, "outer": OuterOptions(lr=0.7, momentum=0.9, nesterov=True)}, BOTH),
         ({"plan": QSR, "workers": 1}, BOTH),
     ],
-    ids=str,
+    ids=[
+        *("data_parallel", "batchnorm", "late", "ema", "fives", "last_step"),
+        *("post_local", "swap", "outer", "one_worker"),
+    ],
 )
 def test_averages_in_double_precision(changes: dict[str, Any], ema: EmaConfig) -> None:
     setup = replace(Setup(QSR, optimizer=sgd(momentum=0.9), ema=ema), **changes)
