@@ -47,14 +47,16 @@ LINES: dict[str, list[str]] = {
     "qsr tr": ["train "],
     "qsr nothing": [],
     "qsr train experiment=vit_b16_b4096/quad": [
-        "vit_b16_b4096/quadratic_h4 ", "vit_b16_b4096/quadratic_h8 "],
+        "vit_b16_b4096/quadratic_h4 ", "vit_b16_b4096/quadratic_h4_capped ",
+        "vit_b16_b4096/quadratic_h8 "],
     "qsr train experiment=demo/quadratic,demo/par": ["demo/quadratic,demo/parallel "],
     "qsr train exp": ["experiment="],
     "qsr train sync=po": ["post_local ", "power "],
     f"qsr train {DEMO} sync.al": ["sync.alpha="],
     f"qsr train {DEMO} sync=constant sync.": [
         "sync.average_momentum=", "sync.average_second_moment=", "sync.delay_steps=", "sync.h=",
-        "sync.rule="],
+        "sync.h_max=", "sync.outer_lr=", "sync.outer_momentum=", "sync.outer_nesterov=",
+        "sync.outer_rate_correction=", "sync.rule="],
     "qsr train experiment=vit_b16_b4096/parallel sync.average=": ["gradients ", "parameters "],
     "qsr train experiment=vit_b16_b4096/parallel optimizer.b": [
         "optimizer.beta1=", "optimizer.beta2="],
