@@ -26,7 +26,7 @@ class Evidence(NamedTuple):
     simulations: Mapping[str, Record]
     glyphs: Sequence[GlyphRecord]
     glyph_averages: Sequence[GlyphRecord]
-    """Data parallel runs on the glyphs with averages over time."""
+    """Runs on the glyphs with averages over time."""
     deep: DeepRecord
 
 
@@ -158,12 +158,14 @@ _GLYPH_OTHERS = {
     "cubic": "cubic",
     "constant": "constant H = 4",
 }
-_GLYPH_AVERAGES = {
-    "top1": "data parallel again, on a CPU",
-    "ema_top1": "data parallel, EMA 0.999",
-    "uniform_top1": "data parallel, last quarter",
-}
-"""What is compared of the runs with averages over time."""
+_GLYPH_AVERAGES = (
+    (EFFECT, "data parallel, on a CPU", "top1", "top1"),
+    (AVERAGING, "data parallel, EMA 0.999", "ema_top1", "top1"),
+    (AVERAGING, "data parallel, last quarter", "uniform_top1", "top1"),
+    (AVERAGING, "data parallel, EMA 0.999; QSR too", "ema_top1", "ema_top1"),
+)
+"""What is compared of the runs with averages over time: the model of data parallel training, and
+that of QSR."""
 _DEEP = {
     "parallel": (NOISE, "data parallel"),
     "parallel_recipe": (RECIPE, "data parallel, its recipe"),
@@ -212,18 +214,21 @@ def _mean(errors: Errors) -> float:
 def _of_glyphs(
     records: Sequence[GlyphRecord], averages: Sequence[GlyphRecord]
 ) -> Iterator[Contrast]:
+    def contrast(question: str, name: str, other: Errors, qsr: Errors) -> Contrast:
+        return Contrast(question, "Unseen fonts", "unseen fonts, ResNet", name, other, qsr)
+
     runs = compared(records)
-
-    def contrast(question: str, other: str, of: Sequence[GlyphRecord], key: str) -> Contrast:
-        qsr = [100 - run["top1"] for run in runs["quadratic"]]
-        errors = [100 - run[key] for run in of]
-        return Contrast(question, "Unseen fonts", "unseen fonts, ResNet", other, errors, qsr)
-
     for rule, question in _GLYPHS.items():
-        yield contrast(question, _GLYPH_OTHERS[rule], runs[rule], "top1")
-    averaged = sorted(averages, key=lambda run: run["seed"])
-    for key, other in _GLYPH_AVERAGES.items():
-        yield contrast(EFFECT if key == "top1" else AVERAGING, other, averaged, key)
+        errors = _errors(runs[rule], "top1"), _errors(runs["quadratic"], "top1")
+        yield contrast(question, _GLYPH_OTHERS[rule], *errors)
+    runs = compared(averages)
+    for question, name, of_other, of_qsr in _GLYPH_AVERAGES:
+        errors = _errors(runs["parallel"], of_other), _errors(runs["quadratic"], of_qsr)
+        yield contrast(question, name, *errors)
+
+
+def _errors(runs: Sequence[GlyphRecord], key: str) -> list[float]:
+    return [100 - run[key] for run in runs]
 
 
 def _of_deep(record: DeepRecord) -> Iterator[Contrast]:

@@ -44,7 +44,7 @@ def read_glyphs(results: Path) -> list[GlyphRecord]:
 
 
 def read_glyph_averages(results: Path) -> list[GlyphRecord]:
-    """The data parallel runs with averages over time."""
+    """The runs with averages over time."""
     return read_records(results / "evidence" / "glyphs_averages.jsonl")
 
 
