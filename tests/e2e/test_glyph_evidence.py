@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli import ROOT, call
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "glyph_evidence.py")]
@@ -33,6 +35,7 @@ def test_each_finished_run_is_a_line(tmp_path: Path, digits: Path) -> None:
     assert len((tmp_path / "glyphs.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path, digits: Path) -> None:
     done = call(
         [

@@ -44,6 +44,7 @@ def test_a_run_whose_rounds_are_not_planned(
     assert "adaptive from H = 6" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # tests/unit/train/test_adaptive_rounds.py is quick
 def test_stopped_within_a_round_and_resumed_it_has_the_same_bits(
     digits: Path, tmp_path: Path, adaptive: Path
 ) -> None:

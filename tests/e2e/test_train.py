@@ -176,6 +176,7 @@ def test_torchrun_with_ranks_that_do_not_divide_the_workers(digits: Path, tmp_pa
 EXPERIMENTS = sorted(
     path.relative_to(CONFIG_DIR / "experiment").with_suffix("").as_posix()
     for path in (CONFIG_DIR / "experiment").rglob("*.yaml")
+    if not path.stem.startswith("glyphs_")  # tests/e2e/test_glyph_evidence.py
 )
 DEMOS = [name for name in EXPERIMENTS if name.startswith("demo/")]
 SMALL = [
