@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 rehearse: $(INSTALLED)  ## the main tables at small scale: results/rehearsal/, about half an hour on 2 cores
 	$(BIN)/python scripts/rehearse.py
 
-evidence: $(INSTALLED)  ## small networks on which the rules' effect is seen: results/evidence/, under 25 minutes on 2 cores
+evidence: $(INSTALLED)  ## small networks on which the rules' effect is seen: results/evidence/, under an hour on 2 cores
 	$(BIN)/python scripts/simulate.py
 
 evidence-deep: $(INSTALLED)  ## small deep networks under four rules: results/evidence/, about an hour on 2 cores
