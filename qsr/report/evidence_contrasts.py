@@ -222,9 +222,12 @@ def _of_glyphs(
         errors = _errors(runs[rule], "top1"), _errors(runs["quadratic"], "top1")
         yield contrast(question, _GLYPH_OTHERS[rule], *errors)
     runs = compared(averages)
+    both = set.intersection(*({run["seed"] for run in of} for of in runs.values()))
+    other, qsr = (
+        [run for run in runs[rule] if run["seed"] in both] for rule in ("parallel", "quadratic")
+    )
     for question, name, of_other, of_qsr in _GLYPH_AVERAGES:
-        errors = _errors(runs["parallel"], of_other), _errors(runs["quadratic"], of_qsr)
-        yield contrast(question, name, *errors)
+        yield contrast(question, name, _errors(other, of_other), _errors(qsr, of_qsr))
 
 
 def _errors(runs: Sequence[GlyphRecord], key: str) -> list[float]:
