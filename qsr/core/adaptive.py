@@ -59,7 +59,8 @@ class ReplayRule(Rule):
     round: int = 0
 
     def __post_init__(self) -> None:
-        check_h("each H", min(self.lengths, default=0))
+        if not self.round:  # once, not for the rule of every round
+            check_h("each H", min(self.lengths, default=0))
 
     def length(self, start: int, lr: float) -> int | None:
         return self.lengths[self.round] if self.round < len(self.lengths) else UNTIL_THE_END

@@ -78,6 +78,12 @@ def test_a_replay_repeats_the_rounds_and_then_runs_to_the_end() -> None:
     assert [(r.start, r.length) for r in plan.rounds()] == [(0, 4), (4, 4), (8, 7), (15, 15)]
 
 
+def test_a_hundred_thousand_rounds_are_no_burden() -> None:
+    """A look at all lengths in every round would be 10^10."""
+    plan = Plan(ConstantSchedule(0.1, 200_000), ReplayRule((2,) * 100_000))
+    assert plan.num_rounds == 100_000
+
+
 @given(lengths=st.lists(st.integers(1, 9), min_size=1))
 def test_rounds_as_text_and_back(lengths: list[int]) -> None:
     assert read_rounds(rounds_text(lengths)) == tuple(lengths)
