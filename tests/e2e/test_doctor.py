@@ -67,13 +67,13 @@ def test_all_is_well(digits: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     found = lines(done.stdout)
     assert [name for _, name, _ in found] == CHECKS
-    # the digits' loader and step are about equally fast
+    # which of loader and step is faster depends on the machine and on what else it does
     assert {verdict for verdict, name, _ in found if name != "loading"} == {"ok"}
     texts = {name: text for _, name, text in found}
     assert texts["data"] == "1,442 and 355 images of 10 classes"
     assert texts["network"] == "small_resnet accepts micro-batches of 32 images, 32 x 32"
     assert texts["training"] == "forward and backward pass of 32 images in fp32"
-    assert re.match(r"the loader gives [\d,]+ images/s, the step takes [\d,]+", texts["loading"])
+    assert re.search(r"the loader gives [\d,]+ images/s, the step takes [\d,]+", texts["loading"])
     assert texts["plan"].startswith("44 steps in 2 epochs, 9 rounds (volume 20.5 %)")
     assert texts["run folder"] == str(run_folder(load_config(settings(digits, runs))))
     assert texts["free space"].startswith("5.37 MB needed (2 + 1 checkpoints of 1.33 MB and the")
