@@ -1,10 +1,15 @@
 """The command line, as a user gives it: a run of two workers on the digits."""
 
+import contextlib
+import functools
+import importlib.util
+import io
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qsr.config.load import CONFIG_DIR
@@ -39,6 +44,35 @@ def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         arguments, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240
     )
+
+
+def call_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script in this process, which has imported already what it needs."""
+    folder = Path.cwd()
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+    ):
+        try:
+            status = loaded_script(name).main([*arguments])
+        finally:
+            os.chdir(folder)
+    return subprocess.CompletedProcess(
+        [name, *arguments], status, stdout.getvalue(), stderr.getvalue()
+    )
+
+
+@functools.cache
+def loaded_script(name: str) -> ModuleType:
+    """scripts/NAME.py as a module."""
+    specification = importlib.util.spec_from_file_location(
+        f"{name}_script", ROOT / "scripts" / f"{name}.py"
+    )
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def refusal(arguments: list[str]) -> str:

@@ -1,8 +1,9 @@
 """Command line -> plain dictionaries, by Hydra, with one-line errors."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qsr.config.overrides import in_quotes, suggest, text_of
@@ -147,25 +148,51 @@ def _places(folders: Sequence[Path]) -> str:
 
 
 def compose_files(
-    choices: dict[str, str | None],
+    choices: Mapping[str, str | None],
     folders: Sequence[Path],
     primary: str = "train",
     values: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The settings of these files, and `values` as given to Hydra; settings without a value are
     "???". Raises ConfigError."""
+    with _errors_of_hydra():
+        composed = _composed(choices, folders, primary, values)
+        return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+
+
+def chosen_files(choices: Mapping[str, str | None], folders: Sequence[Path]) -> dict[str, Any]:
+    """The file of each group, if these are chosen and they choose others; None: no file. Raises
+    ConfigError."""
+    with _errors_of_hydra():
+        composed = _composed(choices, folders, "train", (), hydra_too=True)
+        return cast("dict[str, Any]", OmegaConf.to_container(composed.hydra.runtime.choices))
+
+
+@contextlib.contextmanager
+def _errors_of_hydra() -> Iterator[None]:
+    """Raises them as ConfigError, in one line."""
+    try:
+        yield
+    except (yaml.YAMLError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _composed(
+    choices: Mapping[str, str | None],
+    folders: Sequence[Path],
+    primary: str,
+    values: Sequence[str],
+    *,
+    hydra_too: bool = False,
+) -> DictConfig:
     files = {group: name for group, name in choices.items() if name is not None}
     if "cluster" in files:
         files["cluster"] = site(files["cluster"], folders)
     chosen = [f"{group}={text_of(name)}" for group, name in files.items()]
     own = [in_quotes(f"file://{folder.absolute()}") for folder in folders[1:]]
     search = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
-    try:
-        with initialize_config_dir(str(folders[0].absolute()), **_VERSION_BASE):
-            composed = compose(primary, [*chosen, *values, *search])
-        return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
-    except (yaml.YAMLError, HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    with initialize_config_dir(str(folders[0].absolute()), **_VERSION_BASE):
+        return compose(primary, [*chosen, *values, *search], return_hydra_config=hydra_too)
 
 
 def compose_defaults(config_dir: Path) -> dict[str, Any]:

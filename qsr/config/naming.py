@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsr.config.compose import compose_files
+from qsr.config.compose import chosen_files, compose_files
 from qsr.config.overrides import text_of
 from qsr.config.parsing import flatten
 
@@ -48,16 +48,11 @@ class RunNames:
         return f"{experiment}/{_shortened(','.join(sorted(map(_as_folder, changes))))}"
 
     def _changing(self, files: Mapping[str, str]) -> list[str]:
-        """The groups whose chosen file is not what the others choose anyway."""
-        return [
-            group
-            for group in files
-            if group == "rehearsal"  # without it there is none
-            or (group != "experiment" and self._without(group, files) != self._compose(files))
-        ]
-
-    def _without(self, group: str, files: Mapping[str, str]) -> dict[str, Any]:
-        return self._compose({other: name for other, name in files.items() if other != group})
+        """The groups whose file the experiment does not choose itself."""
+        experiment = {"experiment": files["experiment"]} if "experiment" in files else {}
+        others = files.keys() - experiment.keys()
+        chosen = chosen_files(experiment, self._folders) if others else {}
+        return [group for group in others if files[group] != chosen[group]]
 
     def _changed_values(self, files: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
         before, now = dict(flatten(self._compose(files))), dict(flatten(settings))

@@ -85,7 +85,7 @@ class Plan:
         """Whether some rounds do."""
         return self.gradient_rounds < self.num_rounds
 
-    @property
+    @cached_property
     def gradient_rounds(self) -> int:
         """Rounds that average gradients: the data parallel part of the run, in steps."""
         return sum(r.averages == "gradients" for r in self._rounds)

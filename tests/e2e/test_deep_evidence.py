@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import ROOT, call
+from tests.cli import ROOT, call, call_here
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "deep_evidence.py")]
 
@@ -43,6 +43,6 @@ def test_from_runs_to_the_table(tmp_path: Path) -> None:
 
 
 def test_a_wrong_setting_is_refused() -> None:
-    refused = call([*COMMAND, "sync.nonsense=1"])
+    refused = call_here("deep_evidence", "sync.nonsense=1")
     assert refused.returncode == 2
     assert refused.stderr.startswith("refused: ")

@@ -1,8 +1,5 @@
 """scripts/doctor.py as a user gives it: each thing that can be wrong is named, with its mend."""
 
-import contextlib
-import importlib.util
-import io
 import re
 import shutil
 import sys
@@ -15,7 +12,7 @@ from qsr import build
 from qsr.config.load import load_config, run_folder
 from qsr.ops import loading
 from qsr.run.lock import take
-from tests.cli import ROOT, RUN, TORCHRUN, call
+from tests.cli import ROOT, RUN, TORCHRUN, call, call_here
 from tests.faults.inject import mount_here, needs_mounts, small_disk_here
 from tests.image_trees import textured_image
 from tests.support import run_ranks
@@ -43,14 +40,8 @@ def lines(output: str) -> list[tuple[str, str, str]]:
 
 def ask(arguments: list[str]) -> tuple[int, str]:
     """The exit status of the script and what it prints, in this process."""
-    specification = importlib.util.spec_from_file_location("doctor_script", DOCTOR[1])
-    assert specification is not None
-    assert specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        status = script.main(arguments)
-    return status, output.getvalue()
+    done = call_here("doctor", *arguments)
+    return done.returncode, done.stdout
 
 
 def failures(answer: tuple[int, str]) -> dict[str, str]:
@@ -244,10 +235,11 @@ def test_wandb_without_a_key_or_a_network(
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_in_one_line(
-    settings: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: list[str], message: str, tmp_path: Path
 ) -> None:
-    assert ask([*RUN, f"runs_dir={tmp_path / 'runs'}", *settings]) == (2, "")
-    (line,) = capsys.readouterr().err.splitlines()
+    done = call_here("doctor", *RUN, f"runs_dir={tmp_path / 'runs'}", *settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
     assert line.startswith(f"refused: {message}")
     assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import ROOT, call
+from tests.cli import ROOT, call, call_here
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "glyph_evidence.py")]
 
@@ -54,6 +54,6 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path, digits: P
 
 
 def test_a_wrong_setting_is_refused() -> None:
-    refused = call([*COMMAND, "sync.nonsense=1"])
+    refused = call_here("glyph_evidence", "sync.nonsense=1")
     assert refused.returncode == 2
     assert refused.stderr.startswith("refused: ")

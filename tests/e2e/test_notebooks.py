@@ -1,7 +1,6 @@
 """The notebooks are what executing them gives, and the check that says so sees what it should."""
 
 import base64
-import importlib.util
 import io
 import re
 import shutil
@@ -15,9 +14,8 @@ import pytest
 from nbformat import NotebookNode
 from PIL import Image
 
-from qsr.config.load import CONFIG_DIR
+from tests.cli import ROOT, loaded_script
 
-ROOT = CONFIG_DIR.parent
 SCRIPT = ROOT / "scripts" / "notebooks.py"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -36,12 +34,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("notebooks_script", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return loaded_script("notebooks")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,6 +1,5 @@
 """scripts/plan.py as a user gives it."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from qsr.config.load import CONFIG_DIR, load_config
+from qsr.config.load import load_config
 from qsr.config.planning import make_plan
 from qsr.planner.profiles import MARK
+from tests.cli import ROOT, loaded_script
 
-ROOT = CONFIG_DIR.parent
 SCRIPT = ROOT / "scripts" / "plan.py"
 DEMO = "experiment=demo/quadratic"
 SPEED = "speed.seconds_per_image={small_resnet@32/fp32:0.001}"
@@ -27,12 +26,7 @@ SPEED = "speed.seconds_per_image={small_resnet@32/fp32:0.001}"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("plan_script", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return loaded_script("plan")
 
 
 @pytest.mark.parametrize(

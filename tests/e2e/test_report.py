@@ -15,7 +15,7 @@ from PIL import Image, ImageColor
 from scipy import stats
 
 from qsr.report.style import COLORS
-from tests.cli import ROOT, call, refusal
+from tests.cli import ROOT, call, call_here
 
 REPORT = [sys.executable, str(ROOT / "scripts" / "report.py")]
 RECORDS = str(ROOT / "results" / "runs" / "demo")
@@ -109,16 +109,22 @@ def test_a_browser_shows_the_pictures(tmp_path: Path, width: int) -> None:
 
 
 def test_a_question_that_would_mix_runs_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
-    line = refusal([*REPORT, str(uninterrupted), RECORDS, "--by", "sync.rule"])
+    line = refused(str(uninterrupted), RECORDS, "--by", "sync.rule")
     assert line.startswith("refused: runs with sync.rule=quadratic differ in more than the seed: ")
     assert "workers (" in line
-    assert refusal([*REPORT, str(tmp_path)]).startswith(f"refused: no runs in {tmp_path}: ")
+    assert refused(str(tmp_path)).startswith(f"refused: no runs in {tmp_path}: ")
     page = tmp_path / "nowhere" / "page.html"
-    refused = call([*REPORT, RECORDS, "--html", str(page)])
-    assert (refused.returncode, refused.stderr) == (
-        2, f"refused: --html {page} cannot be written: No such file or directory\n",
-    )  # fmt: skip
-    assert refusal([*REPORT, RECORDS, "--format", "pdf"]).startswith("refused: argument --format")
+    line = refused(RECORDS, "--html", str(page))
+    assert line == f"refused: --html {page} cannot be written: No such file or directory"
+    assert refused(RECORDS, "--format", "pdf").startswith("refused: argument --format")
     helped = call([*REPORT, "--help"])
     assert (helped.returncode, helped.stderr) == (0, "")
     assert 'python scripts/report.py runs --to "sync.rule=constant"' in helped.stdout
+
+
+def refused(*arguments: str) -> str:
+    """The one line in which the script refuses these."""
+    done = call_here("report", *arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    return line

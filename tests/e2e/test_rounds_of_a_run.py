@@ -7,13 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qsr import build
 from qsr.cli import plan, report
-from qsr.config.load import load_config
+from qsr.config.load import load_config, run_folder
 from qsr.config.planning import make_plan, plan_to_follow
 from qsr.config.replay import rounds_of
+from qsr.config.schema import Config
 from qsr.core.open_plan import OpenPlan
 from qsr.errors import ConfigError
-from tests.cli import call, command, folder_in, refusal, same_weights
+from tests.cli import call, command, folder_in, same_weights
 
 ADAPTIVE = ("sync=adaptive", "sync.h=6")
 
@@ -60,19 +62,28 @@ def test_stopped_within_a_round_and_resumed_it_has_the_same_bits(
 def test_its_replay_has_the_same_bits_and_other_rounds_do_not_resume_it(
     digits: Path, tmp_path: Path, adaptive: Path
 ) -> None:
+    def here(name: str, *rule: str) -> Config:
+        """In this process, which holds both workers."""
+        return load_config(command(digits, tmp_path / name, *rule, "cluster.ranks=1")[2:])
+
+    first = here("adaptive", *ADAPTIVE)
+    build.run(first)
+    lengths, of_two = (
+        [row["h"] for row in rounds_in(run)] for run in (run_folder(first), adaptive)
+    )
+    assert lengths == of_two
     file = tmp_path / "rounds.txt"
-    file.write_text(rounds_of(str(adaptive)))
-    run = command(digits, tmp_path / "runs", "sync=replay", f"sync.file={file}")
-    done = call(run)
-    assert done.returncode == 0, done.stderr
+    file.write_text(rounds_of(str(run_folder(first))))
+    again = here("replay", "sync=replay", f"sync.file={file}")
+    build.run(again)
     ours, theirs = (
-        load_file(folder / "model.safetensors")
-        for folder in (folder_in(tmp_path / "runs"), adaptive)
+        load_file(run_folder(run) / "model.safetensors") for run in (again, first)
     )  # their metadata differ
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     file.write_text("44x1")
-    assert "sync.rounds: " in refusal(run)
+    with pytest.raises(ConfigError, match=r"holds a run with other settings \(sync\.rounds: "):
+        build.prepare(here("replay", "sync=replay", f"sync.file={file}"))
 
 
 def test_the_planner_knows_the_rounds_of_a_file_and_not_those_of_the_loss(

@@ -1,25 +1,20 @@
 """scripts/simulate.py as a user gives it."""
 
-import subprocess
 import sys
 
 import pytest
 
-from qsr.config.load import CONFIG_DIR
+from tests.cli import ROOT, call, call_here
 
-ROOT = CONFIG_DIR.parent
 SMALL = ("experiment=diagonal", "seeds=2", "total_steps=40", "workers=2")
-
-
-def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/simulate.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_settings_of_the_command_line_print_a_table_and_write_nothing() -> None:
     records = ROOT / "results" / "evidence" / "simulations"
     before = {path: path.stat().st_mtime_ns for path in records.iterdir()}
-    done = simulate(*SMALL, "label_noise=0.5,1.0")
+    done = call(
+        [sys.executable, str(ROOT / "scripts" / "simulate.py"), *SMALL, "label_noise=0.5,1.0"]
+    )
     assert (done.returncode, done.stderr) == (0, "")
     for noise in ("0.5", "1.0"):
         assert f"diagonal seeds=2 total_steps=40 workers=2 label_noise={noise}" in done.stdout
@@ -38,7 +33,7 @@ def test_settings_of_the_command_line_print_a_table_and_write_nothing() -> None:
     ],
 )
 def test_what_is_wrong_is_refused_in_a_line(arguments: list[str], message: str) -> None:
-    done = simulate(*arguments)
+    done = call_here("simulate", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("refused: ")
@@ -46,9 +41,9 @@ def test_what_is_wrong_is_refused_in_a_line(arguments: list[str], message: str) 
 
 
 def test_the_options_of_hydras_users() -> None:
-    shown = simulate(*SMALL, "--cfg", "job", "-p", "seeds")
+    shown = call_here("simulate", *SMALL, "--cfg", "job", "-p", "seeds")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout == "# diagonal seeds=2 total_steps=40 workers=2\n2\n"
-    helped = simulate("--help").stdout.splitlines()
+    helped = call_here("simulate", "--help").stdout.splitlines()
     assert any(line.startswith("  digits_mlp_relu ") for line in helped)
     assert any(line.startswith("  --config-dir DIR ") for line in helped)

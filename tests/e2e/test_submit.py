@@ -1,8 +1,5 @@
 """scripts/submit.py as a user gives it, where there is no Slurm."""
 
-import contextlib
-import importlib.util
-import io
 import json
 import os
 import shlex
@@ -18,7 +15,7 @@ from qsr.config.load import load_config, load_configs, run_folder
 from qsr.config.schema import SlurmCluster
 from qsr.errors import ConfigError
 from qsr.run.snapshot import running_code, snapshot_folder
-from tests.cli import ROOT, RUN, call, folder_in, program
+from tests.cli import ROOT, RUN, call, call_here, folder_in, program
 
 SUBMIT = [sys.executable, str(ROOT / "scripts" / "submit.py")]
 SLURM = ("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=0", "cluster.ranks_per_node=1")
@@ -36,15 +33,8 @@ SITE = (
 
 def ask(*arguments: str) -> tuple[int, str, str]:
     """The script's exit status, output and errors, in this process."""
-    specification = importlib.util.spec_from_file_location("submit_script", SUBMIT[1])
-    assert specification is not None
-    assert specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        status = script.main(list(arguments))
-    return status, output.getvalue(), errors.getvalue()
+    done = call_here("submit", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def settings(digits: Path, runs: Path) -> list[str]:
