@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import fcntl
 import os
 import runpy
 import signal
@@ -64,22 +65,36 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def made_once(folders: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first test process that needs it makes, and all others read."""
+    together = folders.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        together = together.parent
+    folder, done = together / name, together / f"{name}.done"
+    with (together / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits data set."""
-    root = tmp_path_factory.mktemp("digits") / "digits"
-    prepare_digits(root)
-    return root
+    return made_once(tmp_path_factory, "digits", prepare_digits)
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two processes that nobody disturbed."""
-    runs = tmp_path_factory.mktemp("uninterrupted")
-    done = call(command(digits, runs, "checkpoint.every_steps=10"))
-    assert done.returncode == 0, done.stderr
-    assert "top-1" in done.stdout
-    return folder_in(runs)
+
+    def run(runs: Path) -> None:
+        done = call(command(digits, runs, "checkpoint.every_steps=10"))
+        assert done.returncode == 0, done.stderr
+        assert "top-1" in done.stdout
+
+    return folder_in(made_once(tmp_path_factory, "uninterrupted", run))
 
 
 @pytest.fixture

@@ -114,11 +114,10 @@ def test_one_process_with_two_virtual_workers_makes_the_same_run(
 def test_one_worker_of_two_ranks_is_data_parallel_training_on_two_workers(
     digits: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, whatever the rule, and resumed in the middle of a round."""
+    """Bit for bit, whatever the rule."""
     parallel = command(digits, tmp_path / "parallel", "experiment=demo/parallel")
     hybrid = command(digits, tmp_path / "hybrid", "workers=1", "ranks_per_worker=2")
     assert call(parallel).returncode == 0
-    assert "stopped after step 31" in call([*hybrid, "stop_after_steps=31"]).stdout
     assert call(hybrid).returncode == 0
     ours, theirs = (folder_in(tmp_path / name) for name in ("hybrid", "parallel"))
     one, other = (load_file(run / "model.safetensors") for run in (ours, theirs))

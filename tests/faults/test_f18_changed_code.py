@@ -69,6 +69,7 @@ def test_other_code_is_warned_of_and_recorded(project: Path, digits: Path) -> No
     )
 
 
+@pytest.mark.slow  # test_own_parts.py and test_submit.py run a job from its copy
 def test_the_code_of_a_submission_is_a_copy(project: Path, digits: Path) -> None:
     done = run(project, digits, "stop_after_steps=3", script="submit.py")
     assert done.returncode == 0, done.stderr

@@ -171,6 +171,7 @@ def wait_for_rows(folder: Path, process: subprocess.Popen[Any]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_stop_signal_ends_the_list(own_photos: Path, tmp_path: Path) -> None:
     """And what had failed before is named all the same."""
     with long_list(own_photos, tmp_path, f"{DIVERGES},0.2,0.1") as (process, folders):

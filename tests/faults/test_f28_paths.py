@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qsr import build
 from qsr.config.evaluate import load_evaluate
 from qsr.config.load import load_config, load_configs, run_folder
 from qsr.config.overrides import expand_sweeps, parse_overrides
@@ -14,7 +15,6 @@ from qsr.errors import ConfigError
 from qsr.ops.status import read_status
 from qsr.ops.status_table import status_table
 from qsr.report.collect import find_runs
-from tests.cli import TRAIN, call
 from tests.image_trees import write_tree
 
 DEMO = "experiment=demo/constant"
@@ -156,8 +156,7 @@ def test_a_run_with_odd_paths_and_status_behind_links(tmp_path: Path) -> None:
         "data.name=mine",
         *("evaluation.batchnorm_micro_batches=2", f"data.root={data}", f"runs_dir={runs}"),
     )
-    done = call([*TRAIN, *settings])
-    assert done.returncode == 0, done.stderr
+    build.run(load_config(settings))
     moved = (runs / "custom").rename(tmp_path / "moved")
     (runs / "custom").symlink_to(moved)
     (moved / "circle").symlink_to(runs)

@@ -342,6 +342,7 @@ def test_tensorboard_beside_wandb() -> None:
         assert (settings.wandb, settings.tensorboard) == expected
 
 
+@pytest.mark.slow  # the next one is quick
 def test_tensorboard_holds_each_row_once_after_a_kill(digits: Path, tmp_path: Path) -> None:
     """A run is killed after a checkpoint, with rows after it; it resumes."""
     pytest.importorskip("tensorboard")

@@ -44,8 +44,9 @@ def compiles_anew(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch._dynamo.reset()
     counters.clear()
-    # precompiled headers take longer than all that is compiled here
-    with torch._inductor.config.patch("cpp_cache_precompile_headers", False):
+    # precompiled headers, and the trials of what this CPU can do, take longer than all that is
+    # compiled here
+    with torch._inductor.config.patch({"cpp_cache_precompile_headers": False, "cpp.simdlen": 0}):
         yield
     torch._dynamo.reset()
 
