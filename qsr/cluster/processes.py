@@ -190,12 +190,18 @@ def _rank_main(
         reports.write(returned=returned)
 
 
+def die_with_starter() -> None:
+    """Have the kernel kill this process when that dies which started it: its launcher, or a fork
+    server, which dies with its own."""
+    die_with_parent()
+    server = sys.modules.get("qsr.cluster.fork_server")
+    if server is not None and os.getppid() != server.PID:  # it died before that took effect
+        os._exit(1)
+
+
 def _call(function: Callable[..., Result], *arguments: Any) -> Result:
     if find_place().launched:
-        die_with_parent()
-        launcher = multiprocessing.parent_process()
-        if launcher is not None and not launcher.is_alive():  # it died before that took effect
-            os._exit(1)
+        die_with_starter()
     try:
         return function(*arguments)
     finally:

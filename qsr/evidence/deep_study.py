@@ -5,9 +5,7 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,13 +13,13 @@ from torch.nn import functional
 
 from qsr.build import Stopped
 from qsr.cluster.place import find_place
-from qsr.cluster.processes import START_METHOD
 from qsr.config.load import load_config, run_folder
 from qsr.config.schema import Config, PowerSync, QuadraticSync
 from qsr.data import Batch, Request, open_data, open_loader
 from qsr.data.transforms import EvalTransform
 from qsr.errors import RunFailedError
 from qsr.evidence.hessian import hessian_trace
+from qsr.evidence.pool import process_pool
 from qsr.evidence.studies import study_environment
 from qsr.session import execute
 from qsr.train.model_file import load_model
@@ -138,9 +136,7 @@ def side_by_side(
 ) -> Iterator[Result]:
     """`function` of each task, in order, computed in this many processes. The first error is
     raised, and no more tasks are started."""
-    context = get_context(START_METHOD)
-    context.set_forkserver_preload([__name__])  # imported once, not in every process
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with process_pool(processes, __name__) as pool:
         yield from pool.map(function, tasks)
 
 

@@ -4,18 +4,17 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from qsr.build import Stopped
 from qsr.cluster.group import choose_device
-from qsr.cluster.processes import START_METHOD
 from qsr.config.load import run_folder
 from qsr.config.schema import Config
 from qsr.errors import DataError, RunFailedError
 from qsr.evidence.deep_study import at_rate, peak_rate
+from qsr.evidence.pool import process_pool
 from qsr.run.environment import environment
 from qsr.run.folder import RunFolder, read_rows
 from qsr.session import execute
@@ -108,8 +107,9 @@ def measure_run(trial: Trial, settings: Sequence[str]) -> Record:
 
 
 def _recorded(settings: Sequence[str]) -> list[str]:
-    """Without the places of files, which differ from machine to machine."""
-    return [text for text in settings if not text.startswith(("data.root=", "runs_dir="))]
+    """Without what differs from machine to machine: the places of files, and on what it runs."""
+    machine = ("data.root=", "runs_dir=", "cluster.")
+    return [text for text in settings if not text.startswith(machine)]
 
 
 @functools.cache
@@ -121,10 +121,11 @@ def _environment(wanted: str) -> Record:
 
 def missing(study: GlyphStudy, records: Iterable[Record]) -> list[Trial]:
     """The runs that are not among these records."""
+    wanted = {*_recorded(study.settings)}  # in any order
     known = {
         Trial(*(record[key] for key in Trial._fields))
         for record in records
-        if record["settings"] == _recorded(study.settings)
+        if {*_recorded(record["settings"])} == wanted
     }
     return [trial for trial in trials(study) if trial not in known]
 
@@ -143,9 +144,7 @@ def within(
     started, longest = clock(), 0.0
     following = iter(waiting)
     begun: dict[Future[Record], float] = {}
-    context = get_context(START_METHOD)
-    context.set_forkserver_preload([__name__])  # imported once, not in every process
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with process_pool(processes, __name__) as pool:
         while True:
             while len(begun) < processes and clock() - started + longest < seconds:
                 trial = next(following, None)

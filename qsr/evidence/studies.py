@@ -4,9 +4,8 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from qsr.core.rules import ConstantRule
 from qsr.core.schedules import ConstantSchedule
 from qsr.evidence.arms import ArmFound, simulate_arm, tuning_errors
 from qsr.evidence.drift import Drift, Valley, measure_drift
+from qsr.evidence.pool import process_pool
 from qsr.evidence.settings import SimulationConfig
 from qsr.evidence.simulation import Outcome
 from qsr.run.environment import environment
@@ -151,7 +151,7 @@ def run_studies(
     """Run all rules of the simulations and all cases in parallel on this machine's processors.
     Yields ((simulation, rule) or case, result) as they finish."""
     processes = os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with process_pool(processes, __name__) as pool:
         jobs: dict[Any, tuple[str, str] | DriftCase] = {}
         for name, config in simulations.items():
             for rule in config.rules:

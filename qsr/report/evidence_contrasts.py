@@ -11,8 +11,10 @@ from qsr.report.evidence_deep import DeepRecord, read_deep
 from qsr.report.evidence_glyphs import (
     GlyphRecord,
     compared,
+    of_all_rules,
     read_glyph_averages,
     read_glyphs,
+    read_glyphs_without_noise,
 )
 from qsr.report.statistics import Comparison, compare, estimate
 
@@ -27,6 +29,8 @@ class Evidence(NamedTuple):
     glyphs: Sequence[GlyphRecord]
     glyph_averages: Sequence[GlyphRecord]
     """Runs on the glyphs with averages over time."""
+    glyphs_without_noise: Sequence[GlyphRecord]
+    """The same without wrong labels."""
     deep: DeepRecord
 
 
@@ -36,6 +40,7 @@ def read_evidence(results: Path) -> Evidence:
         read_simulations(results / "evidence" / "simulations"),
         read_glyphs(results),
         read_glyph_averages(results),
+        read_glyphs_without_noise(results),
         read_deep(results),
     )
 
@@ -144,6 +149,7 @@ _SETTINGS = {
     "diagonal": "diagonal",
     "diagonal_averages": "diagonal",
 }
+FONTS = "unseen fonts, ResNet"
 _GLYPHS = {
     "parallel": EFFECT,
     "matched": COMMUNICATION,
@@ -166,6 +172,11 @@ _GLYPH_AVERAGES = (
 )
 """What is compared of the runs with averages over time: the model of data parallel training, and
 that of QSR."""
+_GLYPHS_WITHOUT_NOISE = (
+    (NOISE, "data parallel", "top1", "top1"),
+    (AVERAGING, "data parallel, EMA 0.999", "ema_top1", "top1"),
+    (AVERAGING, "data parallel, EMA 0.999; QSR too", "ema_top1", "ema_top1"),
+)
 _DEEP = {
     "parallel": (NOISE, "data parallel"),
     "parallel_recipe": (RECIPE, "data parallel, its recipe"),
@@ -179,7 +190,11 @@ def contrasts(evidence: Evidence) -> list[Contrast]:
     """All comparisons, by question."""
     found = [
         *_simulated(evidence.simulations),
-        *_of_glyphs(evidence.glyphs, evidence.glyph_averages),
+        *_of_glyphs(evidence.glyphs),
+        *_of_glyph_averages(evidence.glyph_averages, FONTS, _GLYPH_AVERAGES),
+        *_of_glyph_averages(
+            evidence.glyphs_without_noise, f"{FONTS}, no noise", _GLYPHS_WITHOUT_NOISE
+        ),
         *_of_deep(evidence.deep),
     ]
     return sorted(found, key=lambda contrast: _ORDER.index(contrast.question))
@@ -211,23 +226,20 @@ def _mean(errors: Errors) -> float:
     return math.inf if math.isnan(mean) else mean
 
 
-def _of_glyphs(
-    records: Sequence[GlyphRecord], averages: Sequence[GlyphRecord]
-) -> Iterator[Contrast]:
-    def contrast(question: str, name: str, other: Errors, qsr: Errors) -> Contrast:
-        return Contrast(question, "Unseen fonts", "unseen fonts, ResNet", name, other, qsr)
-
+def _of_glyphs(records: Sequence[GlyphRecord]) -> Iterator[Contrast]:
     runs = compared(records)
     for rule, question in _GLYPHS.items():
         errors = _errors(runs[rule], "top1"), _errors(runs["quadratic"], "top1")
-        yield contrast(question, _GLYPH_OTHERS[rule], *errors)
-    runs = compared(averages)
-    both = set.intersection(*({run["seed"] for run in of} for of in runs.values()))
-    other, qsr = (
-        [run for run in runs[rule] if run["seed"] in both] for rule in ("parallel", "quadratic")
-    )
-    for question, name, of_other, of_qsr in _GLYPH_AVERAGES:
-        yield contrast(question, name, _errors(other, of_other), _errors(qsr, of_qsr))
+        yield Contrast(question, "Unseen fonts", FONTS, _GLYPH_OTHERS[rule], *errors)
+
+
+def _of_glyph_averages(
+    records: Sequence[GlyphRecord], setting: str, asked: Sequence[tuple[str, str, str, str]]
+) -> Iterator[Contrast]:
+    runs = of_all_rules(records)
+    for question, name, of_other, of_qsr in asked:
+        errors = _errors(runs["parallel"], of_other), _errors(runs["quadratic"], of_qsr)
+        yield Contrast(question, "Unseen fonts", setting, name, *errors)
 
 
 def _errors(runs: Sequence[GlyphRecord], key: str) -> list[float]:

@@ -26,6 +26,7 @@ LABELS = {
     "quadratic": "QSR",
     "cubic": "cubic",
 }
+_AVERAGES = {"ema_top1": "EMA 0.999", "uniform_top1": "mean of the last quarter"}
 MODELS = {"resnet": "small ResNet", "vit": "small ViT"}
 # as in all other figures (rule_colors); only one of two constant rules can have its colour
 _COLORS = dict(
@@ -46,6 +47,11 @@ def read_glyphs(results: Path) -> list[GlyphRecord]:
 def read_glyph_averages(results: Path) -> list[GlyphRecord]:
     """The runs with averages over time."""
     return read_records(results / "evidence" / "glyphs_averages.jsonl")
+
+
+def read_glyphs_without_noise(results: Path) -> list[GlyphRecord]:
+    """The runs without wrong labels, with averages over time."""
+    return read_records(results / "evidence" / "glyphs_without_noise.jsonl")
 
 
 def read_records(path: Path) -> list[GlyphRecord]:
@@ -71,6 +77,35 @@ def glyphs_markdown(records: Sequence[GlyphRecord]) -> str:
     size."""
     runs = compared(records)
     return markdown_table(pd.DataFrame([_row(rule, runs) for rule in LABELS if rule in runs]))
+
+
+def averages_markdown(studies: Sequence[Sequence[GlyphRecord]]) -> str:
+    """One row per study and rule: errors of the last model and of the averages over time, means
+    over the seeds that all rules of the study have."""
+    rows = []
+    for records in studies:
+        for rule, runs in of_all_rules(records).items():
+            noise = runs[0]["noise"]
+            rows.append(
+                {
+                    "wrong labels": f"{100 * noise:g} %" if noise else "none",
+                    "rule": LABELS[rule],
+                    "seeds": f"{len(runs)}",
+                    "last model": estimate_text(estimate(_errors(runs))),
+                    **{
+                        label: estimate_text(estimate(_errors(runs, key))) if key in runs[0] else ""
+                        for key, label in _AVERAGES.items()
+                    },
+                }
+            )
+    return markdown_table(pd.DataFrame(rows))
+
+
+def of_all_rules(records: Sequence[GlyphRecord]) -> dict[str, list[GlyphRecord]]:
+    """As `compared`, the seeds that all rules have."""
+    runs = compared(records)
+    seeds = set.intersection(*({run["seed"] for run in of} for of in runs.values()))
+    return {rule: [run for run in of if run["seed"] in seeds] for rule, of in runs.items()}
 
 
 def has_comparison(records: Sequence[GlyphRecord]) -> bool:
@@ -112,8 +147,8 @@ def _row(rule: str, runs: Mapping[str, Sequence[GlyphRecord]]) -> dict[str, str]
     }
 
 
-def _errors(runs: Sequence[GlyphRecord]) -> list[float]:
-    return [100 - record["top1"] for record in runs]
+def _errors(runs: Sequence[GlyphRecord], key: str = "top1") -> list[float]:
+    return [100 - record[key] for record in runs]
 
 
 def rates_markdown(records: Sequence[GlyphRecord]) -> str:
@@ -161,9 +196,13 @@ def glyphs_figure(records: Sequence[GlyphRecord]) -> Figure:
                 ha="right" if rule in _LABELLED_LEFT else "left",
                 color=_COLORS[rule],
             )
-        highest = max(_errors(runs[REFERENCE])) + 1.5
-        during.set(xlabel="step", ylabel="error on unseen fonts (%)", ylim=(10.5, highest))
-        after.set(xlabel="volume (%)", xscale="log", xlim=(6, 130), ylim=(10.5, highest))
+        # the first evaluations are far above the last
+        limits = (
+            min(map(min, map(_errors, runs.values()))) - 0.5,
+            max(_errors(runs[REFERENCE])) + 1.5,
+        )
+        during.set(xlabel="step", ylabel="error on unseen fonts (%)", ylim=limits)
+        after.set(xlabel="volume (%)", xscale="log", xlim=(6, 130), ylim=limits)
         after.set_xticks([10, 20, 50, 100], ["10", "20", "50", "100"])
         after.minorticks_off()
     return figure

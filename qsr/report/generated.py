@@ -20,7 +20,7 @@ from qsr.report.evidence import record_markdown
 from qsr.report.evidence_answers import answers_markdown, questions_markdown
 from qsr.report.evidence_contrasts import Evidence, contrasts
 from qsr.report.evidence_deep import deep_report
-from qsr.report.evidence_glyphs import glyphs_report
+from qsr.report.evidence_glyphs import averages_markdown, glyphs_report
 from qsr.report.faults import faults_markdown
 from qsr.report.paper import ReferenceRow
 from qsr.report.speed import Record, speed_markdown
@@ -72,6 +72,9 @@ def generate(
         blocks[f"evidence_{name}"] = record_markdown(name, of)
     blocks["evidence_deep"] = deep_report(evidence.deep)
     blocks["evidence_glyphs"] = glyphs_report(evidence.glyphs)
+    blocks["evidence_glyphs_averages"] = averages_markdown(
+        [evidence.glyph_averages, evidence.glyphs_without_noise]
+    )
     answers = contrasts(evidence)
     blocks["evidence_answers"] = answers_markdown(answers)
     blocks["evidence_questions"] = questions_markdown(answers)

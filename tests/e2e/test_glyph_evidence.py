@@ -29,7 +29,7 @@ def test_each_finished_run_is_a_line(tmp_path: Path, digits: Path) -> None:
         assert record["volume"] == record["averages"] / 22
         assert record["evaluations"][-1]["top1"] == record["top1"]
         assert record["environment"]["packages"]["torch"]
-    again = call(command)
+    again = call_here("glyph_evidence", *command[2:])
     assert again.returncode == 0, again.stderr
     assert "0 runs" in again.stdout.splitlines()[0]
     assert len((tmp_path / "glyphs.jsonl").read_text().splitlines()) == 2

@@ -47,9 +47,10 @@ def test_settings_reach_the_run() -> None:
 
 
 def test_finished_runs_are_not_repeated() -> None:
-    study = GlyphStudy(models=("vit",), rules=("quadratic",), seeds=(1, 2), settings=("epochs=2",))
+    words = ("workers=4", "epochs=2", "cluster.threads_per_rank=1", "data.root=elsewhere")
+    study = GlyphStudy(models=("vit",), rules=("quadratic",), seeds=(1, 2), settings=words)
     done = trials(study)[1]
-    records = [{**done._asdict(), "settings": ["epochs=2"], "top1": 50.0}]
+    records = [{**done._asdict(), "settings": ["epochs=2", "workers=4"], "top1": 50.0}]
     assert missing(study, records) == [trial for trial in trials(study) if trial != done]
     records[0]["settings"] = ["epochs=3"]
     assert missing(study, records) == trials(study)

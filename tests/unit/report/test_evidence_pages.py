@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[3]
 EVIDENCE = read_evidence(ROOT / "results")
 COMPARISONS = {(each.setting, each.other): each.comparison for each in contrasts(EVIDENCE)}
 DIGITS, FONTS, VIT = "digits", "unseen fonts, ResNet", "200 digits, ViT"
+CLEAN = f"{FONTS}, no noise"
 OWN = "digits, own best rates"
 KEPT = "data parallel, rate kept, EMA 0.99"
 
@@ -52,13 +53,17 @@ SENTENCES = {
         f"by {points(DIGITS, 'data parallel')} points on digits, "
         f"by {interval(FONTS, 'data parallel')} on unseen fonts",
         f"it errs {tenths('digits, no noise', 'data parallel')} points less on digits",
+        f"{interval(CLEAN, 'data parallel')} less on unseen fonts",
         f"{interval(VIT, 'data parallel')} points more on a small ViT",
         f"it errs {points(OWN, KEPT)} points less than QSR",
         f"data parallel training is {points(OWN, 'data parallel')} points behind QSR, "
         f"not {points(DIGITS, 'data parallel')}",
         f"is {tenths(FONTS, 'constant H = 9')} points better than the constant rule",
-        f"({interval(FONTS, 'data parallel, EMA 0.999')} points more)",
+        f"({interval(FONTS, 'data parallel, EMA 0.999')} points between them)",
         f"not established ({interval(FONTS, 'data parallel, EMA 0.999; QSR too')})",
+        f"QSR errs less by {interval(CLEAN, 'data parallel')} points "
+        f"(p = {p(CLEAN, 'data parallel')})",
+        f"training ({interval(CLEAN, 'data parallel, EMA 0.999')})",
         f"by {interval(VIT, 'data parallel')} points (p = {p(VIT, 'data parallel')})",
         f"(by {tenths(VIT, 'constant H')} points, p = {p(VIT, 'constant H')} "
         f"and {p(VIT, 'beta/eta')})",
