@@ -25,6 +25,7 @@ class RunNames:
         self._folders = folders
         self._is_execution = is_execution
         self._composed: dict[frozenset[tuple[str, str]], dict[str, Any]] = {}
+        self._choices: dict[str | None, dict[str, Any]] = {}
 
     def name(
         self,
@@ -49,10 +50,9 @@ class RunNames:
 
     def _changing(self, files: Mapping[str, str]) -> list[str]:
         """The groups whose file the experiment does not choose itself."""
-        experiment = {"experiment": files["experiment"]} if "experiment" in files else {}
-        others = files.keys() - experiment.keys()
-        chosen = chosen_files(experiment, self._folders) if others else {}
-        return [group for group in others if files[group] != chosen[group]]
+        others = files.keys() - {"experiment"}
+        chosen = self._chosen(files.get("experiment")) if others else {}
+        return [group for group in others if files[group] != chosen.get(group)]
 
     def _changed_values(self, files: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
         before, now = dict(flatten(self._compose(files))), dict(flatten(settings))
@@ -64,6 +64,11 @@ class RunNames:
 
     def _counts(self, name: str) -> bool:
         return name != "seed" and not self._is_execution(name)
+
+    def _chosen(self, experiment: str | None) -> dict[str, Any]:
+        if experiment not in self._choices:
+            self._choices[experiment] = chosen_files({"experiment": experiment}, self._folders)
+        return self._choices[experiment]
 
     def _compose(self, files: Mapping[str, str]) -> dict[str, Any]:
         key = frozenset(files.items())

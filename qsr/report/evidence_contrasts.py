@@ -11,6 +11,7 @@ from qsr.report.evidence_deep import DeepRecord, read_deep
 from qsr.report.evidence_glyphs import (
     GlyphRecord,
     compared,
+    errors_of,
     of_all_rules,
     read_glyph_averages,
     read_glyphs,
@@ -229,7 +230,7 @@ def _mean(errors: Errors) -> float:
 def _of_glyphs(records: Sequence[GlyphRecord]) -> Iterator[Contrast]:
     runs = compared(records)
     for rule, question in _GLYPHS.items():
-        errors = _errors(runs[rule], "top1"), _errors(runs["quadratic"], "top1")
+        errors = errors_of(runs[rule]), errors_of(runs["quadratic"])
         yield Contrast(question, "Unseen fonts", FONTS, _GLYPH_OTHERS[rule], *errors)
 
 
@@ -238,12 +239,8 @@ def _of_glyph_averages(
 ) -> Iterator[Contrast]:
     runs = of_all_rules(records)
     for question, name, of_other, of_qsr in asked:
-        errors = _errors(runs["parallel"], of_other), _errors(runs["quadratic"], of_qsr)
+        errors = errors_of(runs["parallel"], of_other), errors_of(runs["quadratic"], of_qsr)
         yield Contrast(question, "Unseen fonts", setting, name, *errors)
-
-
-def _errors(runs: Sequence[GlyphRecord], key: str) -> list[float]:
-    return [100 - run[key] for run in runs]
 
 
 def _of_deep(record: DeepRecord) -> Iterator[Contrast]:

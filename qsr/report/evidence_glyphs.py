@@ -91,9 +91,11 @@ def averages_markdown(studies: Sequence[Sequence[GlyphRecord]]) -> str:
                     "wrong labels": f"{100 * noise:g} %" if noise else "none",
                     "rule": LABELS[rule],
                     "seeds": f"{len(runs)}",
-                    "last model": estimate_text(estimate(_errors(runs))),
+                    "last model": estimate_text(estimate(errors_of(runs))),
                     **{
-                        label: estimate_text(estimate(_errors(runs, key))) if key in runs[0] else ""
+                        label: estimate_text(estimate(errors_of(runs, key)))
+                        if key in runs[0]
+                        else ""
                         for key, label in _AVERAGES.items()
                     },
                 }
@@ -129,8 +131,8 @@ def _setting(record: GlyphRecord) -> tuple[Any, ...]:
 
 
 def _row(rule: str, runs: Mapping[str, Sequence[GlyphRecord]]) -> dict[str, str]:
-    errors = _errors(runs[rule])
-    change, other = (compare(errors, _errors(runs[name])) for name in (REFERENCE, OTHER))
+    errors = errors_of(runs[rule])
+    change, other = (compare(errors, errors_of(runs[name])) for name in (REFERENCE, OTHER))
     seeds = needed_pairs(PAPERS_GAIN, change.deviation)
     return {
         "rule": LABELS[rule],
@@ -147,7 +149,8 @@ def _row(rule: str, runs: Mapping[str, Sequence[GlyphRecord]]) -> dict[str, str]
     }
 
 
-def _errors(runs: Sequence[GlyphRecord], key: str = "top1") -> list[float]:
+def errors_of(runs: Sequence[GlyphRecord], key: str = "top1") -> list[float]:
+    """In percent, of the last model or, by `key`, of an average over time."""
     return [100 - record[key] for record in runs]
 
 
@@ -184,7 +187,7 @@ def glyphs_figure(records: Sequence[GlyphRecord]) -> Figure:
             steps = [row["step"] for row in of_rule[0]["evaluations"]]
             curves = [[100 - row["top1"] for row in run["evaluations"]] for run in of_rule]
             during.plot(steps, np.mean(curves, axis=0), color=_COLORS[rule])
-            final = estimate(_errors(of_rule))
+            final = estimate(errors_of(of_rule))
             volume = 100 * of_rule[0]["volume"]
             after.errorbar(volume, final.mean, final.half_width, fmt="o", color=_COLORS[rule])
             after.annotate(
@@ -198,8 +201,8 @@ def glyphs_figure(records: Sequence[GlyphRecord]) -> Figure:
             )
         # the first evaluations are far above the last
         limits = (
-            min(map(min, map(_errors, runs.values()))) - 0.5,
-            max(_errors(runs[REFERENCE])) + 1.5,
+            min(map(min, map(errors_of, runs.values()))) - 0.5,
+            max(errors_of(runs[REFERENCE])) + 1.5,
         )
         during.set(xlabel="step", ylabel="error on unseen fonts (%)", ylim=limits)
         after.set(xlabel="volume (%)", xscale="log", xlim=(6, 130), ylim=limits)
