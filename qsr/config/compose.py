@@ -164,7 +164,7 @@ def chosen_files(choices: Mapping[str, str | None], folders: Sequence[Path]) -> 
     """The file of each group, if these are chosen and they choose others; None: no file. Raises
     ConfigError."""
     with _errors_of_hydra():
-        composed = _composed(choices, folders, "train", (), hydra_too=True)
+        composed = _composed(choices, folders, "train", hydra_too=True)
         return cast("dict[str, Any]", OmegaConf.to_container(composed.hydra.runtime.choices))
 
 
@@ -181,18 +181,41 @@ def _composed(
     choices: Mapping[str, str | None],
     folders: Sequence[Path],
     primary: str,
-    values: Sequence[str],
+    values: Sequence[str] = (),
     *,
     hydra_too: bool = False,
 ) -> DictConfig:
     files = {group: name for group, name in choices.items() if name is not None}
     if "cluster" in files:
         files["cluster"] = site(files["cluster"], folders)
-    chosen = [f"{group}={text_of(name)}" for group, name in files.items()]
-    own = [in_quotes(f"file://{folder.absolute()}") for folder in folders[1:]]
+    chosen = tuple(f"{group}={text_of(name)}" for group, name in files.items())
+    absolute = tuple(folder.absolute() for folder in folders)
+    return _by_hydra(primary, (*chosen, *values), absolute, hydra_too, _last_change(absolute))
+
+
+@functools.lru_cache(256)
+def _by_hydra(
+    primary: str,
+    arguments: tuple[str, ...],
+    folders: tuple[Path, ...],
+    hydra_too: bool,
+    _last_change: tuple[tuple[int, int], ...],
+) -> DictConfig:
+    """Remembered, because it takes a tenth of a second, and naming a run or listing many composes
+    the same files again. Not to be changed by the caller."""
+    own = [in_quotes(f"file://{folder}") for folder in folders[1:]]
     search = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
-    with initialize_config_dir(str(folders[0].absolute()), **_VERSION_BASE):
-        return compose(primary, [*chosen, *values, *search], return_hydra_config=hydra_too)
+    with initialize_config_dir(str(folders[0]), **_VERSION_BASE):
+        return compose(primary, [*arguments, *search], return_hydra_config=hydra_too)
+
+
+def _last_change(folders: Iterable[Path]) -> tuple[tuple[int, int], ...]:
+    """Of each folder: when one of its files last changed, and how many there are."""
+    found = []
+    for folder in folders:
+        times = [path.stat().st_mtime_ns for path in folder.rglob("*.yaml")]
+        found.append((max(times, default=0), len(times)))
+    return tuple(found)
 
 
 def compose_defaults(config_dir: Path) -> dict[str, Any]:

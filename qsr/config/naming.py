@@ -19,13 +19,11 @@ _ABSENT = object()
 
 class RunNames:
     """Names runs whose settings come from `folders`. `is_execution` says which settings are no part
-    of a name. Remembers what it composes, because the runs of a sweep share it."""
+    of a name."""
 
     def __init__(self, folders: Sequence[Path], is_execution: Callable[[str], bool]) -> None:
         self._folders = folders
         self._is_execution = is_execution
-        self._composed: dict[frozenset[tuple[str, str]], dict[str, Any]] = {}
-        self._choices: dict[str | None, dict[str, Any]] = {}
 
     def name(
         self,
@@ -51,11 +49,12 @@ class RunNames:
     def _changing(self, files: Mapping[str, str]) -> list[str]:
         """The groups whose file the experiment does not choose itself."""
         others = files.keys() - {"experiment"}
-        chosen = self._chosen(files.get("experiment")) if others else {}
+        experiment = {"experiment": files.get("experiment")}
+        chosen = chosen_files(experiment, self._folders) if others else {}
         return [group for group in others if files[group] != chosen.get(group)]
 
     def _changed_values(self, files: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
-        before, now = dict(flatten(self._compose(files))), dict(flatten(settings))
+        before, now = dict(flatten(compose_files(files, self._folders))), dict(flatten(settings))
         return [
             f"{key}={text_of(now[key]) if key in now else ''}"
             for key in now.keys() | before.keys()
@@ -64,17 +63,6 @@ class RunNames:
 
     def _counts(self, name: str) -> bool:
         return name != "seed" and not self._is_execution(name)
-
-    def _chosen(self, experiment: str | None) -> dict[str, Any]:
-        if experiment not in self._choices:
-            self._choices[experiment] = chosen_files({"experiment": experiment}, self._folders)
-        return self._choices[experiment]
-
-    def _compose(self, files: Mapping[str, str]) -> dict[str, Any]:
-        key = frozenset(files.items())
-        if key not in self._composed:
-            self._composed[key] = compose_files(dict(files), self._folders)
-        return self._composed[key]
 
 
 def parts_of(experiment: str) -> tuple[str, str]:

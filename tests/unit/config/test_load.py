@@ -319,6 +319,25 @@ def test_the_hash_covers_every_setting_that_is_not_execution() -> None:
     }
 
 
+def test_an_edit_of_a_file_counts_at_once(tmp_path: Path) -> None:
+    """As in a notebook, whose process goes on."""
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    for epochs in (7, 8):
+        file.write_text(
+            f"# @package _global_\nepochs: {epochs}\nglobal_batch: 64\n"
+            "sync: {h_base: 2, alpha: 0.1}\nschedule: {peak_lr: 0.1, warmup_steps: 0}\n"
+        )
+        config = load_config(["experiment=mine"], more=[tmp_path])
+        assert (config.epochs, config.experiment) == (epochs, "mine")
+        changed = load_config(["experiment=mine", "seed=2", "epochs=8"], more=[tmp_path])
+        assert changed.experiment == ("mine" if epochs == 8 else "mine/epochs=8")
+    (tmp_path / "model").mkdir()
+    small_vit = "name: small_vit\ntimm_name: null\nchannels_last: false\n"
+    (tmp_path / "model" / "wide.yaml").write_text(small_vit)
+    assert load_config(["experiment=mine", "model=wide"], more=[tmp_path]).model.name == "small_vit"
+
+
 FIELDS = "__pydantic_fields__"
 
 
