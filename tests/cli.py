@@ -46,7 +46,7 @@ def call(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def call_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def call_here(name: str, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """A script in this process, which has imported already what it needs."""
     folder = Path.cwd()
     with (
@@ -54,7 +54,7 @@ def call_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stderr(io.StringIO()) as stderr,
     ):
         try:
-            status = loaded_script(name).main([*arguments])
+            status = loaded_script(name, root).main([*arguments])
         finally:
             os.chdir(folder)
     return subprocess.CompletedProcess(
@@ -63,10 +63,10 @@ def call_here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @functools.cache
-def loaded_script(name: str) -> ModuleType:
-    """scripts/NAME.py as a module."""
+def loaded_script(name: str, root: Path = ROOT) -> ModuleType:
+    """scripts/NAME.py of the repository in `root` as a module."""
     specification = importlib.util.spec_from_file_location(
-        f"{name}_script", ROOT / "scripts" / f"{name}.py"
+        f"{name}_script", root / "scripts" / f"{name}.py"
     )
     assert specification is not None
     assert specification.loader is not None

@@ -39,10 +39,11 @@ def bytes_after_a_tensor(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc only")
 def test_freed_memory_is_kept() -> None:
-    assert bytes_after_a_tensor("keep") >= 24 * MIB
+    # of 24; the kernel may take back some pages at any time
+    assert bytes_after_a_tensor("keep") > 20 * MIB
     assert bytes_after_a_tensor("default") < 4 * MIB
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc only")
 def test_ranks_on_the_cpu_keep_it() -> None:
-    assert bytes_after_a_tensor("join") >= 24 * MIB
+    assert bytes_after_a_tensor("join") > 20 * MIB

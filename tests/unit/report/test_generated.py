@@ -1,9 +1,7 @@
 """Generated blocks and files, and the command that makes and checks them."""
 
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from qsr.config.load import CONFIG_DIR
 from qsr.errors import ReportError
 from qsr.report.generated import HEADLINES, fill_blocks
 from qsr.report.paper import read_reference
+from tests.cli import call_here
 from tests.unit.report.conftest import WriteRun
 
 ROOT = CONFIG_DIR.parent
@@ -90,14 +89,7 @@ def tables(project: Path) -> Tables:
     """Runs the project's scripts/tables.py."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(project / "scripts" / "tables.py"), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            timeout=120,
-        )
+        return call_here("tables", *map(str, arguments), root=project)
 
     return run
 
