@@ -194,8 +194,12 @@ def die_with_starter() -> None:
     """Have the kernel kill this process when that dies which started it: its launcher, or a fork
     server, which dies with its own."""
     die_with_parent()
-    server = sys.modules.get("qsr.cluster.fork_server")
-    if server is not None and os.getppid() != server.PID:  # it died before that took effect
+    server, starter = sys.modules.get("qsr.cluster.fork_server"), multiprocessing.parent_process()
+    if server is not None:
+        alone = os.getppid() != server.PID
+    else:
+        alone = starter is not None and not starter.is_alive()
+    if alone:  # it died before that took effect
         os._exit(1)
 
 

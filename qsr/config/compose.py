@@ -199,7 +199,7 @@ def _by_hydra(
     arguments: tuple[str, ...],
     folders: tuple[Path, ...],
     hydra_too: bool,
-    _last_change: tuple[tuple[int, int], ...],
+    _changed: tuple[tuple[int, int], ...],
 ) -> DictConfig:
     """Remembered, because it takes a tenth of a second, and naming a run or listing many composes
     the same files again. Not to be changed by the caller."""

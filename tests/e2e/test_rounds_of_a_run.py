@@ -15,7 +15,7 @@ from qsr.config.replay import rounds_of
 from qsr.config.schema import Config
 from qsr.core.open_plan import OpenPlan
 from qsr.errors import ConfigError
-from tests.cli import call, command, folder_in, same_weights
+from tests.cli import call, command, folder_in, refusal, same_weights
 
 ADAPTIVE = ("sync=adaptive", "sync.h=6")
 
@@ -23,6 +23,13 @@ ADAPTIVE = ("sync=adaptive", "sync.h=6")
 def rounds_in(folder: Path) -> list[dict[str, float]]:
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if row["kind"] == "round"]
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    """Tensor by tensor, because their metadata differ."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,20 @@ def test_stopped_within_a_round_and_resumed_it_has_the_same_bits(
     assert rounds_in(folder_in(tmp_path)) == rounds_in(adaptive)
 
 
+@pytest.mark.slow  # the next one is quick
+def test_a_replay_of_two_processes_has_the_same_bits(
+    digits: Path, tmp_path: Path, adaptive: Path
+) -> None:
+    file = tmp_path / "rounds.txt"
+    file.write_text(rounds_of(str(adaptive)))
+    run = command(digits, tmp_path / "runs", "sync=replay", f"sync.file={file}")
+    done = call(run)
+    assert done.returncode == 0, done.stderr
+    assert_same_model(folder_in(tmp_path / "runs"), adaptive)
+    file.write_text("44x1")
+    assert "sync.rounds: " in refusal(run)
+
+
 def test_its_replay_has_the_same_bits_and_other_rounds_do_not_resume_it(
     digits: Path, tmp_path: Path, adaptive: Path
 ) -> None:
@@ -76,11 +97,7 @@ def test_its_replay_has_the_same_bits_and_other_rounds_do_not_resume_it(
     file.write_text(rounds_of(str(run_folder(first))))
     again = here("replay", "sync=replay", f"sync.file={file}")
     build.run(again)
-    ours, theirs = (
-        load_file(run_folder(run) / "model.safetensors") for run in (again, first)
-    )  # their metadata differ
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_model(run_folder(again), run_folder(first))
     file.write_text("44x1")
     with pytest.raises(ConfigError, match=r"holds a run with other settings \(sync\.rounds: "):
         build.prepare(here("replay", "sync=replay", f"sync.file={file}"))

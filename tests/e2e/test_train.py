@@ -111,13 +111,16 @@ def test_one_process_with_two_virtual_workers_makes_the_same_run(
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
 
+@pytest.mark.parametrize("stop", [None, pytest.param(31, marks=pytest.mark.slow)])
 def test_one_worker_of_two_ranks_is_data_parallel_training_on_two_workers(
-    digits: Path, tmp_path: Path
+    digits: Path, tmp_path: Path, stop: int | None
 ) -> None:
-    """Bit for bit, whatever the rule."""
+    """Bit for bit, whatever the rule, and resumed in the middle of a round."""
     parallel = command(digits, tmp_path / "parallel", "experiment=demo/parallel")
     hybrid = command(digits, tmp_path / "hybrid", "workers=1", "ranks_per_worker=2")
     assert call(parallel).returncode == 0
+    if stop is not None:
+        assert f"stopped after step {stop}" in call([*hybrid, f"stop_after_steps={stop}"]).stdout
     assert call(hybrid).returncode == 0
     ours, theirs = (folder_in(tmp_path / name) for name in ("hybrid", "parallel"))
     one, other = (load_file(run / "model.safetensors") for run in (ours, theirs))

@@ -104,7 +104,7 @@ def test_wandb_without_a_server_neither_delays_nor_stops_the_run(tmp_path: Path)
     ) as w:
         tracker.close()
     assert len(w) == 1
-    assert 2.0 <= time.monotonic() - started < 20.0  # not as long as wandb would
+    assert 2.0 <= time.monotonic() - started < 4.0
 
 
 @pytest.mark.usefixtures("no_server")

@@ -73,13 +73,8 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("sync", "schedule"),
-    [
-        *((sync, "cosine") for sync in RULES),
-        *((("sync=quadratic", *QSR), schedule) for schedule in SCHEDULES if schedule != "cosine"),
-    ],
-)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sync", RULES)
 def test_every_rule_and_schedule(
     sync: tuple[str, ...], schedule: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,7 +61,7 @@ def test_the_loss_of_a_round_is_the_mean_over_its_steps_and_workers(
     [{}, {"optimizer": adamw(), "average_momentum": True}, {"precision": "fp16"}],
     ids=str,
 )
-@pytest.mark.parametrize("stop", [5, 6, 20])
+@pytest.mark.parametrize("stop", [5, 6, 19, 20, 21])
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, changes: dict[str, Any], stop: int
 ) -> None:

@@ -144,7 +144,7 @@ class LossThatKills:
     [{}, {"plan": GRADIENTS}, {"plan": FIVES}, {"plan": Plan(COSINE, SwapRule(9))}],
     ids=["qsr", "data_parallel", "fives", "swap"],
 )
-@pytest.mark.parametrize("saved", [5, 17])
+@pytest.mark.parametrize("saved", [5, 11, 17, 23])
 def test_a_killed_run_goes_on_with_the_same_bits(
     changes: dict[str, Any], saved: int, tmp_path: Path
 ) -> None:
