@@ -193,7 +193,7 @@ def _composed(
     return _by_hydra(primary, (*chosen, *values), absolute, hydra_too, _last_change(absolute))
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(32)
 def _by_hydra(
     primary: str,
     arguments: tuple[str, ...],
@@ -202,7 +202,7 @@ def _by_hydra(
     _changed: tuple[tuple[int, int], ...],
 ) -> DictConfig:
     """Remembered, because it takes a tenth of a second, and naming a run or listing many composes
-    the same files again. Not to be changed by the caller."""
+    the same files again; a quarter of a megabyte each. Not to be changed by the caller."""
     own = [in_quotes(f"file://{folder}") for folder in folders[1:]]
     search = [f"hydra.searchpath=[{','.join(own)}]"] if own else []
     with initialize_config_dir(str(folders[0]), **_VERSION_BASE):
